@@ -1,0 +1,9 @@
+"""FP32-exact gradient accumulation inside ``.grad``, at one byte per parameter."""
+
+__version__ = "0.1.0"
+
+from accumkern.accumulator import GradAccumulator, attach
+from accumkern.backends import available_backends
+from accumkern.ops import accumulate_
+
+__all__ = ["attach", "GradAccumulator", "accumulate_", "available_backends"]

@@ -1,0 +1,154 @@
+"""The choice of a backend: which can run here, why the others cannot, and which one takes a tensor."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from accumkern.formats import Format, Start
+
+#: Device type -> backends in the order in which they are tried; other devices have ``eager``.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpu", "eager")}
+
+#: Backend -> what it does, in a line.
+BACKENDS = {
+    "triton": "fused Triton kernels for GPUs",
+    "cuda": "compiled CUDA kernels for NVIDIA GPUs",
+    "cpu": "compiled vectorised kernels for the CPU",
+    "eager": "plain torch, on every device",
+}
+
+FoldFunction: TypeAlias = Callable[
+    [Format, Start, list[Tensor], list[Tensor], "list[Tensor] | None", "float | Tensor", "list[Tensor] | None"], None
+]
+
+
+def available_backends() -> dict[str, str | None]:
+    """Return, for each backend, None where it can run here, or the reason why it cannot."""
+    return {name: _unavailable(name) for name in BACKENDS}
+
+
+def choose(backend: str | None, device: torch.device) -> str:
+    """Return the backend that folds tensors on ``device``.
+
+    Args:
+        backend: a name, which is taken or refused; None takes ``ACCUMKERN_BACKEND`` from the environment or else the
+            first of :data:`PREFERENCE` that can run.
+        device: where the tensors are.
+
+    Raises:
+        ValueError: ``backend`` is no backend's name.
+        RuntimeError: the backend asked for cannot run here, or not on that device.
+    """
+    wanted, source = backend, "backend"
+    if wanted is None:
+        wanted, source = os.environ.get("ACCUMKERN_BACKEND") or None, "ACCUMKERN_BACKEND"
+    if wanted is None:
+        candidates = PREFERENCE.get(device.type, ("eager",))
+        return next(name for name in candidates if _unavailable(name) is None and _refusal(name, device.type) is None)
+    if wanted not in BACKENDS:
+        raise ValueError(f"{source} is {wanted!r}; it must be one of {', '.join(BACKENDS)}")
+    reason = _unavailable(wanted) or _refusal(wanted, device.type)
+    if reason is not None:
+        raise RuntimeError(f"{source} {wanted!r} cannot run on device {str(device)!r}: {reason}")
+    return wanted
+
+
+@cache
+def fold_function(name: str) -> FoldFunction:
+    """Return the kernel of a backend that can run here.
+
+    It is called as ``fold(format_, start, grads, sums, residuals, scale, partials)``.
+
+    It computes ``x = fma(scale, grad, decode(sum, residual)); (sum, residual) = encode(x)`` for every element of every
+    tensor, in place. All tensors are on one device, dense, and of the dtypes of ``format_``; the i-th of each list have
+    the same elements in the same order in memory.
+
+    The lists are ``grads`` (read), ``sums`` (read unless ``start`` is FROM_ZERO, written), ``residuals`` (read if
+    ``start`` is CONTINUE, written; None for PLAIN32) and ``partials`` (written: FP32 of shape ``(partial_rows(numel),
+    2)``, per block the sums of ``grad**2`` and of the new ``x**2``; None to leave them out). ``scale`` is a number or a
+    0-dim tensor on the device of the others. Nothing is checked here: :mod:`accumkern.ops` does.
+    """
+    if name == "triton":
+        from accumkern.backends import triton_kernels
+
+        return triton_kernels.fold
+    if name == "eager":
+        from accumkern.backends import eager
+
+        return eager.fold
+    from accumkern.backends import native
+
+    return native.fold_cuda if name == "cuda" else native.fold_cpu
+
+
+def _refusal(name: str, device_type: str) -> str | None:
+    """Return why a backend that can run does not take tensors on a kind of device."""
+    if name == "eager" or device_type == name:
+        return None
+    if name == "triton":
+        if device_type == "cuda" and not _interprets_triton():
+            return None
+        if device_type == "cpu" and _interprets_triton():
+            return None
+        return "it takes CUDA tensors, and with TRITON_INTERPRET=1 CPU tensors instead"
+    return f"it takes {name} tensors only"
+
+
+def _unavailable(name: str) -> str | None:
+    """Return why a backend cannot run on this machine."""
+    if name == "eager":
+        return None
+    if name == "triton":
+        return _triton_unavailable()
+    return _extension_problem() or (_cuda_unavailable() if name == "cuda" else None)
+
+
+def _interprets_triton() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _triton_unavailable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton, Linux only)"
+    if _interprets_triton():
+        if importlib.util.find_spec("numpy") is None:
+            return "TRITON_INTERPRET is set and triton's interpreter needs numpy, which is not installed"
+        return None
+    if not torch.cuda.is_available():
+        return "torch finds no GPU (TRITON_INTERPRET=1 runs it on the CPU in triton's interpreter, for tests)"
+    return None
+
+
+def _cuda_unavailable() -> str | None:
+    from accumkern import _C  # type: ignore[attr-defined]
+
+    if _C.cuda_targets is None:
+        return "accumkern was built without CUDA kernels (install it with nvcc on PATH, or ACCUMKERN_BUILD=cuda)"
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm; the triton backend runs there"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return None
+
+
+@cache
+def _extension_problem() -> str | None:
+    """Return why the compiled extension cannot be used."""
+    from accumkern import __version__
+
+    try:
+        from accumkern import _C  # type: ignore[attr-defined]
+    except ModuleNotFoundError:
+        return "the extension accumkern._C was not built (install accumkern where there is a C++ compiler)"
+    except ImportError as error:
+        return f"the extension accumkern._C does not load: {error}"
+    if _C.version != __version__:
+        return f"the extension accumkern._C is of version {_C.version}, the package of {__version__}: install it again"
+    return None

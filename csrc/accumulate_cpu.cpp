@@ -1,0 +1,259 @@
+// The accumulate kernel on the CPU: one loop body, compiled for three instruction sets and chosen at run time.
+#include "accumulate.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "accumulate_math.h"
+
+namespace accumkern {
+namespace {
+
+// ---- kernel --------------------------------------------------------------------------------------------------
+
+constexpr int64_t kChunk = 512;  // elements whose floats stay in L1 for the partial sums
+
+// x = fma(scale, grad, decode(sum, residual)); (sum, residual) = encode(x), for `numel` elements.
+template <class F, Start kStart, bool kPartials>
+ACCUMKERN_INLINE void fold_elements(const typename F::Sum* grad, typename F::Sum* sum, typename F::Residual* residual,
+                                    float scale, int64_t numel, float* grads_out, float* sums_out) {
+#pragma GCC ivdep  // sum may be grad itself, element for element
+  for (int64_t i = 0; i < numel; ++i) {
+    const float g = F::widen(grad[i]);
+    float x;
+    if constexpr (kStart == Start::kFromZero) {
+      x = scale * g;
+    } else if constexpr (kStart == Start::kFromSum || !F::kHasResidual) {
+      x = __builtin_fmaf(scale, g, F::widen(sum[i]));
+    } else {
+      x = __builtin_fmaf(scale, g, F::decode(sum[i], residual[i]));
+    }
+    const uint32_t bits = canonical_bits(x);
+    if constexpr (F::kHasResidual) {
+      F::encode(bits, sum + i, residual + i);
+    } else {
+      F::encode(bits, sum + i, nullptr);
+    }
+    if constexpr (kPartials) {
+      grads_out[i] = g;
+      sums_out[i] = x;
+    }
+  }
+}
+
+ACCUMKERN_INLINE float sum_of_squares(const float* values, int64_t numel) {
+  float total = 0.0f;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < numel; ++i) total += values[i] * values[i];
+  return total;
+}
+
+// Elements [begin, end) of one tensor. begin is a multiple of kBlockNumel.
+template <class F, Start kStart, bool kPartials>
+ACCUMKERN_INLINE void fold_range(const FoldTensor& tensor, int64_t begin, int64_t end, float scale) {
+  const auto* grad = static_cast<const typename F::Sum*>(tensor.grad);
+  auto* sum = static_cast<typename F::Sum*>(tensor.sum);
+  auto* residual = static_cast<typename F::Residual*>(tensor.residual);
+  if constexpr (!kPartials) {
+    fold_elements<F, kStart, false>(grad + begin, sum + begin, F::kHasResidual ? residual + begin : nullptr, scale,
+                                    end - begin, nullptr, nullptr);
+  } else {
+    for (int64_t block = begin; block < end; block += kBlockNumel) {
+      float grads[kChunk], sums[kChunk];
+      float grad_squares = 0.0f, sum_squares = 0.0f;
+      const int64_t block_end = std::min(end, block + kBlockNumel);
+      for (int64_t i = block; i < block_end; i += kChunk) {
+        const int64_t count = std::min(kChunk, block_end - i);
+        fold_elements<F, kStart, true>(grad + i, sum + i, F::kHasResidual ? residual + i : nullptr, scale, count,
+                                       grads, sums);
+        grad_squares += sum_of_squares(grads, count);
+        sum_squares += sum_of_squares(sums, count);
+      }
+      tensor.partials[2 * (block / kBlockNumel)] = grad_squares;
+      tensor.partials[2 * (block / kBlockNumel) + 1] = sum_squares;
+    }
+  }
+}
+
+// ---- instruction sets ----------------------------------------------------------------------------------------
+
+using RangeFunction = void (*)(const FoldTensor&, int64_t, int64_t, float);
+
+#define ACCUMKERN_FOR_TARGET(NAME, ATTRIBUTE)                                                       \
+  template <class F, Start kStart, bool kPartials>                                                  \
+  ATTRIBUTE void fold_range_##NAME(const FoldTensor& tensor, int64_t begin, int64_t end, float s) { \
+    fold_range<F, kStart, kPartials>(tensor, begin, end, s);                                        \
+  }
+
+ACCUMKERN_FOR_TARGET(baseline, )
+#if defined(__x86_64__)
+ACCUMKERN_FOR_TARGET(avx2, __attribute__((target("avx2,fma"))))
+ACCUMKERN_FOR_TARGET(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))))
+#endif
+
+enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
+
+InstructionSet instruction_set() {
+#if defined(__x86_64__)
+  static const InstructionSet found = [] {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx2 && avx512 ? InstructionSet::kAvx512 : avx2 ? InstructionSet::kAvx2 : InstructionSet::kBaseline;
+  }();
+  return found;
+#else
+  return InstructionSet::kBaseline;
+#endif
+}
+
+template <class F, Start kStart, bool kPartials>
+RangeFunction choose_target() {
+  switch (instruction_set()) {
+#if defined(__x86_64__)
+    case InstructionSet::kAvx512:
+      return fold_range_avx512<F, kStart, kPartials>;
+    case InstructionSet::kAvx2:
+      return fold_range_avx2<F, kStart, kPartials>;
+#endif
+    default:
+      return fold_range_baseline<F, kStart, kPartials>;
+  }
+}
+
+template <class F, Start kStart>
+RangeFunction choose_partials(bool partials) {
+  return partials ? choose_target<F, kStart, true>() : choose_target<F, kStart, false>();
+}
+
+template <class F>
+RangeFunction choose_start(Start start, bool partials) {
+  switch (start) {
+    case Start::kContinue:
+      return choose_partials<F, Start::kContinue>(partials);
+    case Start::kFromSum:
+      return choose_partials<F, Start::kFromSum>(partials);
+    case Start::kFromZero:
+      return choose_partials<F, Start::kFromZero>(partials);
+  }
+  throw std::invalid_argument("accumkern: unknown start");
+}
+
+RangeFunction choose(Format format, Start start, bool partials) {
+  switch (format) {
+    case Format::kSplit24:
+      return choose_start<Split24>(start, partials);
+    case Format::kSplit32:
+      return choose_start<Split32>(start, partials);
+    case Format::kMainGradBFloat16:
+      return choose_start<MainGrad<BFloat16>>(start, partials);
+    case Format::kMainGradFloat16:
+      return choose_start<MainGrad<Float16>>(start, partials);
+    case Format::kPlain32:
+      return choose_start<Plain32>(start, partials);
+  }
+  throw std::invalid_argument("accumkern: unknown format");
+}
+
+int64_t blocks_of(int64_t numel) { return (numel + kBlockNumel - 1) / kBlockNumel; }
+
+}  // namespace
+
+// ---- launcher ------------------------------------------------------------------------------------------------
+
+const char* cpu_instruction_set() {
+  switch (instruction_set()) {
+    case InstructionSet::kAvx512:
+      return "avx512";
+    case InstructionSet::kAvx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+void accumulate_cpu(Format format, Start start, const std::vector<FoldTensor>& tensors, Scale scale, int threads) {
+  const float value = scale.address != nullptr ? *scale.address : scale.value;
+  const bool partials = !tensors.empty() && tensors.front().partials != nullptr;
+  const RangeFunction fold = choose(format, start, partials);
+
+  int64_t total_blocks = 0;
+  for (const FoldTensor& tensor : tensors) total_blocks += blocks_of(tensor.numel);
+
+  // Blocks [first, last) of the list as a whole: an even share for each thread, wherever tensors begin and end.
+  const auto fold_share = [&](int64_t first, int64_t last) {
+    int64_t offset = 0;  // block at which the tensor at hand begins
+    for (const FoldTensor& tensor : tensors) {
+      const int64_t blocks = blocks_of(tensor.numel);
+      const int64_t begin = std::max(first - offset, int64_t{0});
+      const int64_t end = std::min(last - offset, blocks);
+      if (begin < end) fold(tensor, begin * kBlockNumel, std::min(end * kBlockNumel, tensor.numel), value);
+      offset += blocks;
+      if (offset >= last) break;
+    }
+  };
+
+  constexpr int64_t kBlocksWorthAThread = 8;
+  const int64_t workers = std::min<int64_t>(threads, total_blocks / kBlocksWorthAThread);
+  if (workers <= 1) {
+    fold_share(0, total_blocks);
+    return;
+  }
+#pragma omp parallel for num_threads(static_cast<int>(workers)) schedule(static)
+  for (int64_t worker = 0; worker < workers; ++worker) {
+    fold_share(total_blocks * worker / workers, total_blocks * (worker + 1) / workers);
+  }
+}
+
+// ---- proof ---------------------------------------------------------------------------------------------------
+
+// split32: decode(encode(x)) == x bit for bit, and the sum is x rounded to bfloat16 but for ties, which may go away
+// from zero. split24: the error is at most 2^-16 |x| for normal x (half a last place for subnormal x), and the sum is
+// x rounded to bfloat16 to half a last place and 2^-8 of one. Both: NaN becomes (0x7FC0, 0), and encoding what was
+// decoded changes nothing.
+template <class F>
+static bool obeys_law(uint32_t pattern) {
+  uint16_t sum;
+  typename F::Residual residual;
+  F::encode(canonical_bits(float_of(pattern)), &sum, &residual);
+  const uint32_t magnitude = pattern & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return sum == 0x7FC0u && residual == 0;
+
+  const uint32_t decoded = bits_of(F::decode(sum, residual));
+  uint16_t sum_again;
+  typename F::Residual residual_again;
+  F::encode(decoded, &sum_again, &residual_again);
+  if (sum_again != sum || residual_again != residual) return false;
+  if ((decoded ^ pattern) >> 31) return false;  // the sign is kept, of zeros too
+
+  // In units of the last place, differences of bit patterns are differences of values: the patterns of one sign are
+  // in the order of the values, and across a power of two the spacing only doubles.
+  const int64_t kept_bits = sizeof(typename F::Residual) == 1 ? 8 : 0;
+  const int64_t decoded_error = std::abs(static_cast<int64_t>(decoded & 0x7FFFFFFFu) - static_cast<int64_t>(magnitude));
+  if (decoded_error > (kept_bits == 8 ? 0x80 : 0)) return false;
+  const int64_t sum_magnitude = static_cast<int64_t>(sum & 0x7FFFu) << 16;
+  const int64_t sum_error = std::abs(sum_magnitude - static_cast<int64_t>(magnitude));
+  if (sum_error > (kept_bits == 8 ? 0x8080 : 0x8000)) return false;
+  if (magnitude == 0x7F800000u || magnitude == 0) return decoded == pattern && residual == 0;
+  if (kept_bits == 8 && magnitude >= 0x00800000u && (decoded & 0x7FFFFFFFu) < 0x7F800000u) {
+    const double x = float_of(pattern), y = float_of(decoded);
+    if (std::fabs(y - x) > std::fabs(x) * 0x1p-16) return false;
+  }
+  return true;
+}
+
+uint64_t count_roundtrip_failures(Format format, uint64_t first, uint64_t last, int threads) {
+  if (format != Format::kSplit24 && format != Format::kSplit32) {
+    throw std::invalid_argument("accumkern: only the split formats have a round trip to sweep");
+  }
+  uint64_t failures = 0;
+#pragma omp parallel for num_threads(threads) reduction(+ : failures)
+  for (uint64_t pattern = first; pattern < last; ++pattern) {
+    const auto bits = static_cast<uint32_t>(pattern);
+    failures += format == Format::kSplit24 ? !obeys_law<Split24>(bits) : !obeys_law<Split32>(bits);
+  }
+  return failures;
+}
+
+}  // namespace accumkern

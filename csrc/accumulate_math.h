@@ -1,0 +1,157 @@
+// The storage formats of accumkern, one scalar function at a time.
+//
+// This header is the only C++ statement of the arithmetic: the CPU and the CUDA kernels both call it, so what the
+// CPU tests prove of it holds for the GPU. Everything is IEEE binary32, round to nearest even, subnormals kept;
+// compile with contraction off (-ffp-contract=off, nvcc -fmad=false), every fused multiply-add is spelled out.
+//
+// A format says how one accumulated value x lies in memory: as `Sum`, the element of `.grad` (the upper half of x,
+// correctly rounded), and `Residual`, what is missing of it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#define ACCUMKERN_INLINE __host__ __device__ __forceinline__
+#else
+#define ACCUMKERN_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace accumkern {
+
+ACCUMKERN_INLINE uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+ACCUMKERN_INLINE float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// The bits of x, with every NaN made the one quiet NaN 0x7FC00000: payloads differ between processors.
+ACCUMKERN_INLINE uint32_t canonical_bits(float x) {
+  const uint32_t bits = bits_of(x);
+  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC00000u : bits;
+}
+
+// ---- 16-bit floats -------------------------------------------------------------------------------------------
+
+struct BFloat16 {
+  static ACCUMKERN_INLINE float widen(uint16_t half) { return float_of(static_cast<uint32_t>(half) << 16); }
+
+  static ACCUMKERN_INLINE uint16_t round(uint32_t bits) {  // canonical bits of a float
+    return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+  }
+};
+
+struct Float16 {
+  static ACCUMKERN_INLINE float widen(uint16_t half) {
+#if defined(__CUDA_ARCH__)
+    return __half2float(__ushort_as_half(half));
+#else
+    const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+    const uint32_t magnitude = half & 0x7FFFu;
+    const uint32_t rebias = magnitude >= 0x7C00u ? 224u << 23 : 112u << 23;  // inf and NaN: exponent 31 becomes 255
+    const uint32_t subnormal = bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+    return float_of(sign | (magnitude < 0x0400u ? subnormal : (magnitude << 13) + rebias));
+#endif
+  }
+
+  static ACCUMKERN_INLINE uint16_t round(uint32_t bits) {  // canonical bits of a float
+#if defined(__CUDA_ARCH__)
+    const uint16_t half = __half_as_ushort(__float2half_rn(float_of(bits)));
+    return bits == 0x7FC00000u ? 0x7E00u : half;
+#else
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t magnitude = bits & 0x7FFFFFFFu;
+    // 2^16 is the first power of two past the largest half: clamping there rounds every larger value to infinity.
+    const uint32_t clamped = (magnitude < 0x47800000u ? magnitude : 0x47800000u) - (112u << 23);
+    const uint32_t normal = (clamped + 0xFFFu + ((clamped >> 13) & 1u)) >> 13;
+    // Adding 0.5 leaves an ulp of 2^-24, the spacing of subnormal halves, so the hardware does the rounding.
+    const uint32_t subnormal = bits_of(float_of(magnitude < 0x38800000u ? magnitude : 0u) + 0.5f) - 0x3F000000u;
+    const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+    return static_cast<uint16_t>(sign | (magnitude > 0x7F800000u ? 0x7E00u : finite));
+#endif
+  }
+};
+
+// ---- formats -------------------------------------------------------------------------------------------------
+
+// bfloat16 sum + int8: the upper 24 bits of a float (16-bit significand).
+struct Split24 {
+  using Sum = uint16_t;
+  using Residual = int8_t;
+  static constexpr bool kHasResidual = true;
+
+  static ACCUMKERN_INLINE float widen(Sum sum) { return BFloat16::widen(sum); }
+
+  static ACCUMKERN_INLINE float decode(Sum sum, Residual residual) {
+    // encode() never pairs a zero with a negative residual. Somebody zeroed .grad behind our back if it is there, and
+    // the borrow would turn the zero into a NaN.
+    const int32_t low = (sum & 0x7FFFu) == 0 && residual < 0 ? 0 : residual;
+    return float_of((static_cast<uint32_t>(sum) << 16) + (static_cast<uint32_t>(low) << 8));
+  }
+
+  static ACCUMKERN_INLINE void encode(uint32_t bits, Sum* sum, Residual* residual) {
+    const uint32_t upper = (bits + 0x7Fu + ((bits >> 8) & 1u)) >> 8;
+    const int32_t low = static_cast<int8_t>(upper & 0xFFu);
+    *residual = static_cast<Residual>(low);
+    *sum = static_cast<Sum>((upper - static_cast<uint32_t>(low)) >> 8);
+  }
+};
+
+// bfloat16 sum + int16: exactly a float.
+struct Split32 {
+  using Sum = uint16_t;
+  using Residual = int16_t;
+  static constexpr bool kHasResidual = true;
+
+  static ACCUMKERN_INLINE float widen(Sum sum) { return BFloat16::widen(sum); }
+
+  static ACCUMKERN_INLINE float decode(Sum sum, Residual residual) {
+    const int32_t low = (sum & 0x7FFFu) == 0 && residual < 0 ? 0 : residual;  // see Split24
+    return float_of((static_cast<uint32_t>(sum) << 16) + static_cast<uint32_t>(low));
+  }
+
+  static ACCUMKERN_INLINE void encode(uint32_t bits, Sum* sum, Residual* residual) {
+    const int32_t low = static_cast<int16_t>(bits & 0xFFFFu);
+    *residual = static_cast<Residual>(low);
+    *sum = static_cast<Sum>((bits - static_cast<uint32_t>(low)) >> 16);
+  }
+};
+
+// 16-bit sum + the float itself ("main_grad"). A sum that is not the rounding of the float was edited, and wins.
+template <class Half>
+struct MainGrad {
+  using Sum = uint16_t;
+  using Residual = float;
+  static constexpr bool kHasResidual = true;
+
+  static ACCUMKERN_INLINE float widen(Sum sum) { return Half::widen(sum); }
+
+  static ACCUMKERN_INLINE float decode(Sum sum, Residual main_grad) {
+    return Half::round(canonical_bits(main_grad)) == sum ? main_grad : Half::widen(sum);
+  }
+
+  static ACCUMKERN_INLINE void encode(uint32_t bits, Sum* sum, Residual* main_grad) {
+    *main_grad = float_of(bits);
+    *sum = Half::round(bits);
+  }
+};
+
+// A float32 sum, complete in itself.
+struct Plain32 {
+  using Sum = float;
+  using Residual = uint8_t;  // never read or written
+  static constexpr bool kHasResidual = false;
+
+  static ACCUMKERN_INLINE float widen(Sum sum) { return sum; }
+  static ACCUMKERN_INLINE float decode(Sum sum, Residual) { return sum; }
+  static ACCUMKERN_INLINE void encode(uint32_t bits, Sum* sum, Residual*) { *sum = float_of(bits); }
+};
+
+}  // namespace accumkern

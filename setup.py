@@ -1,0 +1,119 @@
+"""Builds the extension module accumkern._C; everything else about the package stands in pyproject.toml.
+
+ACCUMKERN_BUILD chooses what is built:
+
+    (unset)   CPU kernels, and CUDA kernels where nvcc is found; what fails to build is left out with a warning
+    cpu       CPU kernels only; a failure is an error
+    cuda      CPU and CUDA kernels; a failure is an error
+    0         nothing: a pure Python package
+
+Neither torch nor a GPU is needed to build.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = ["csrc/bindings.cpp", "csrc/accumulate_cpu.cpp"]
+HEADERS = ["csrc/accumulate.h", "csrc/accumulate_math.h"]
+CUDA_SOURCE = "csrc/accumulate_cuda.cu"
+# Machine code for these; later GPUs compile the newest one's PTX when they first load it.
+CUDA_ARCHITECTURES = ("80", "90", "100")
+
+CHOICE = os.environ.get("ACCUMKERN_BUILD", "")
+if CHOICE not in ("", "cpu", "cuda", "0"):
+    sys.exit(f"ACCUMKERN_BUILD is {CHOICE!r}; it must be cpu, cuda, 0 or unset")
+
+
+def version() -> str:
+    match = re.search(r'^__version__ = "(.+)"', Path("accumkern/__init__.py").read_text(), re.MULTILINE)
+    assert match, "accumkern/__init__.py holds no version"
+    return match.group(1)
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    candidates = [str(Path(home) / "bin" / "nvcc") for home in homes if home]
+    return next((found for c in ["nvcc", *candidates] if (found := shutil.which(c))), None)
+
+
+class BuildExtension(build_ext):
+    """Compiles with OpenMP and CUDA where they are to be had."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            if CHOICE != "cpu":
+                self._add_cuda(ext)
+            self._build_with_openmp(ext)
+        except Exception as error:  # any compiler's any failure: the package works without its extension
+            if CHOICE:
+                raise
+            self.warn(f"accumkern._C was not built ({error}); the triton and eager backends remain")
+
+    def _build_with_openmp(self, ext: Extension) -> None:
+        serial = list(ext.extra_compile_args), list(ext.extra_link_args)
+        try:
+            ext.extra_compile_args.append("-fopenmp")
+            ext.extra_link_args.append("-fopenmp")
+            super().build_extension(ext)
+        except Exception as error:
+            self.warn(f"building with OpenMP failed ({error}); the CPU kernels will use one thread")
+            ext.extra_compile_args, ext.extra_link_args = serial
+            super().build_extension(ext)
+
+    def _add_cuda(self, ext: Extension) -> None:
+        nvcc = find_nvcc()
+        if nvcc is None:
+            if CHOICE == "cuda":
+                raise RuntimeError("ACCUMKERN_BUILD=cuda, but nvcc is neither on PATH nor under CUDA_HOME")
+            return
+        try:
+            listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
+            targets = [a for a in CUDA_ARCHITECTURES if f"compute_{a}" in listed.split()]
+            Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+            compiled = str(Path(self.build_temp) / "accumulate_cuda.o")
+            command = [nvcc, "-std=c++17", "-O3", "-fmad=false", "--threads", "0", "-Xcompiler", "-fPIC"]
+            command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in targets]
+            command += [f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}"]
+            self.announce(" ".join([*command, "-c", CUDA_SOURCE, "-o", compiled]), level=2)
+            subprocess.run([*command, "-c", CUDA_SOURCE, "-o", compiled], check=True)
+        except (OSError, subprocess.CalledProcessError, IndexError) as error:
+            if CHOICE == "cuda":
+                raise
+            self.warn(f"the CUDA kernels were not built ({error}); the others were")
+            return
+        toolkit = Path(nvcc).resolve().parent.parent
+        if not (toolkit / "lib64" / "libcudart_static.a").exists():  # nvcc on PATH may be a script elsewhere
+            toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+        ext.extra_objects.append(compiled)
+        ext.library_dirs.append(str(toolkit / "lib64"))
+        ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        ext.define_macros.append(("ACCUMKERN_CUDA_TARGETS", '"' + " ".join(f"sm_{a}" for a in targets) + '"'))
+
+
+def extensions() -> list[Extension]:
+    if CHOICE == "0":
+        return []
+    import pybind11  # a build requirement, not needed for a pure Python package
+
+    return [
+        Extension(
+            "accumkern._C",
+            sources=SOURCES,
+            depends=[*HEADERS, CUDA_SOURCE],
+            include_dirs=["csrc", pybind11.get_include()],
+            define_macros=[("ACCUMKERN_VERSION", f'"{version()}"')],
+            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-g0"],
+            language="c++",
+            optional=not CHOICE,
+        )
+    ]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
