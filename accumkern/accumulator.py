@@ -281,7 +281,7 @@ class GradAccumulator:
         """Fold the gradient that autograd has just left in ``param.grad`` into the running one."""
         running: Any = parameter.set_aside
         parameter.set_aside = _NOT_CALLED
-        new = param.grad
+        new: Any = param.grad
         if new is None:  # somebody's hook took it
             param.grad = None if running is _NOT_CALLED else running
             return
@@ -301,7 +301,7 @@ class GradAccumulator:
             if self._scale is None:
                 return
             running, start, plain = new, Start.FROM_ZERO, True
-        elif running is parameter.written() and running._version == parameter.version:
+        elif running is parameter.written() and running._version == parameter.version:  # ours, and untouched
             start, plain = Start.CONTINUE, parameter.is_plain
         else:
             start, plain = Start.FROM_SUM, _is_plain(running, parameter.dtype)
@@ -483,7 +483,7 @@ class _Parameter:
 
     def forget(self) -> None:
         """Note that the residual belongs to no gradient."""
-        self.written: Callable[[], Tensor | None] = _nothing
+        self.written: Callable[[], Any] = _nothing
         self.version = -1
         self.is_plain = False
 

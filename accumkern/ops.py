@@ -65,8 +65,8 @@ def accumulate_(
         groups.setdefault((total.device, format_), []).append(i)
         if isinstance(scale, Tensor) and scale.device not in (total.device, torch.device("cpu")):
             raise ValueError(f"scale is on {scale.device} and sums[{i}] on {total.device}; they must be on one device")
-    _check_memory(grads, sums, residuals)
     chosen = {device: backends.choose(backend, device) for device, _ in groups}
+    _check_memory(grads, sums, residuals)
 
     for (device, format_), members in groups.items():
         backends.fold_function(chosen[device])(
@@ -177,7 +177,7 @@ def _check_memory(grads: list[Tensor], sums: list[Tensor], residuals: list[Tenso
     ranges: list[tuple[torch.device, int, int, bool, str, int]] = []
     for name, tensors in (("grads", grads), ("sums", sums), ("residuals", residuals or [])):
         for i, tensor in enumerate(tensors):
-            if tensor.numel() > 0:
+            if tensor.numel() > 0 and not tensor.is_meta:
                 begin = tensor.data_ptr()
                 end = begin + tensor.numel() * tensor.element_size()
                 ranges.append((tensor.device, begin, end, name != "grads", name, i))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 from typing import TypeAlias
 
 import torch

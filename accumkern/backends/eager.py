@@ -22,7 +22,8 @@ def fold(
 ) -> None:
     """Fold each gradient into its sum; see :func:`accumkern.backends.fold_function` for the contract."""
     for i, (grad, total) in enumerate(zip(grads, sums, strict=True)):
-        residual = None if residuals is None else residuals[i]
+        # A residual may be flat, in the sum's memory order.
+        residual = None if residuals is None else residuals[i].as_strided(total.shape, total.stride())
         g = grad.float()
         x = g * scale
         if start is Start.CONTINUE:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from accumkern.formats import BLOCK_NUMEL, Format, Start, partial_rows
 
-NUM_WARPS = 8
+# The arithmetic is pinned: tl.fma where one rounding is meant, no other product is fused with a sum.
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 # A tensor of at most this many elements shares a launch with others; a larger one fills the GPU by itself.
 SMALL_NUMEL = 65536
 # Elements a thread loads at once: 16 bytes of a 16-bit sum. Naming it keeps the one-byte residual in the same layout,
@@ -275,7 +276,7 @@ def _fold_on_current_device(
             PARTIALS=partials is not None,
             SCALE_IS_POINTER=isinstance(scale, Tensor),
             BLOCK_SIZE=BLOCK_NUMEL,
-            num_warps=NUM_WARPS,
+            **OPTIONS,
         )
 
 
@@ -312,5 +313,5 @@ def _fold_small(
         ALIGNED=all(address % 16 == 0 for row in rows for address in row[:3]),
         SCALE_IS_POINTER=isinstance(scale, Tensor),
         BLOCK_SIZE=BLOCK_NUMEL,
-        num_warps=NUM_WARPS,
+        **OPTIONS,
     )

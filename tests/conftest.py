@@ -1,0 +1,55 @@
+"""What all tests share: a fixed seed, triton's interpreter where there is no GPU, and who skips with which reason."""
+
+import os
+import warnings
+
+import pytest
+import torch
+
+# Without a GPU the triton kernels run in triton's interpreter, which must be chosen before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Its numpy overflows where a GPU rounds to infinity.
+warnings.filterwarnings("ignore", message="overflow encountered in cast", category=RuntimeWarning)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    from accumkern import available_backends
+
+    reasons = {name: reason for name, reason in available_backends().items() if name in ("triton", "cuda")}
+    reasons["triton"] = reasons["triton"] or "torch finds no GPU"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            params = getattr(item, "callspec", None)
+            backend = params.params.get("backend") if params else None
+            item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {reasons.get(str(backend)) or reasons['cuda']}"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", "cuda", "triton", "eager"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend that can run here on `device`; the others skip with their reason."""
+    from accumkern import available_backends, backends
+
+    name: str = request.param
+    reason = available_backends()[name]
+    if reason is None:
+        on = "cpu" if name == "cpu" else DEVICE
+        reason = backends._refusal(name, on)
+    if reason is not None:
+        pytest.skip(f"backend {name}: {reason}")
+    return name
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    """Where the backend's tensors are."""
+    return torch.device("cpu" if backend == "cpu" else DEVICE)
