@@ -58,7 +58,11 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "accumkern's compiled kernels, on raw addresses";
   module.attr("version") = ACCUMKERN_VERSION;
   module.attr("block_numel") = kBlockNumel;
+#if defined(__clang__)
   module.attr("compiler") = __VERSION__;
+#else
+  module.attr("compiler") = "GCC " __VERSION__;
+#endif
 #if defined(_OPENMP)
   module.attr("openmp") = true;
 #else

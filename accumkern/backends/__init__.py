@@ -143,10 +143,10 @@ def _extension_problem() -> str | None:
     """Return why the compiled extension cannot be used."""
     from accumkern import __version__
 
+    if importlib.util.find_spec("accumkern._C") is None:
+        return "the extension accumkern._C was not built (install accumkern where there is a C++ compiler)"
     try:
         from accumkern import _C  # type: ignore[attr-defined]
-    except ModuleNotFoundError:
-        return "the extension accumkern._C was not built (install accumkern where there is a C++ compiler)"
     except ImportError as error:
         return f"the extension accumkern._C does not load: {error}"
     if _C.version != __version__:

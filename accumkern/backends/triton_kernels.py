@@ -16,6 +16,8 @@ from accumkern.formats import BLOCK_NUMEL, Format, Start, partial_rows
 
 # The arithmetic is pinned: tl.fma where one rounding is meant, no other product is fused with a sum.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+if torch.version.hip is None:
+    OPTIONS["maxnreg"] = 96  # left to itself, the assembler for sm_100 stops at 64 registers and spills
 # A tensor of at most this many elements shares a launch with others; a larger one fills the GPU by itself.
 SMALL_NUMEL = 65536
 # Elements a thread loads at once: 16 bytes of a 16-bit sum. Naming it keeps the one-byte residual in the same layout,

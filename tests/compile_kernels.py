@@ -1,0 +1,122 @@
+"""Compiles the GPU kernels for a GPU that need not be there, and prints what their machine code does, as JSON.
+
+A program of its own, because triton compiles only outside of its interpreter::
+
+    python compile_kernels.py triton 90    kernel -> format-start[-partials] -> what it does, for sm_90
+    python compile_kernels.py cuda 90      kernel -> what it does; nvcc must be on PATH
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from accumkern.backends import triton_kernels as kernels
+from accumkern.formats import BLOCK_NUMEL, Format, Start
+
+ROOT = Path(__file__).resolve().parent.parent
+COUNTED = ("LDG", "STG", "LDL", "STL", "LDS", "STS")  # global, local (spills) and shared memory
+
+
+def disassemble(cubin: Path) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, "-sass", cubin], check=True, capture_output=True, text=True).stdout
+
+
+def describe(sass: str) -> dict[str, int]:
+    """Count memory instructions by kind and width, such as LDG.128."""
+    counts: dict[str, int] = {}
+    for name in re.findall(r"\s((?:[A-Z]+)(?:\.[A-Z0-9_]+)*)\s", sass):
+        kind, *modifiers = name.split(".")
+        if kind in COUNTED:
+            width = next((m for m in modifiers if m in ("64", "128")), "narrow")
+            counts[f"{kind}.{width}"] = counts.get(f"{kind}.{width}", 0) + 1
+    return counts
+
+
+def arithmetic(ptx: str) -> dict[str, int]:
+    """Count single-precision additions, products and fused multiply-adds; those on pairs count twice."""
+    counts = dict.fromkeys(("add", "mul", "fma"), 0)
+    for name, pair in re.findall(r"\b(add|sub|mul|fma)(?:\.rn)?\.f32(x2)?\s", ptx):
+        counts["add" if name == "sub" else name] += 2 if pair else 1
+    return counts
+
+
+def compile_triton(architecture: int) -> dict[str, Any]:
+    names = {tl.bfloat16: "bf16", tl.float16: "fp16", tl.float32: "fp32", tl.int8: "i8", tl.int16: "i16"}
+
+    def build(kernel: Any, signature: dict[str, str], constants: dict[str, Any], aligned: int) -> dict[str, int]:
+        source = ASTSource(
+            kernel,
+            signature | dict.fromkeys(constants, "constexpr"),
+            constants,
+            {(i,): [["tt.divisibility", 16]] for i in range(aligned)},
+        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=kernels.OPTIONS)
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            return describe(disassemble(cubin)) | arithmetic(compiled.asm["ptx"])
+
+    report: dict[str, Any] = {"accumulate_kernel": {}, "accumulate_list_kernel": {}}
+    for format_ in Format:
+        sum_dtype = kernels._TRITON_DTYPES[format_.sum_dtype]
+        residual_dtype = kernels._TRITON_DTYPES[format_.residual_dtype]
+        for start in Start if architecture == 90 else [Start.CONTINUE]:
+            constants = {
+                "FORMAT": int(format_),
+                "START": int(start),
+                "SCALE_IS_POINTER": False,
+                "BLOCK_SIZE": BLOCK_NUMEL,
+            }
+            for partials in (False, True):
+                key = f"{format_.name}-{start.name}{'-partials' if partials else ''}"
+                signature = {
+                    "grad_ptr": f"*{names[sum_dtype]}",
+                    "sum_ptr": f"*{names[sum_dtype]}",
+                    "residual_ptr": f"*{names[residual_dtype]}",
+                    "partials_ptr": "*fp32",
+                    "numel": "i64",
+                    "scale": "fp32",
+                }
+                report["accumulate_kernel"][key] = build(
+                    kernels.accumulate_kernel, signature, constants | {"PARTIALS": partials}, aligned=4
+                )
+            if start is Start.CONTINUE:
+                report["accumulate_list_kernel"][f"{format_.name}-{start.name}"] = build(
+                    kernels.accumulate_list_kernel,
+                    {"table_ptr": "*i64", "scale": "fp32"},
+                    constants
+                    | {"SUM_DTYPE": sum_dtype, "RESIDUAL_DTYPE": residual_dtype, "PARTIALS": False, "ALIGNED": True},
+                    aligned=1,
+                )
+    return report
+
+
+def compile_cuda(architecture: int) -> dict[str, Any]:
+    nvcc = shutil.which("nvcc")
+    assert nvcc is not None, "nvcc is not on PATH"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
+        for kind, output in (("-cubin", cubin), ("-ptx", ptx)):
+            command = [nvcc, "-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{architecture}", kind, "-o", output]
+            subprocess.run([*command, ROOT / "csrc" / "accumulate_cuda.cu"], check=True)
+        functions = re.split(r"^\s*Function : ", disassemble(cubin), flags=re.MULTILINE)[1:]
+        entries = re.split(r"^(?:\.visible )?\.entry ", ptx.read_text(), flags=re.MULTILINE)[1:]
+    report = {text.split("\n", 1)[0].strip(): describe(text) for text in functions}
+    for text in entries:
+        report[text.split("(", 1)[0].strip()].update(arithmetic(text))
+    return report
+
+
+if __name__ == "__main__":
+    print(json.dumps({"triton": compile_triton, "cuda": compile_cuda}[sys.argv[1]](int(sys.argv[2]))))
