@@ -1,0 +1,123 @@
+"""Where a benchmark's numbers come from, and the folder that they are kept in."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import accumkern
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Return what a reader needs to place and repeat a measurement: machine, versions, commit, date, command.
+
+    Neither the name of the machine in its network nor any path of it is in there.
+
+    Args:
+        device: the device that was measured.
+    """
+    commit, dirty = _commit()
+    return {
+        "machine": machine(device),
+        "driver": _driver() if device.type == "cuda" else None,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": _version_of("triton"),
+        "python": platform.python_version(),
+        "accumkern": accumkern.__version__,
+        "backends": [name for name, reason in accumkern.available_backends().items() if reason is None],
+        "cpu_threads": torch.get_num_threads(),
+        "commit": commit,
+        "uncommitted_changes": dirty,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    }
+
+
+def machine(device: torch.device) -> str:
+    """Return the name of the GPU, or of the CPU with its number of cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {_cpu_model()}, {os.cpu_count()} cores"
+
+
+def results_folder(device: torch.device) -> Path:
+    """Return ``benchmarks/results/<machine>/``, made if need be; ``nvidia-h100-80gb-hbm3`` is such a name."""
+    folder = ROOT / "benchmarks" / "results" / re.sub(r"[^a-z0-9]+", "-", machine(device).lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_results(device: torch.device, name: str, method: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Write ``<results folder>/<name>.json`` and print where it is.
+
+    Args:
+        device: the device that was measured.
+        name: the benchmark.
+        method: how it was measured.
+        results: one dictionary for each measurement.
+    """
+    path = results_folder(device) / f"{name}.json"
+    content = {"provenance": provenance(device), "method": method, "results": results}
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    print(f"wrote {path.relative_to(ROOT)}")
+
+
+def _cpu_model() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.MULTILINE)
+        if found:
+            return found.group(1).strip()
+    return platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    """Return the version of the NVIDIA driver, where nvidia-smi tells it."""
+    output = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return output.splitlines()[0].strip() if output else None
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """Return (git commit, whether files other than results have changed since).
+
+    ``ACCUMKERN_COMMIT`` goes first, for copies of the tree without its history; a ``-dirty`` at its end, as
+    ``git describe --always --dirty --abbrev=40`` writes it, tells of changes.
+    """
+    given = os.environ.get("ACCUMKERN_COMMIT")
+    if given:
+        return given.removesuffix("-dirty"), given.endswith("-dirty")
+    commit = _output_of("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    if not commit:
+        return None, None
+    changes = _output_of("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    return commit.strip(), None if changes is None else bool(changes.strip())
+
+
+def _output_of(*command: str) -> str | None:
+    """Return what a program prints, or None where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return finished.stdout if finished.returncode == 0 else None
