@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace accumkern {
@@ -50,6 +51,9 @@ void accumulate_cuda(Format format, Start start, const std::vector<FoldTensor>& 
                      uintptr_t stream);
 void finish_cuda(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar divisor, Scalar factor,
                  int device, uintptr_t stream);
+
+// Why the kernels cannot run on the current device (another architecture, an old driver), or an empty string.
+std::string cuda_problem();
 
 // Number of bit patterns in [first, last) that break a format's law when they are encoded and decoded again; `law` is
 // described where it is checked, in accumulate_cpu.cpp.

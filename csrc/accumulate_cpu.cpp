@@ -222,8 +222,11 @@ static float value_of(Scalar scalar) { return scalar.address != nullptr ? *scala
 
 // Runs a kernel over all blocks of a list: an even share for each thread, wherever tensors begin and end.
 static void run(RangeFunction kernel, const std::vector<FoldTensor>& tensors, float a, float b, int threads) {
-  int64_t total_blocks = 0;
-  for (const FoldTensor& tensor : tensors) total_blocks += blocks_of(tensor.numel);
+  int64_t total_blocks = 0, total_numel = 0;
+  for (const FoldTensor& tensor : tensors) {
+    total_blocks += blocks_of(tensor.numel);
+    total_numel += tensor.numel;
+  }
 
   const auto run_share = [&](int64_t first, int64_t last) {
     int64_t offset = 0;  // block at which the tensor at hand begins
@@ -237,8 +240,8 @@ static void run(RangeFunction kernel, const std::vector<FoldTensor>& tensors, fl
     }
   };
 
-  constexpr int64_t kBlocksWorthAThread = 8;
-  const int64_t workers = std::min<int64_t>(threads, total_blocks / kBlocksWorthAThread);
+  constexpr int64_t kNumelWorthAThread = 8 * kBlockNumel;
+  const int64_t workers = std::min<int64_t>(threads, total_numel / kNumelWorthAThread);
   if (workers <= 1) {
     run_share(0, total_blocks);
     return;
@@ -250,7 +253,9 @@ static void run(RangeFunction kernel, const std::vector<FoldTensor>& tensors, fl
 }
 
 void accumulate_cpu(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar scale, int threads) {
-  const bool measured = !tensors.empty() && tensors.front().partials != nullptr;
+  const bool measured = std::any_of(tensors.begin(), tensors.end(), [](const FoldTensor& tensor) {
+    return tensor.partials != nullptr;  // an empty tensor has none
+  });
   run(choose(format, start, measured ? Kernel::kMeasuredFold : Kernel::kFold), tensors, value_of(scale), 0.0f, threads);
 }
 

@@ -337,6 +337,13 @@ void accumulate_cuda(Format format, Start start, const std::vector<FoldTensor>& 
   launch_on(format, Fold{start, scale}, tensors, device, stream);
 }
 
+std::string cuda_problem() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, accumulate_kernel<Split24, 1>);
+  cudaGetLastError();
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
 void finish_cuda(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar divisor, Scalar factor,
                  int device, uintptr_t stream) {
   launch_on(format, Finish{start, divisor, factor}, tensors, device, stream);

@@ -107,6 +107,7 @@ PYBIND11_MODULE(_C, module) {
 
 #if defined(ACCUMKERN_CUDA_TARGETS)
   module.attr("cuda_targets") = ACCUMKERN_CUDA_TARGETS;
+  module.def("cuda_problem", &cuda_problem);
   module.def(
       "accumulate_cuda",
       [](int format, int start, const Addresses& grads, const Addresses& sums, const Addresses& residuals,

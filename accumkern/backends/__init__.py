@@ -34,7 +34,10 @@ FinishFunction: TypeAlias = Callable[
 
 
 def available_backends() -> dict[str, str | None]:
-    """Return, for each backend, None where it can run here, or the reason why it cannot."""
+    """Return, for each backend, None where it can run here, or the reason why it cannot.
+
+    Where there is a GPU and the extension has CUDA kernels, this initialises CUDA.
+    """
     return {name: _unavailable(name) for name in BACKENDS}
 
 
@@ -159,7 +162,18 @@ def _cuda_unavailable() -> str | None:
         return "this torch is built for ROCm; the triton backend runs there"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    return None
+    return _cuda_problem()
+
+
+@cache
+def _cuda_problem() -> str | None:
+    """Return why this GPU or its driver does not take the compiled kernels."""
+    from accumkern import _C  # type: ignore[attr-defined]
+
+    problem = _C.cuda_problem()
+    if not problem:
+        return None
+    return f"built for {_C.cuda_targets}, and the kernels do not load here: {problem}"
 
 
 @cache

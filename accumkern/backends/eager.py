@@ -1,7 +1,7 @@
 """The kernels in plain torch: slow, readable, and on every device that torch has.
 
-Bit-identical to the other backends when ``scale`` is a power of two; otherwise the product is rounded before it is
-added, which is within one unit in the last place of FP32.
+Bit-identical to the other backends where ``scale * grad`` is exact, as it is for powers of two short of overflow and
+subnormal FP32; otherwise the product is rounded before it is added, by half a unit in its last place of FP32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def fold(
     partials: list[Tensor] | None,
 ) -> None:
     """Fold each gradient into its sum; see :func:`accumkern.backends.fold_function` for the contract."""
-    for i, (grad, total) in enumerate(zip(grads, sums, strict=True)):
+    for i, (grad, total) in enumerate(zip(grads, _uncounted(sums), strict=True)):
+        if grad.numel() == 0:
+            continue
         residual = None if residuals is None else _shaped_like(total, residuals[i])
         g = grad.float()
         x = g * scale
@@ -51,7 +53,7 @@ def finish(
     factor: float | Tensor,
 ) -> None:
     """Divide, multiply and round each sum; see :func:`accumkern.backends.finish_function` for the contract."""
-    for i, total in enumerate(sums):
+    for i, total in enumerate(_uncounted(sums)):
         residual = None if residuals is None or start is Start.FROM_SUM else _shaped_like(total, residuals[i])
         x = decode(format_, total, residual)
         total.copy_(round_to(format_.sum_dtype, x / divisor * factor))
@@ -60,3 +62,8 @@ def finish(
 def _shaped_like(total: Tensor, residual: Tensor) -> Tensor:
     """Return a residual, which may be flat in the sum's memory order, in the sum's shape."""
     return residual.as_strided(total.shape, total.stride())
+
+
+def _uncounted(sums: list[Tensor]) -> list[Tensor]:
+    """Return aliases whose writes leave the tensors' version counters alone, as the other backends' writes do."""
+    return [total.data for total in sums]

@@ -7,7 +7,9 @@ and an autotuner would stall the first step to find what is known beforehand.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -187,7 +189,7 @@ def finish_block(
 # scalar is a float32, or a pointer to one.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def accumulate_kernel(
     grad_ptr,
     sum_ptr,
@@ -220,7 +222,7 @@ def accumulate_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def finish_kernel(
     sum_ptr,
     residual_ptr,  # unused for PLAIN32 and FROM_SUM
@@ -249,7 +251,7 @@ def finish_kernel(
 @triton.jit
 def load_row(table_ptr, SUM_DTYPE: tl.constexpr, RESIDUAL_DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Return the tensor of this program's row: pointers to grad, sum and residual."""
-    row_ptr = table_ptr + tl.program_id(1).to(tl.int64) * 5
+    row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * 5
     grad_ptr = tl.load(row_ptr).to(tl.pointer_type(SUM_DTYPE))
     sum_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(SUM_DTYPE))
     residual_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(RESIDUAL_DTYPE))
@@ -273,9 +275,9 @@ def accumulate_list_kernel(
     SCALE_IS_POINTER: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Fold a list of tensors: program (b, t) folds block b of tensor t, if it has one."""
-    block = tl.program_id(0).to(tl.int64)
-    row_ptr = table_ptr + tl.program_id(1).to(tl.int64) * 5
+    """Fold a list of tensors: program (t, b) folds block b of tensor t, if it has one."""
+    block = tl.program_id(1).to(tl.int64)
+    row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * 5
     begin = block * BLOCK_SIZE
     left = tl.load(row_ptr + 4) - begin
     if left > 0:
@@ -309,9 +311,9 @@ def finish_list_kernel(
     FACTOR_IS_POINTER: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Finish a list of tensors: program (b, t) finishes block b of tensor t, if it has one."""
-    begin = tl.program_id(0).to(tl.int64) * BLOCK_SIZE
-    left = tl.load(table_ptr + tl.program_id(1).to(tl.int64) * 5 + 4) - begin
+    """Finish a list of tensors: program (t, b) finishes block b of tensor t, if it has one."""
+    begin = tl.program_id(1).to(tl.int64) * BLOCK_SIZE
+    left = tl.load(table_ptr + tl.program_id(0).to(tl.int64) * 5 + 4) - begin
     if left > 0:
         _, sum_ptr, residual_ptr = load_row(table_ptr, SUM_DTYPE, RESIDUAL_DTYPE, ALIGNED)
         sum_ptr += begin
@@ -355,22 +357,26 @@ def fold(
         "BLOCK_SIZE": BLOCK_NUMEL,
         **OPTIONS,
     }
+
+    def launch(i: int, numel: int) -> None:
+        accumulate_kernel[(max(1, partial_rows(numel)),)](
+            grads[i],
+            sums[i],
+            grads[i] if residuals is None else residuals[i],
+            grads[i] if partials is None else partials[i],
+            numel,
+            scale,
+            **options,
+        )
+
     with _device_of(sums[0]):
         small, others = _split_by_size(sums)
         if small:
+            _load_for_capture("fold", options, lambda: launch(small[0], 0))
             table, grid, list_options = _table(format_, small, grads, sums, residuals, partials)
             accumulate_list_kernel[grid](table, scale, **list_options, **options)
         for i in others:
-            grad = grads[i]
-            accumulate_kernel[(partial_rows(grad.numel()),)](
-                grad,
-                sums[i],
-                grad if residuals is None else residuals[i],
-                grad if partials is None else partials[i],
-                grad.numel(),
-                scale,
-                **options,
-            )
+            launch(i, sums[i].numel())
 
 
 def finish(
@@ -391,16 +397,35 @@ def finish(
         "BLOCK_SIZE": BLOCK_NUMEL,
         **OPTIONS,
     }
+
+    def launch(i: int, numel: int) -> None:
+        finish_kernel[(max(1, partial_rows(numel)),)](
+            sums[i], sums[i] if residuals is None else residuals[i], numel, divisor, factor, **options
+        )
+
     with _device_of(sums[0]):
         small, others = _split_by_size(sums)
         if small:
+            _load_for_capture("finish", options, lambda: launch(small[0], 0))
             table, grid, list_options = _table(format_, small, None, sums, residuals, None)
             finish_list_kernel[grid](table, divisor, factor, **list_options, **options)
         for i in others:
-            total = sums[i]
-            finish_kernel[(partial_rows(total.numel()),)](
-                total, total if residuals is None else residuals[i], total.numel(), divisor, factor, **options
-            )
+            launch(i, sums[i].numel())
+
+
+_loaded: set[tuple[object, ...]] = set()
+
+
+def _load_for_capture(kernel: str, options: dict[str, Any], launch: Callable[[], None]) -> None:
+    """Launch a single kernel on no elements, once, before its list kernel runs.
+
+    While a CUDA graph is captured, lists are launched one by one, and a kernel may not be loaded then. It writes
+    nothing but partial sums of zero, which the list kernel writes again.
+    """
+    key = (kernel, torch.cuda.current_device() if torch.cuda.is_available() else None, *options.values())
+    if key not in _loaded:
+        _loaded.add(key)
+        launch()
 
 
 def _scalar(factor: float | Tensor) -> float | Tensor:
@@ -447,4 +472,4 @@ def _table(
         "RESIDUAL_DTYPE": _TRITON_DTYPES[format_.residual_dtype],
         "ALIGNED": all(address % 16 == 0 for column in columns[:3] for address in column),
     }
-    return table, (partial_rows(max(columns[4])), len(small)), options
+    return table, (len(small), partial_rows(max(columns[4]))), options
