@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
 from accumkern import backends, ops
-from accumkern.formats import BUFFERS, Start, decode
+from accumkern.finish import Finished, Gradient, check_divide_by, check_max_norm, total_norm, write
+from accumkern.formats import BUFFERS, PARTIALS, Start, decode, partial_rows
+from accumkern.lost_bits import LostBitsMeter, LostBitsReport
+from accumkern.noise_scale import NoiseScale, Share, Smoother, WindowSquares, estimate
 
-# Tensors of at most this many elements wait for the end of the backward pass and share one launch.
+# Tensors of at most this many elements wait for the end of the backward pass and share one launch, unless so many
+# elements wait already that their memory counts.
 _SMALL_NUMEL = 65536
+_MAX_WAITING_NUMEL = 2**22
 
 
 def attach(
@@ -31,6 +36,8 @@ def attach(
     buffer: str = "split24",
     *,
     average_over: float | None = None,
+    stats: bool = False,
+    report: bool = False,
     backend: str | None = None,
 ) -> GradAccumulator:
     """Accumulate the gradients of an optimizer's parameters in FP32 from now on.
@@ -45,7 +52,12 @@ def attach(
             ``"fp32"``, an FP32 buffer (6 bytes). float16 parameters take ``"fp32"`` only. float32 parameters need
             nothing beside ``.grad`` and gain no accuracy.
         average_over: multiply each micro-gradient by ``1 / average_over`` inside the kernel, instead of dividing the
-            loss; a positive number, usually of the micro-batches in a window. None adds them as they are.
+            loss; a positive number, usually of the micro-batches in a window. None adds them as they are. It is
+            where :attr:`GradAccumulator.scale` begins.
+        stats: take the squared norm of every micro-gradient inside the kernel, for
+            :meth:`GradAccumulator.noise_scale`.
+        report: accumulate a sample of each 16-bit gradient the way stock PyTorch does, for
+            :meth:`GradAccumulator.report`. Costs a few small operations per parameter and micro-batch.
         backend: ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"eager"``; None takes the first that can run on the device of
             each gradient.
 
@@ -61,7 +73,7 @@ def attach(
 
     After an error nothing is attached.
     """
-    return GradAccumulator(optimizer, buffer, average_over=average_over, backend=backend)
+    return GradAccumulator(optimizer, buffer, average_over=average_over, stats=stats, report=report, backend=backend)
 
 
 class GradAccumulator:
@@ -69,7 +81,6 @@ class GradAccumulator:
 
     Attributes:
         buffer: the ``buffer`` argument of :func:`attach`.
-        average_over: the ``average_over`` argument of :func:`attach`.
     """
 
     def __init__(
@@ -78,6 +89,8 @@ class GradAccumulator:
         buffer: str = "split24",
         *,
         average_over: float | None = None,
+        stats: bool = False,
+        report: bool = False,
         backend: str | None = None,
     ) -> None:
         if not isinstance(getattr(optimizer, "param_groups", None), list) or not hasattr(optimizer, "add_param_group"):
@@ -95,19 +108,24 @@ class GradAccumulator:
             raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(backends.BACKENDS)}")
 
         self.buffer = buffer
-        self.average_over = average_over
-        self._scale = None if average_over is None or average_over == 1 else 1.0 / average_over
+        self._scale: float | Tensor = 1.0 if average_over is None else 1.0 / average_over
+        self._scales = self._scale != 1.0
         self._backend = backend
         self._backend_of_device: dict[torch.device, str] = {}
         self._optimizer = optimizer
         self._parameters: dict[Tensor, _Parameter] = {}
-        self._handles: list[RemovableHandle] = []
         # Small gradients that wait for the end of the backward pass, .grad being the running sum until then:
         # (parameter, running, new, start, version of running, stream that made new).
-        self._waiting: list[tuple[_Parameter, Tensor, Tensor, Start, int, int]] = []
+        self._waiting: list[tuple[_Parameter, Tensor, Tensor, Start, int, int | None]] = []
+        self._waiting_numel = 0
         self._backward = -1  # autograd's number of the backward pass that is under way
         self._keeps_graph = False  # whether it was called with create_graph=True
         self._may_wait = False  # whether small gradients may wait for its end
+        self._finished = False  # finish() was called since the last backward pass
+        self._measures = stats  # whether folds leave partial sums; finish() turns it on too
+        self._squares = WindowSquares() if stats else None
+        self._smoothers: dict[int | None, Smoother] = {}
+        self._lost_bits = LostBitsMeter() if report else None
         self._attached = True
 
         self._hook(self._unhooked())
@@ -115,24 +133,172 @@ class GradAccumulator:
 
     # ---- public ------------------------------------------------------------------------------------------------
 
+    @property
+    def scale(self) -> float | Tensor:
+        """The factor of each micro-gradient, multiplied in the kernel: a number, or a floating 0-dim tensor.
+
+        Set it before the backward pass of a micro-batch: to weigh that one, to ``1 / tokens`` when the window's tokens
+        are known beforehand, or to ``1 / n`` for a short last window of n. A tensor is read on the device when the
+        gradients are folded. It begins as ``1 / average_over``, or 1.
+        """
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float | Tensor) -> None:
+        ops.check_scale("scale", scale)
+        if isinstance(scale, Tensor):
+            devices = {parameter.device for parameter in self._parameters.values()}
+            if scale.device not in devices:
+                on = ", ".join(sorted(map(str, devices)))
+                raise ValueError(f"scale is on {scale.device} and the parameters on {on}; move it there")
+        self._settle()
+        self._scale = scale
+        self._scales = isinstance(scale, Tensor) or scale != 1
+
+    def finish(
+        self,
+        divide_by: float | Tensor = 1.0,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+    ) -> Finished:
+        """Divide, clip and round all gradients in one pass; optional, once per window before ``optimizer.step()``.
+
+        For every element, with ``x`` the accumulated FP32 value::
+
+            norm  = ||x / divide_by||                           # of all gradients together
+            grad  = round((x / divide_by) * min(1, max_norm / (norm + 1e-6)))
+
+        The 2-norm comes from sums that the folds leave behind (from the second window on; other gradients and other
+        norms cost a pass). Nothing waits for the device, so it can be captured in a CUDA graph.
+
+        Args:
+            divide_by: a positive number, or a 0-dim tensor on the device of the gradients, such as the tokens of the
+                window. A tensor on a GPU is not looked at: zero or NaN there comes out as ``found_nonfinite``.
+            max_norm: clip the total norm to this; None does not clip.
+            norm_type: 2 or any other positive number, or infinity, as in ``clip_grad_norm_``.
+            error_if_nonfinite: raise where the norm is infinite or NaN. Waits for the device.
+
+        Returns:
+            ``Finished(norm, clip_coefficient, found_nonfinite)``, 0-dim tensors on the device.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong kind or range, or on another device.
+            RuntimeError: there are no gradients, ``finish`` was called already since the last backward pass, or the
+                norm is not finite and ``error_if_nonfinite`` is set. ``.grad`` is untouched then.
+        """
+        self._settle()
+        params = [param for param in self._parameters if param.grad is not None]
+        if not params:
+            raise RuntimeError("there is nothing to finish: no parameter has a gradient; call it after backward()")
+        if self._finished:
+            raise RuntimeError("finish() was called already since the last backward pass; call it once per window")
+        gradients = [self._parameters[param].gradient(self.buffer) for param in params]
+        check_divide_by(divide_by, gradients)
+        check_max_norm(max_norm, norm_type)
+
+        norm = total_norm(gradients, float(norm_type))
+        divisor: float | Tensor = divide_by
+        if isinstance(divide_by, Tensor):
+            divisor = divide_by.detach().to(norm.device, torch.float32, non_blocking=True)
+        norm = norm / divisor
+        nonfinite = ~norm.isfinite()
+        if error_if_nonfinite and bool(nonfinite):
+            raise RuntimeError(
+                f"the total norm of order {norm_type} of the gradients is {norm.item()}; they are left as they were"
+            )
+        coefficient = torch.ones_like(norm) if max_norm is None else torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        if max_norm is not None or isinstance(divisor, Tensor) or divisor != 1:
+            write(gradients, divisor, 1.0 if max_norm is None else coefficient, self._backend_on)
+        if self._squares is not None:
+            self._squares.reduce()
+        self._finished = True
+        self._measures = True
+        return Finished(norm, coefficient, nonfinite)
+
+    def noise_scale(
+        self,
+        tokens: Sequence[float] | Tensor | None = None,
+        *,
+        group: int | None = None,
+        smoothing: float = 0.9,
+    ) -> NoiseScale:
+        """Return the gradient noise scale, a guide to the useful batch size; needs ``attach(..., stats=True)``.
+
+        Call it once per window, after its last backward pass and before ``zero_grad()``. The estimator is unbiased for
+        micro-batches of unequal size; see :mod:`accumkern.noise_scale` for the formula and docs/noise-scale.md for its
+        limits. It waits for the device.
+
+        Args:
+            tokens: what each micro-batch of the window counts, where the losses are sums over so many tokens. None
+                takes all as equal, and gives the noise scale in micro-batches instead of tokens.
+            group: index of a parameter group of the optimizer, to estimate from it alone.
+            smoothing: weight of the past in the average over windows, 0 to 1 (excluded).
+
+        Raises:
+            RuntimeError: ``stats`` is off, the window has fewer than two micro-batches, ``.grad`` was changed in the
+                middle of it, or it is over.
+            ValueError: ``tokens`` does not hold one positive number per micro-batch, or ``group`` or ``smoothing`` is
+                out of range.
+        """
+        if self._squares is None:
+            raise RuntimeError("noise_scale() needs the squared norms that attach(..., stats=True) takes")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing is {smoothing}; it must be at least 0 and less than 1")
+        groups = len(self._optimizer.param_groups)
+        if group is not None and not 0 <= group < groups:
+            raise ValueError(f"group is {group}; the optimizer has {groups} parameter groups, from 0")
+        self._settle()
+        shares = [parameter.share for parameter in self._parameters.values()]
+        squares, square_of_sum = self._squares.totals(shares, group)
+        counts = [1.0] * len(squares) if tokens is None else [float(count) for count in tokens]
+        if len(counts) != len(squares) or not all(math.isfinite(count) and count > 0 for count in counts):
+            raise ValueError(
+                f"tokens is {counts}; it must hold one positive number for each of the window's {len(squares)} "
+                "micro-batches"
+            )
+        window = estimate(squares, square_of_sum, counts)
+        smoother = self._smoothers.setdefault(group, Smoother())
+        smoothed = smoother.add(window, smoothing)
+        self._squares.close()
+        return NoiseScale(smoothed.noise_scale, smoothed, window, len(squares), smoother.windows)
+
+    def report(self) -> LostBitsReport:
+        """Return how much stock accumulation would have lost in the last window; needs ``attach(..., report=True)``.
+
+        ``print(acc.report())`` shows it as plain text, ``rich.print`` as a table; its rows are plain data.
+
+        Raises:
+            RuntimeError: ``report`` is off, or no 16-bit gradient has been accumulated yet.
+        """
+        if self._lost_bits is None:
+            raise RuntimeError("report() needs the samples that attach(..., report=True) takes")
+        self._settle()
+        return self._lost_bits.report(self._optimizer, self.gradient)
+
     def gradient(self, param: Tensor) -> Tensor | None:
         """Return the accumulated gradient of ``param`` as a new FP32 tensor of its shape; None where ``.grad`` is None.
+
+        A complex gradient, which torch adds by itself, is returned as it is.
 
         Raises:
             ValueError: ``param`` is not a parameter of the attached optimizer.
         """
-        self._fold_waiting()
+        self._settle()
         parameter = self._parameters.get(param) if isinstance(param, Tensor) else None
         if parameter is None:
             raise ValueError("param is not a parameter of the attached optimizer")
         grad = param.grad
         if grad is None:
             return None
-        residual = parameter.valid_residual(grad)
+        residual = parameter.valid_residual(grad, self.buffer)
+        grad = grad.detach()
+        if grad.is_complex():
+            return grad.clone()
         if residual is None:
-            return grad.detach().to(torch.float32, copy=True)
+            return grad.to(torch.float32, copy=True).resolve_neg()
         residual = residual.as_strided(grad.shape, _memory_strides(grad))
-        return decode(BUFFERS[self.buffer][grad.dtype], grad.detach(), residual)
+        return decode(BUFFERS[self.buffer][grad.dtype], grad.resolve_neg(), residual)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint in the middle of a window needs: sums and residuals, bit for bit.
@@ -141,14 +307,14 @@ class GradAccumulator:
         the live ones: save or copy them before training goes on. The dictionary holds only strings, numbers, lists and
         tensors, so ``torch.load(weights_only=True)`` takes it.
         """
-        self._fold_waiting()
+        self._settle()
         sums: list[Tensor | None] = []
         residuals: list[Tensor | None] = []
         for param in _parameters_of(self._optimizer):
             parameter = self._parameters.get(param)
             grad = None if parameter is None else param.grad
             sums.append(None if grad is None else grad.detach())
-            residuals.append(None if grad is None or parameter is None else parameter.valid_residual(grad))
+            residuals.append(None if grad is None or parameter is None else parameter.valid_residual(grad, self.buffer))
         return {"buffer": self.buffer, "sums": sums, "residuals": residuals}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -162,7 +328,7 @@ class GradAccumulator:
         """
         parameters = _parameters_of(self._optimizer)
         entries = _checked_state(state_dict, self.buffer, parameters)
-        self._waiting.clear()
+        self._settle()
         for param, (total, residual) in zip(parameters, entries, strict=True):
             parameter = self._parameters.get(param)
             if parameter is None:
@@ -180,10 +346,9 @@ class GradAccumulator:
 
     def detach(self) -> None:
         """Remove every hook: stock behaviour from now on. ``.grad`` stays as it is; calling it again does nothing."""
-        self._fold_waiting()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._settle()
+        for parameter in self._parameters.values():
+            parameter.unhook()
         self._parameters.clear()
         self._attached = False
         if vars(self._optimizer).get("add_param_group") is self._add_param_group:
@@ -197,7 +362,7 @@ class GradAccumulator:
 
     def __repr__(self) -> str:
         state = f"{len(self._parameters)} parameters" if self._attached else "detached"
-        return f"GradAccumulator(buffer={self.buffer!r}, average_over={self.average_over!r}, {state})"
+        return f"GradAccumulator(buffer={self.buffer!r}, scale={self._scale!r}, {state})"
 
     # ---- hooks -------------------------------------------------------------------------------------------------
 
@@ -205,7 +370,9 @@ class GradAccumulator:
         """Return the parameters that have no hooks yet, after checking that each can have them."""
         found = []
         for i, param in enumerate(_parameters_of(self._optimizer)):
-            if param in self._parameters or not (param.is_floating_point() or param.is_complex()):
+            if param in self._parameters or param.is_inference():
+                continue
+            if not (param.is_floating_point() or param.is_complex()):
                 continue
             name = f"parameter {i} of optimizer (shape {tuple(param.shape)})"
             if _is_attached(param):
@@ -219,38 +386,36 @@ class GradAccumulator:
                     f"{name} is torch.float16, which buffer={self.buffer!r} cannot hold (it is made of bfloat16); "
                     "use buffer='fp32'"
                 )
-            if self._backend is not None:
-                self._backend_on(param.device)
+            self._backend_on(param.device)
             found.append(param)
         return found
 
     def _hook(self, params: list[Tensor]) -> None:
+        group_of = {p: i for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
         for param in params:
             # A frozen parameter has no node to hook. The node made here stays its node when it is unfrozen.
             frozen = not param.requires_grad
             if frozen:
                 param.requires_grad_(True)
-            node = get_gradient_edge(param).node
-            parameter = self._parameters[param] = _Parameter(param, self, node)
-            set_aside, fold = _hooks(weakref.ref(parameter))
-            self._handles += [node.register_prehook(set_aside), param.register_post_accumulate_grad_hook(fold)]
+            self._parameters[param] = _Parameter(param, self, group_of[param])
             if frozen:
                 param.requires_grad_(False)
 
-    def _hook_again(self, parameter: _Parameter, param: Tensor, grad: Tensor) -> None:
-        """Hook the new node of a parameter that was moved or cast after attach: its first hook was not called.
+    def _hook_again(self, parameter: _Parameter, grad: Tensor) -> None:
+        """Hook the new nodes of parameters that were moved or cast after attach: the first hook was not called.
 
         Raises:
-            RuntimeError: torch added this gradient to others, which have been multiplied by ``1 / average_over``.
+            RuntimeError: torch added this gradient to others, which have been multiplied by ``scale`` already.
         """
-        node = get_gradient_edge(param).node
-        set_aside, _ = _hooks(weakref.ref(parameter))
-        self._handles.append(node.register_prehook(set_aside))
-        parameter.settle(node)
-        if self._scale is not None and grad._version > 0:
+        was_added = parameter.last() is grad
+        for other in self._parameters.values():
+            if other.param.requires_grad:
+                other.hook_node()
+        if was_added and self._scales:
             raise RuntimeError(
-                f"a parameter of shape {tuple(param.shape)} was moved or cast in the middle of a window, and its "
-                "gradients with average_over can no longer be told apart; call zero_grad() and begin the window again"
+                f"a parameter of shape {tuple(grad.shape)} was moved or cast in the middle of a window, and its "
+                "gradients with average_over or scale can no longer be told apart; call zero_grad() and begin the "
+                "window again"
             )
 
     def _watch_param_groups(self) -> None:
@@ -288,7 +453,7 @@ class GradAccumulator:
         backward = torch._C._current_graph_task_id()
         if running is _NOT_CALLED:
             self._begin_backward(backward)
-            self._hook_again(parameter, param, new)
+            self._hook_again(parameter, new)
             running = None
         elif backward != self._backward or parameter.waits:
             param.grad = running  # as it was before this gradient came
@@ -296,13 +461,20 @@ class GradAccumulator:
             running = param.grad
             param.grad = new
 
+        if self._squares is not None:
+            self._squares.arrive(parameter.share, is_first=running is None)
+        if self._lost_bits is not None:
+            self._lost_bits.add(param, new, self._scale, running, parameter.owns(running))
         if running is None:  # the first micro-batch of a window
             parameter.forget()
-            if self._scale is None:
+            parameter.last = weakref.ref(new)
+            if not self._scales:
+                if self._squares is not None:
+                    self._squares.keep(parameter.share, new)
                 return
             running, start, plain = new, Start.FROM_ZERO, True
         elif running is parameter.written() and running._version == parameter.version:  # ours, and untouched
-            start, plain = Start.CONTINUE, parameter.is_plain
+            start, plain = Start.CONTINUE, parameter.is_plain and running.is_contiguous()
         else:
             start, plain = Start.FROM_SUM, _is_plain(running, parameter.dtype)
         if (
@@ -317,9 +489,12 @@ class GradAccumulator:
 
         param.grad = running
         if self._may_wait and parameter.is_small and len(param._post_accumulate_grad_hooks) == 1:
-            stream = torch._C._cuda_getCurrentRawStream(new.device.index) if new.is_cuda else 0
+            stream = torch._C._cuda_getCurrentRawStream(new.device.index) if new.is_cuda else None
             parameter.waits = True
             self._waiting.append((parameter, running, new, start, running._version, stream))
+            self._waiting_numel += parameter.numel
+            if self._waiting_numel > _MAX_WAITING_NUMEL:
+                self._fold_waiting()
         else:
             self._fold([parameter], [new], [running], start)
 
@@ -335,28 +510,28 @@ class GradAccumulator:
             self._add_as_torch_does(parameter, param, running, new)
             return
         if start is Start.FROM_ZERO:
-            if not ops.is_dense(new) or new.is_neg():
-                new = new.resolve_neg().contiguous()
+            new = new.resolve_neg()
+            if not ops.is_dense(new):
+                new = new.contiguous()
             param.grad = new
             self._fold([parameter], [new], [new], start)
             return
-        strides = _memory_strides(running)
-        if new.stride() != strides or new.is_neg():
-            new = torch.empty_strided(new.shape, strides, dtype=new.dtype, device=new.device).copy_(new)
+        # A running gradient that is somebody's, lazily negated or with holes in its memory, is folded in a copy.
+        total = running if ops.is_dense(running) else running.contiguous()
+        total = total.resolve_neg()
+        if new.stride() != total.stride() or new.is_neg():
+            new = torch.empty_strided(new.shape, total.stride(), dtype=new.dtype, device=new.device).copy_(new)
         param.grad = running
-        if running.stride() == strides and not running.is_neg():
-            self._fold([parameter], [new], [running], start)
-        else:  # somebody's .grad with holes in its memory
-            dense = running.resolve_neg().contiguous()
-            self._fold([parameter], [new], [dense], start)
-            running.copy_(dense)
+        self._fold([parameter], [new], [total], start)
+        if total is not running:
+            running.data.copy_(total)  # gradients that are views of one tensor share a version counter: leave it alone
             parameter.remember(running)
 
     def _add_as_torch_does(self, parameter: _Parameter, param: Tensor, running: Tensor, new: Tensor) -> None:
         """Do what AccumulateGrad does: for sparse, complex and float64 gradients, and for create_graph."""
         parameter.forget()
         first = running is new
-        if self._scale is not None:
+        if self._scales:
             new = new * self._scale
         if first:
             param.grad = new
@@ -371,14 +546,26 @@ class GradAccumulator:
         """Fold what waits. Then, if another backward pass has begun (a nested one too, or its end), prepare for it."""
         same = backward == self._backward
         self._fold_waiting(of_this_backward=same)
+        if self._squares is not None:
+            self._squares.reduce()
         if same:
             return
         self._backward = backward
+        self._finished = False
         self._keeps_graph = torch.is_grad_enabled()  # create_graph=True
         # DistributedDataParallel sends .grad on right after the hook.
         self._may_wait = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        if self._may_wait:
-            torch.autograd.Variable._execution_engine.queue_callback(self._fold_waiting)
+        if self._may_wait or self._squares is not None:
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        self._fold_waiting()
+        if self._squares is not None:
+            self._squares.reduce()
+
+    def _settle(self) -> None:
+        """Fold what waits: inside its backward pass as it is, after one that failed with care."""
+        self._fold_waiting(of_this_backward=torch._C._current_graph_task_id() == self._backward)
 
     def _fold_waiting(self, of_this_backward: bool = True) -> None:
         """Fold the small gradients that wait, in one launch for each device and start.
@@ -390,6 +577,7 @@ class GradAccumulator:
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []
+        self._waiting_numel = 0
         groups: dict[
             tuple[torch.device, torch.dtype | None, Start], tuple[list[_Parameter], list[Tensor], list[Tensor]]
         ] = {}
@@ -403,8 +591,10 @@ class GradAccumulator:
                 if not _is_plain(grad, parameter.dtype):
                     self._accumulate_any(parameter, parameter.param, grad, new, start)
                     continue
-            if stream and stream != torch._C._cuda_getCurrentRawStream(parameter.device.index):
-                new.record_stream(torch.cuda.current_stream(parameter.device))
+            if stream is not None and stream != torch._C._cuda_getCurrentRawStream(new.device.index):
+                current = torch.cuda.current_stream(new.device)
+                current.wait_stream(torch.cuda.ExternalStream(stream, new.device))
+                new.record_stream(current)
             key = (parameter.device, parameter.dtype, start)
             if key not in groups:
                 groups[key] = ([], [], [])
@@ -416,7 +606,11 @@ class GradAccumulator:
             self._fold(parameters, grads, sums, start)
 
     def _fold(self, parameters: list[_Parameter], grads: list[Tensor], sums: list[Tensor], start: Start) -> None:
-        """Fold gradients of one device and dtype into their sums, which are laid out alike."""
+        """Fold gradients of one device and dtype into their sums, which are laid out alike.
+
+        From zero, the sums are the gradients themselves. They may share memory with tensors of somebody else, so what
+        is written goes into memory of its own.
+        """
         format_ = BUFFERS[self.buffer].get(grads[0].dtype)
         if format_ is None:
             raise TypeError(f".grad is {grads[0].dtype}, which buffer={self.buffer!r} cannot hold; use buffer='fp32'")
@@ -427,12 +621,28 @@ class GradAccumulator:
                 residuals = [parameter.residual for parameter in parameters]
             else:
                 residuals = [parameter.residual_of_dtype(dtype) for parameter in parameters]
-        scale = 1.0 if self._scale is None else self._scale
-        backend = self._backend_on(parameters[0].device)
-        backends.fold_function(backend)(format_, start, grads, sums, residuals, scale, None)
+        if start is Start.FROM_ZERO:
+            sums = [torch.empty_like(grad) for grad in grads]
+        device = parameters[0].device
+        scale = self._scale.to(device) if isinstance(self._scale, Tensor) else self._scale
+        partials = (
+            [parameter.partials_of(total) for parameter, total in zip(parameters, sums, strict=True)]
+            if self._measures
+            else None
+        )
+        if self._squares is not None and partials is not None:
+            for parameter, total, rows in zip(parameters, sums, partials, strict=True):
+                self._squares.fold(parameter.share, total, start, rows, scale)
+        backends.fold_function(self._backend_on(device))(format_, start, grads, sums, residuals, scale, partials)
+        if start is Start.FROM_ZERO:
+            for parameter, total in zip(parameters, sums, strict=True):
+                parameter.param.grad = total
         if start is not Start.CONTINUE:
             for parameter, total in zip(parameters, sums, strict=True):
                 parameter.remember(total)
+        if partials is None:
+            for parameter in parameters:
+                parameter.is_measured = False
 
     def _backend_on(self, device: torch.device) -> str:
         chosen = self._backend_of_device.get(device)
@@ -452,34 +662,69 @@ class _Parameter:
     __slots__ = (
         "__weakref__",
         "accumulator",
+        "after",
+        "before",
         "device",
         "dtype",
+        "handle",
+        "is_measured",
         "is_plain",
         "is_small",
+        "last",
         "node",
+        "node_handle",
+        "numel",
         "param",
+        "partials",
         "residual",
         "set_aside",
+        "share",
         "version",
         "waits",
         "written",
     )
 
-    def __init__(self, param: Tensor, accumulator: GradAccumulator, node: Node) -> None:
+    def __init__(self, param: Tensor, accumulator: GradAccumulator, group: int) -> None:
         self.param = param
+        self.share = Share(param, group)
         self.accumulator = accumulator
-        self.is_small = param.numel() <= _SMALL_NUMEL
+        self.numel = param.numel()
+        self.is_small = self.numel <= _SMALL_NUMEL
         self.set_aside: Any = _NOT_CALLED  # a tensor, or None where there was no gradient
         self.waits = False
-        self.settle(node)
+        self.last: Callable[[], Any] = _nothing  # .grad as the last window or fold left it
+        self.before, self.after = _hooks(weakref.ref(self))
+        self.node: Node | None = None
+        self.node_handle: RemovableHandle | None = None
+        self.hook_node()
+        hooks = _drop_dead_hooks(param)
+        self.handle = param.register_post_accumulate_grad_hook(self.after)
+        # Ours goes first, so that the others see the sum. torch reads the dict in the order of insertion.
+        for key, hook in hooks:
+            del param._post_accumulate_grad_hooks[key]
+            param._post_accumulate_grad_hooks[key] = hook
 
-    def settle(self, node: Node) -> None:
-        """Take over the parameter's device and dtype, and the node that accumulates its gradient."""
+    def hook_node(self) -> None:
+        """Hook the node that accumulates the gradient, if it is another one than before, and take over its device."""
+        node = get_gradient_edge(self.param).node
+        if node is self.node:
+            return
+        if self.node_handle is not None:
+            self.node_handle.remove()
         self.node = node  # a hook on a node lives as long as somebody refers to the node
+        self.node_handle = node.register_prehook(self.before)
         self.device = self.param.device
         self.dtype = self.param.dtype if self.param.dtype in _FOLDED_DTYPES else None
         self.residual: Any = None  # a tensor, once there is one: flat, in the memory order of .grad
+        self.partials: Tensor | None = None
+        self.is_measured = False  # whether the last fold left partial sums
         self.forget()
+
+    def unhook(self) -> None:
+        """Remove both hooks."""
+        if self.node_handle is not None:
+            self.node_handle.remove()
+        self.handle.remove()
 
     def forget(self) -> None:
         """Note that the residual belongs to no gradient."""
@@ -489,13 +734,39 @@ class _Parameter:
 
     def remember(self, grad: Tensor) -> None:
         """Note that the residual belongs to ``grad`` as it is now."""
-        self.written = weakref.ref(grad)
+        self.written = self.last = weakref.ref(grad)
         self.version = grad._version
-        self.is_plain = grad.is_contiguous() and grad.dtype is self.dtype
+        self.is_plain = _is_plain(grad, self.dtype)
 
-    def valid_residual(self, grad: Tensor) -> Tensor | None:
+    def owns(self, grad: Tensor | None) -> bool:
+        """Return whether ``grad`` is what was written last, unchanged since: the residual belongs to it."""
+        return grad is not None and self.written() is grad and grad._version == self.version
+
+    def valid_residual(self, grad: Tensor, buffer: str) -> Tensor | None:
         """Return the residual that belongs to ``grad``, if there is one."""
-        return self.residual if self.written() is grad and grad._version == self.version else None
+        format_ = BUFFERS[buffer].get(grad.dtype)
+        if format_ is None or self.residual is None or not self.owns(grad):
+            return None
+        return self.residual if self.residual.dtype is format_.residual_dtype else None  # .grad.data may be anything
+
+    def gradient(self, buffer: str) -> Gradient:
+        """Return ``.grad`` and what belongs to it."""
+        grad = self.param.grad
+        assert grad is not None
+        format_ = BUFFERS[buffer].get(grad.dtype)
+        if format_ is None or grad.layout is not torch.strided or grad.is_neg() or not ops.is_dense(grad):
+            return Gradient(grad, None, None, None)
+        owned = self.owns(grad)
+        return Gradient(
+            grad, format_, self.valid_residual(grad, buffer), self.partials if owned and self.is_measured else None
+        )
+
+    def partials_of(self, grad: Tensor) -> Tensor:
+        """Return the rows for partial sums, made when they are needed first and kept."""
+        if self.partials is None:
+            self.partials = torch.empty(partial_rows(grad.numel()), PARTIALS, device=self.device)
+        self.is_measured = True
+        return self.partials
 
     def residual_of_dtype(self, dtype: torch.dtype) -> Tensor:
         """Return the residual, made when it is needed first and kept: its address is stable."""
@@ -541,6 +812,16 @@ def _hooks(reference: weakref.ref[_Parameter]) -> tuple[Any, Any]:
     return set_aside, fold
 
 
+def _drop_dead_hooks(param: Tensor) -> list[tuple[int, Any]]:
+    """Remove what an accumulator that is gone has left on a parameter; return the other hooks."""
+    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
+    for key, hook in list(hooks.items()):
+        reference = getattr(hook, "accumkern_parameter", None)
+        if reference is not None and reference() is None:
+            del hooks[key]
+    return list(hooks.items())
+
+
 def _is_attached(param: Tensor) -> bool:
     hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
     references = (getattr(hook, "accumkern_parameter", None) for hook in hooks.values())
@@ -568,6 +849,12 @@ def _checked_state(
     if state_dict["buffer"] != buffer:
         raise ValueError(f"state_dict was saved with buffer={state_dict['buffer']!r}; this accumulator has {buffer!r}")
     sums, residuals = state_dict["sums"], state_dict["residuals"]
+    for key, tensors in (("sums", sums), ("residuals", residuals)):
+        if not isinstance(tensors, list):
+            raise TypeError(f"{key} of state_dict is a {type(tensors).__name__}; it must be a list")
+        for i, tensor in enumerate(tensors):
+            if tensor is not None and not isinstance(tensor, Tensor):
+                raise TypeError(f"{key}[{i}] of state_dict is a {type(tensor).__name__}; it must be a tensor or None")
     if len(sums) != len(parameters) or len(residuals) != len(parameters):
         raise ValueError(f"state_dict is of {len(sums)} parameters; the optimizer has {len(parameters)}")
     for i, (param, total, residual) in enumerate(zip(parameters, sums, residuals, strict=True)):
@@ -579,7 +866,7 @@ def _checked_state(
             raise ValueError(
                 f"sums[{i}] of state_dict has shape {tuple(total.shape)}; parameter {i} has {tuple(param.shape)}"
             )
-        if total.dtype != param.dtype and total.dtype != getattr(param, "grad_dtype", param.dtype):
+        if getattr(param, "grad_dtype", param.dtype) not in (None, total.dtype):
             raise TypeError(f"sums[{i}] of state_dict is {total.dtype}; parameter {i} is {param.dtype}")
         if residual is not None:
             format_ = BUFFERS[buffer].get(total.dtype)

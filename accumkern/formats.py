@@ -71,14 +71,16 @@ BUFFERS: dict[str, dict[torch.dtype, Format]] = {
     },
 }
 
-#: Elements per pair of partial sums; shared with csrc/accumulate.h.
+#: Elements per row of partial sums, and sums per row: of ``grad**2``, of the new value squared, and of the old value
+#: squared where a fold starts from the sum (else zero). Shared with csrc/accumulate.h.
 BLOCK_NUMEL = 4096
+PARTIALS = 3
 
 _NAN = 0x7FC00000
 
 
 def partial_rows(numel: int) -> int:
-    """Return how many pairs of partial sums a tensor of ``numel`` elements leaves."""
+    """Return how many rows of partial sums a tensor of ``numel`` elements leaves."""
     return -(-numel // BLOCK_NUMEL)
 
 
@@ -122,10 +124,12 @@ def encode(format_: Format, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def round_to(dtype: torch.dtype, x: Tensor) -> Tensor:
-    """Return FP32 ``x`` rounded to nearest even in a 16-bit dtype; NaN becomes 0x7FC0 or 0x7E00.
+    """Return FP32 ``x`` rounded to nearest even; NaN becomes 0x7FC0, 0x7E00, or 0x7FC00000 in FP32 itself.
 
     torch's own cast rounds alike, but its NaN depends on the processor.
     """
+    if dtype is torch.float32:
+        return _canonical(x)
     nan = 0x7FC0 if dtype is torch.bfloat16 else 0x7E00
     return torch.where(x.isnan(), nan, x.to(dtype).view(torch.int16)).to(torch.int16).view(dtype)
 

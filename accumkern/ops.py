@@ -192,7 +192,7 @@ def _check_memory(grads: list[Tensor], sums: list[Tensor], residuals: list[Tenso
         if furthest is None or furthest[0] != device or furthest[1] < end:
             reached[written] = (device, end, name, i)
 
-    if any(device.type == "cpu" for device in devices) and backends.available_backends()["cpu"] is None:
+    if any(device.type == "cpu" for device in devices) and backends._unavailable("cpu") is None:
         from accumkern import _C  # type: ignore[attr-defined]
 
         for device, begin, end, written, name, i in ranges:

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace accumkern {
@@ -20,26 +21,39 @@ enum class Start : int {
 // Elements per block: a block leaves one pair of partial sums, so the pairs do not depend on threads or backend.
 constexpr int64_t kBlockNumel = 4096;
 
+// Sums per block that a fold can leave behind: grad^2, the new value^2, and the old value^2 where it starts from the
+// sum (zero otherwise), which is the first micro-gradient when the second is folded.
+constexpr int kPartials = 3;
+
 struct FoldTensor {
-  const void* grad;
+  const void* grad;  // nullptr to finish
   void* sum;
   void* residual;   // nullptr when the format has none
-  float* partials;  // (blocks, 2): sum of grad^2, sum of new sum^2 per block; nullptr to leave them out
+  float* partials;  // (blocks, kPartials); nullptr to leave them out
   int64_t numel;
 };
 
-// The scale of a fold: a value, or an address on the device of the tensors.
-struct Scale {
+// A factor: a value, or an address on the device of the tensors.
+struct Scalar {
   float value;
   const float* address;
 };
 
-void accumulate_cpu(Format format, Start start, const std::vector<FoldTensor>& tensors, Scale scale, int threads);
+// x = fma(scale, grad, decode(sum, residual)); (sum, residual) = encode(x)
+void accumulate_cpu(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar scale, int threads);
+// sum = round((decode(sum, residual) / divisor) * factor), from kContinue or kFromSum; residuals are left alone
+void finish_cpu(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar divisor, Scalar factor,
+                int threads);
 const char* cpu_instruction_set();
 
-// Launches on `stream` of `device` without waiting; throws std::runtime_error with CUDA's message.
-void accumulate_cuda(Format format, Start start, const std::vector<FoldTensor>& tensors, Scale scale, int device,
+// The same, launched on `stream` of `device` without waiting; they throw std::runtime_error with CUDA's message.
+void accumulate_cuda(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar scale, int device,
                      uintptr_t stream);
+void finish_cuda(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar divisor, Scalar factor,
+                 int device, uintptr_t stream);
+
+// Why the kernels cannot run on the current device (another architecture, an old driver), or an empty string.
+std::string cuda_problem();
 
 // Number of bit patterns in [first, last) that break a format's law when they are encoded and decoded again; `law` is
 // described where it is checked, in accumulate_cpu.cpp.

@@ -9,24 +9,32 @@
 namespace accumkern {
 namespace {
 
-// ---- kernel --------------------------------------------------------------------------------------------------
+// ---- kernels -------------------------------------------------------------------------------------------------
 
 constexpr int64_t kChunk = 512;  // elements whose floats stay in L1 for the partial sums
 
+struct Range {
+  const FoldTensor& tensor;
+  int64_t begin, end;  // elements; begin is a multiple of kBlockNumel
+};
+
 // x = fma(scale, grad, decode(sum, residual)); (sum, residual) = encode(x), for `numel` elements.
-template <class F, Start kStart, bool kPartials>
+template <class F, Start kStart, bool kMeasured>
 ACCUMKERN_INLINE void fold_elements(const typename F::Sum* grad, typename F::Sum* sum, typename F::Residual* residual,
-                                    float scale, int64_t numel, float* grads_out, float* sums_out) {
+                                    float scale, int64_t numel, float* grads, float* values, float* old_values) {
 #pragma GCC ivdep  // sum may be grad itself, element for element
   for (int64_t i = 0; i < numel; ++i) {
     const float g = F::widen(grad[i]);
-    float x;
+    float old_value = 0.0f, x;
     if constexpr (kStart == Start::kFromZero) {
       x = scale * g;
-    } else if constexpr (kStart == Start::kFromSum || !F::kHasResidual) {
-      x = __builtin_fmaf(scale, g, F::widen(sum[i]));
     } else {
-      x = __builtin_fmaf(scale, g, F::decode(sum[i], residual[i]));
+      if constexpr (kStart == Start::kFromSum || !F::kHasResidual) {
+        old_value = F::widen(sum[i]);
+      } else {
+        old_value = F::decode(sum[i], residual[i]);
+      }
+      x = __builtin_fmaf(scale, g, old_value);
     }
     const uint32_t bits = canonical_bits(x);
     if constexpr (F::kHasResidual) {
@@ -34,9 +42,10 @@ ACCUMKERN_INLINE void fold_elements(const typename F::Sum* grad, typename F::Sum
     } else {
       F::encode(bits, sum + i, nullptr);
     }
-    if constexpr (kPartials) {
-      grads_out[i] = g;
-      sums_out[i] = x;
+    if constexpr (kMeasured) {
+      grads[i] = g;
+      values[i] = x;
+      if constexpr (kStart == Start::kFromSum) old_values[i] = old_value;
     }
   }
 }
@@ -48,48 +57,70 @@ ACCUMKERN_INLINE float sum_of_squares(const float* values, int64_t numel) {
   return total;
 }
 
-// Elements [begin, end) of one tensor. begin is a multiple of kBlockNumel.
-template <class F, Start kStart, bool kPartials>
-ACCUMKERN_INLINE void fold_range(const FoldTensor& tensor, int64_t begin, int64_t end, float scale) {
-  const auto* grad = static_cast<const typename F::Sum*>(tensor.grad);
-  auto* sum = static_cast<typename F::Sum*>(tensor.sum);
-  auto* residual = static_cast<typename F::Residual*>(tensor.residual);
-  if constexpr (!kPartials) {
-    fold_elements<F, kStart, false>(grad + begin, sum + begin, F::kHasResidual ? residual + begin : nullptr, scale,
-                                    end - begin, nullptr, nullptr);
+template <class F, Start kStart, bool kMeasured>
+ACCUMKERN_INLINE void fold(const Range& range, float scale, float) {
+  const auto* grad = static_cast<const typename F::Sum*>(range.tensor.grad);
+  auto* sum = static_cast<typename F::Sum*>(range.tensor.sum);
+  auto* residual = static_cast<typename F::Residual*>(range.tensor.residual);
+  if constexpr (!kMeasured) {
+    const int64_t at = range.begin;
+    fold_elements<F, kStart, false>(grad + at, sum + at, F::kHasResidual ? residual + at : nullptr, scale,
+                                    range.end - at, nullptr, nullptr, nullptr);
   } else {
-    for (int64_t block = begin; block < end; block += kBlockNumel) {
-      float grads[kChunk], sums[kChunk];
-      float grad_squares = 0.0f, sum_squares = 0.0f;
-      const int64_t block_end = std::min(end, block + kBlockNumel);
+    for (int64_t block = range.begin; block < range.end; block += kBlockNumel) {
+      float grads[kChunk], values[kChunk], old_values[kChunk];
+      float squares[kPartials] = {};
+      const int64_t block_end = std::min(range.end, block + kBlockNumel);
       for (int64_t i = block; i < block_end; i += kChunk) {
         const int64_t count = std::min(kChunk, block_end - i);
         fold_elements<F, kStart, true>(grad + i, sum + i, F::kHasResidual ? residual + i : nullptr, scale, count,
-                                       grads, sums);
-        grad_squares += sum_of_squares(grads, count);
-        sum_squares += sum_of_squares(sums, count);
+                                       grads, values, old_values);
+        squares[0] += sum_of_squares(grads, count);
+        squares[1] += sum_of_squares(values, count);
+        if constexpr (kStart == Start::kFromSum) squares[2] += sum_of_squares(old_values, count);
       }
-      tensor.partials[2 * (block / kBlockNumel)] = grad_squares;
-      tensor.partials[2 * (block / kBlockNumel) + 1] = sum_squares;
+      std::copy(squares, squares + kPartials, range.tensor.partials + kPartials * (block / kBlockNumel));
     }
+  }
+}
+
+// sum = round((decode(sum, residual) / divisor) * factor)
+template <class F, Start kStart, bool>
+ACCUMKERN_INLINE void finish(const Range& range, float divisor, float factor) {
+  auto* sum = static_cast<typename F::Sum*>(range.tensor.sum);
+  const auto* residual = static_cast<const typename F::Residual*>(range.tensor.residual);
+#pragma GCC ivdep
+  for (int64_t i = range.begin; i < range.end; ++i) {
+    float x;
+    if constexpr (kStart == Start::kFromSum || !F::kHasResidual) {
+      x = F::widen(sum[i]);
+    } else {
+      x = F::decode(sum[i], residual[i]);
+    }
+    sum[i] = F::round(canonical_bits((x / divisor) * factor));
   }
 }
 
 // ---- instruction sets ----------------------------------------------------------------------------------------
 
-using RangeFunction = void (*)(const FoldTensor&, int64_t, int64_t, float);
+using RangeFunction = void (*)(const Range&, float, float);
 
-#define ACCUMKERN_FOR_TARGET(NAME, ATTRIBUTE)                                                       \
-  template <class F, Start kStart, bool kPartials>                                                  \
-  ATTRIBUTE void fold_range_##NAME(const FoldTensor& tensor, int64_t begin, int64_t end, float s) { \
-    fold_range<F, kStart, kPartials>(tensor, begin, end, s);                                        \
+#define ACCUMKERN_FOR_TARGET(KERNEL, NAME, ATTRIBUTE)                          \
+  template <class F, Start kStart, bool kMeasured>                             \
+  ATTRIBUTE void KERNEL##_##NAME(const Range& range, float a, float b) {       \
+    KERNEL<F, kStart, kMeasured>(range, a, b);                                 \
   }
-
-ACCUMKERN_FOR_TARGET(baseline, )
 #if defined(__x86_64__)
-ACCUMKERN_FOR_TARGET(avx2, __attribute__((target("avx2,fma"))))
-ACCUMKERN_FOR_TARGET(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))))
+#define ACCUMKERN_FOR_TARGETS(KERNEL)                                          \
+  ACCUMKERN_FOR_TARGET(KERNEL, baseline, )                                     \
+  ACCUMKERN_FOR_TARGET(KERNEL, avx2, __attribute__((target("avx2,fma"))))      \
+  ACCUMKERN_FOR_TARGET(KERNEL, avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))))
+#else
+#define ACCUMKERN_FOR_TARGETS(KERNEL) ACCUMKERN_FOR_TARGET(KERNEL, baseline, )
 #endif
+
+ACCUMKERN_FOR_TARGETS(fold)
+ACCUMKERN_FOR_TARGETS(finish)
 
 enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
 
@@ -108,50 +139,64 @@ InstructionSet instruction_set() {
 #endif
 }
 
-template <class F, Start kStart, bool kPartials>
+enum class Kernel { kFold, kMeasuredFold, kFinish };
+
+#define ACCUMKERN_CHOOSE_KERNEL(NAME)             \
+  kKernel == Kernel::kFinish ? finish_##NAME<F, kStart, false> \
+                             : fold_##NAME<F, kStart, kKernel == Kernel::kMeasuredFold>
+
+template <class F, Start kStart, Kernel kKernel>
 RangeFunction choose_target() {
   switch (instruction_set()) {
 #if defined(__x86_64__)
     case InstructionSet::kAvx512:
-      return fold_range_avx512<F, kStart, kPartials>;
+      return ACCUMKERN_CHOOSE_KERNEL(avx512);
     case InstructionSet::kAvx2:
-      return fold_range_avx2<F, kStart, kPartials>;
+      return ACCUMKERN_CHOOSE_KERNEL(avx2);
 #endif
     default:
-      return fold_range_baseline<F, kStart, kPartials>;
+      return ACCUMKERN_CHOOSE_KERNEL(baseline);
   }
 }
 
 template <class F, Start kStart>
-RangeFunction choose_partials(bool partials) {
-  return partials ? choose_target<F, kStart, true>() : choose_target<F, kStart, false>();
+RangeFunction choose_kernel(Kernel kernel) {
+  switch (kernel) {
+    case Kernel::kFold:
+      return choose_target<F, kStart, Kernel::kFold>();
+    case Kernel::kMeasuredFold:
+      return choose_target<F, kStart, Kernel::kMeasuredFold>();
+    case Kernel::kFinish:
+      return choose_target<F, kStart, Kernel::kFinish>();
+  }
+  throw std::invalid_argument("accumkern: unknown kernel");
 }
 
 template <class F>
-RangeFunction choose_start(Start start, bool partials) {
+RangeFunction choose_start(Start start, Kernel kernel) {
   switch (start) {
     case Start::kContinue:
-      return choose_partials<F, Start::kContinue>(partials);
+      return choose_kernel<F, Start::kContinue>(kernel);
     case Start::kFromSum:
-      return choose_partials<F, Start::kFromSum>(partials);
+      return choose_kernel<F, Start::kFromSum>(kernel);
     case Start::kFromZero:
-      return choose_partials<F, Start::kFromZero>(partials);
+      return choose_kernel<F, Start::kFromZero>(kernel);
   }
   throw std::invalid_argument("accumkern: unknown start");
 }
 
-RangeFunction choose(Format format, Start start, bool partials) {
+RangeFunction choose(Format format, Start start, Kernel kernel) {
   switch (format) {
     case Format::kSplit24:
-      return choose_start<Split24>(start, partials);
+      return choose_start<Split24>(start, kernel);
     case Format::kSplit32:
-      return choose_start<Split32>(start, partials);
+      return choose_start<Split32>(start, kernel);
     case Format::kMainGradBFloat16:
-      return choose_start<MainGrad<BFloat16>>(start, partials);
+      return choose_start<MainGrad<BFloat16>>(start, kernel);
     case Format::kMainGradFloat16:
-      return choose_start<MainGrad<Float16>>(start, partials);
+      return choose_start<MainGrad<Float16>>(start, kernel);
     case Format::kPlain32:
-      return choose_start<Plain32>(start, partials);
+      return choose_start<Plain32>(start, kernel);
   }
   throw std::invalid_argument("accumkern: unknown format");
 }
@@ -173,37 +218,50 @@ const char* cpu_instruction_set() {
   }
 }
 
-void accumulate_cpu(Format format, Start start, const std::vector<FoldTensor>& tensors, Scale scale, int threads) {
-  const float value = scale.address != nullptr ? *scale.address : scale.value;
-  const bool partials = !tensors.empty() && tensors.front().partials != nullptr;
-  const RangeFunction fold = choose(format, start, partials);
+static float value_of(Scalar scalar) { return scalar.address != nullptr ? *scalar.address : scalar.value; }
 
-  int64_t total_blocks = 0;
-  for (const FoldTensor& tensor : tensors) total_blocks += blocks_of(tensor.numel);
+// Runs a kernel over all blocks of a list: an even share for each thread, wherever tensors begin and end.
+static void run(RangeFunction kernel, const std::vector<FoldTensor>& tensors, float a, float b, int threads) {
+  int64_t total_blocks = 0, total_numel = 0;
+  for (const FoldTensor& tensor : tensors) {
+    total_blocks += blocks_of(tensor.numel);
+    total_numel += tensor.numel;
+  }
 
-  // Blocks [first, last) of the list as a whole: an even share for each thread, wherever tensors begin and end.
-  const auto fold_share = [&](int64_t first, int64_t last) {
+  const auto run_share = [&](int64_t first, int64_t last) {
     int64_t offset = 0;  // block at which the tensor at hand begins
     for (const FoldTensor& tensor : tensors) {
       const int64_t blocks = blocks_of(tensor.numel);
       const int64_t begin = std::max(first - offset, int64_t{0});
       const int64_t end = std::min(last - offset, blocks);
-      if (begin < end) fold(tensor, begin * kBlockNumel, std::min(end * kBlockNumel, tensor.numel), value);
+      if (begin < end) kernel({tensor, begin * kBlockNumel, std::min(end * kBlockNumel, tensor.numel)}, a, b);
       offset += blocks;
       if (offset >= last) break;
     }
   };
 
-  constexpr int64_t kBlocksWorthAThread = 8;
-  const int64_t workers = std::min<int64_t>(threads, total_blocks / kBlocksWorthAThread);
+  constexpr int64_t kNumelWorthAThread = 8 * kBlockNumel;
+  const int64_t workers = std::min<int64_t>(threads, total_numel / kNumelWorthAThread);
   if (workers <= 1) {
-    fold_share(0, total_blocks);
+    run_share(0, total_blocks);
     return;
   }
 #pragma omp parallel for num_threads(static_cast<int>(workers)) schedule(static)
   for (int64_t worker = 0; worker < workers; ++worker) {
-    fold_share(total_blocks * worker / workers, total_blocks * (worker + 1) / workers);
+    run_share(total_blocks * worker / workers, total_blocks * (worker + 1) / workers);
   }
+}
+
+void accumulate_cpu(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar scale, int threads) {
+  const bool measured = std::any_of(tensors.begin(), tensors.end(), [](const FoldTensor& tensor) {
+    return tensor.partials != nullptr;  // an empty tensor has none
+  });
+  run(choose(format, start, measured ? Kernel::kMeasuredFold : Kernel::kFold), tensors, value_of(scale), 0.0f, threads);
+}
+
+void finish_cpu(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar divisor, Scalar factor,
+                int threads) {
+  run(choose(format, start, Kernel::kFinish), tensors, value_of(divisor), value_of(factor), threads);
 }
 
 // ---- proof ---------------------------------------------------------------------------------------------------

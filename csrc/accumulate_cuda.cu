@@ -1,5 +1,5 @@
-// The accumulate kernel on NVIDIA GPUs. One launch folds a list of tensors: their addresses travel as kernel
-// arguments, so nothing is copied to the device first and a launch can be captured in a CUDA graph.
+// The kernels on NVIDIA GPUs. One launch takes a list of tensors: their addresses travel as kernel arguments, so
+// nothing is copied to the device first and a launch can be captured in a CUDA graph.
 #include "accumulate.h"
 
 #include <cuda_runtime.h>
@@ -49,49 +49,21 @@ __host__ __device__ inline bool is_aligned(const void* address) {
   return reinterpret_cast<uintptr_t>(address) % 16 == 0;
 }
 
-// ---- kernel --------------------------------------------------------------------------------------------------
+// ---- blocks --------------------------------------------------------------------------------------------------
 
-// x = fma(scale, grad, decode(sum, residual)); (sum, residual) = encode(x), for one element.
+// What one thread block works on: up to kBlockNumel elements of one tensor.
 template <class F>
-__device__ __forceinline__ void fold_element(Start start, float scale, typename F::Sum grad, typename F::Sum* sum,
-                                             typename F::Residual* residual, float* grad_squares,
-                                             float* sum_squares) {
-  const float g = F::widen(grad);
-  float x;
-  if (start == Start::kFromZero) {
-    x = __fmul_rn(scale, g);
-  } else if (start == Start::kFromSum || !F::kHasResidual) {
-    x = __fmaf_rn(scale, g, F::widen(*sum));
-  } else {
-    x = __fmaf_rn(scale, g, F::decode(*sum, *residual));
-  }
-  F::encode(canonical_bits(x), sum, residual);
-  *grad_squares = __fmaf_rn(g, g, *grad_squares);
-  *sum_squares = __fmaf_rn(x, x, *sum_squares);
-}
-
-// Writes the block's two totals. The order of additions is fixed, so equal inputs give equal partials.
-__device__ __forceinline__ void write_partials(float* partials, float grad_squares, float sum_squares) {
-  __shared__ float of_warp[2][kThreads / 32];
-  for (int offset = 16; offset > 0; offset /= 2) {
-    grad_squares += __shfl_down_sync(0xFFFFFFFFu, grad_squares, offset);
-    sum_squares += __shfl_down_sync(0xFFFFFFFFu, sum_squares, offset);
-  }
-  if (threadIdx.x % 32 == 0) {
-    of_warp[0][threadIdx.x / 32] = grad_squares;
-    of_warp[1][threadIdx.x / 32] = sum_squares;
-  }
-  __syncthreads();
-  if (threadIdx.x < 2) {
-    float total = 0.0f;
-    for (int warp = 0; warp < kThreads / 32; ++warp) total += of_warp[threadIdx.x][warp];
-    partials[threadIdx.x] = total;
-  }
-}
+struct Block {
+  const typename F::Sum* grad;
+  typename F::Sum* sum;
+  typename F::Residual* residual;
+  float* partials;
+  int count;
+  bool is_whole;  // full and aligned: every access can be 16 bytes wide
+};
 
 template <class F, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    accumulate_kernel(const __grid_constant__ TensorList<kCapacity> list, const Start start, const Scale scale_argument) {
+__device__ __forceinline__ Block<F> this_block(const TensorList<kCapacity>& list) {
   // The last tensor whose first block is not past this one.
   int index = 0;
   for (int low = 1, high = list.count; low < high;) {
@@ -107,26 +79,80 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const int64_t block = blockIdx.x - list.first_block[index];
   const int64_t begin = block * kBlockNumel;
   const int64_t left = tensor.numel - begin;
+  return {static_cast<const typename F::Sum*>(tensor.grad) + begin,
+          static_cast<typename F::Sum*>(tensor.sum) + begin,
+          F::kHasResidual ? static_cast<typename F::Residual*>(tensor.residual) + begin : nullptr,
+          tensor.partials == nullptr ? nullptr : tensor.partials + kPartials * block,
+          static_cast<int>(left < kBlockNumel ? left : kBlockNumel),
+          left >= kBlockNumel && is_aligned(tensor.grad) && is_aligned(tensor.sum) && is_aligned(tensor.residual)};
+}
 
-  const auto* grad = static_cast<const typename F::Sum*>(tensor.grad) + begin;
-  auto* sum = static_cast<typename F::Sum*>(tensor.sum) + begin;
-  auto* residual = F::kHasResidual ? static_cast<typename F::Residual*>(tensor.residual) + begin : nullptr;
-  const float scale = scale_argument.address != nullptr ? *scale_argument.address : scale_argument.value;
+__device__ __forceinline__ float value_of(Scalar scalar) {
+  return scalar.address != nullptr ? *scalar.address : scalar.value;
+}
+
+// ---- fold ----------------------------------------------------------------------------------------------------
+
+struct Squares {
+  float of[kPartials] = {};
+};
+
+// x = fma(scale, grad, decode(sum, residual)); (sum, residual) = encode(x), for one element.
+template <class F>
+__device__ __forceinline__ void fold_element(Start start, float scale, typename F::Sum grad, typename F::Sum* sum,
+                                             typename F::Residual* residual, Squares* squares) {
+  const float g = F::widen(grad);
+  float x;
+  if (start == Start::kFromZero) {
+    x = __fmul_rn(scale, g);
+  } else if (start == Start::kFromSum) {
+    const float old_value = F::widen(*sum);
+    x = __fmaf_rn(scale, g, old_value);
+    squares->of[2] = __fmaf_rn(old_value, old_value, squares->of[2]);
+  } else {
+    x = __fmaf_rn(scale, g, F::decode(*sum, *residual));
+  }
+  F::encode(canonical_bits(x), sum, residual);
+  squares->of[0] = __fmaf_rn(g, g, squares->of[0]);
+  squares->of[1] = __fmaf_rn(x, x, squares->of[1]);
+}
+
+// Writes the block's totals. The order of additions is fixed, so equal inputs give equal partials.
+__device__ __forceinline__ void write_partials(float* partials, Squares squares) {
+  __shared__ float of_warp[kPartials][kThreads / 32];
+  for (int i = 0; i < kPartials; ++i) {
+    float total = squares.of[i];
+    for (int offset = 16; offset > 0; offset /= 2) total += __shfl_down_sync(0xFFFFFFFFu, total, offset);
+    if (threadIdx.x % 32 == 0) of_warp[i][threadIdx.x / 32] = total;
+  }
+  __syncthreads();
+  if (threadIdx.x < kPartials) {
+    float total = 0.0f;
+    for (int warp = 0; warp < kThreads / 32; ++warp) total += of_warp[threadIdx.x][warp];
+    partials[threadIdx.x] = total;
+  }
+}
+
+template <class F, int kCapacity>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    accumulate_kernel(const __grid_constant__ TensorList<kCapacity> list, const Start start, const Scalar scale_argument) {
+  const Block<F> block = this_block<F>(list);
+  const float scale = value_of(scale_argument);
   const bool reads_sum = start != Start::kFromZero;
   const bool reads_residual = F::kHasResidual && start == Start::kContinue;
-  float grad_squares = 0.0f, sum_squares = 0.0f;
+  Squares squares;
 
-  if (left >= kBlockNumel && is_aligned(tensor.grad) && is_aligned(tensor.sum) && is_aligned(tensor.residual)) {
+  if (block.is_whole) {
     Vector<typename F::Sum> grads[kSteps], sums[kSteps];
     Vector<typename F::Residual> residuals[kSteps];
     const int first = threadIdx.x * kVector;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int at = first + step * kThreads * kVector;
-      grads[step] = load(grad + at);
-      if (reads_sum) sums[step] = load(sum + at);
+      grads[step] = load(block.grad + at);
+      if (reads_sum) sums[step] = load(block.sum + at);
       if constexpr (F::kHasResidual) {
-        if (reads_residual) residuals[step] = load(residual + at);
+        if (reads_residual) residuals[step] = load(block.residual + at);
       }
     }
 #pragma unroll
@@ -134,24 +160,71 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         fold_element<F>(start, scale, grads[step].values[i], &sums[step].values[i], &residuals[step].values[i],
-                        &grad_squares, &sum_squares);
+                        &squares);
       }
       const int at = first + step * kThreads * kVector;
-      store(sum + at, sums[step]);
-      if constexpr (F::kHasResidual) store(residual + at, residuals[step]);
+      store(block.sum + at, sums[step]);
+      if constexpr (F::kHasResidual) store(block.residual + at, residuals[step]);
     }
   } else {
-    const int count = static_cast<int>(left < kBlockNumel ? left : kBlockNumel);
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-      typename F::Sum one_sum = reads_sum ? sum[i] : typename F::Sum{};
-      typename F::Residual one_residual{};
-      if (reads_residual) one_residual = residual[i];
-      fold_element<F>(start, scale, grad[i], &one_sum, &one_residual, &grad_squares, &sum_squares);
-      sum[i] = one_sum;
-      if constexpr (F::kHasResidual) residual[i] = one_residual;
+    for (int i = threadIdx.x; i < block.count; i += kThreads) {
+      typename F::Sum sum = reads_sum ? block.sum[i] : typename F::Sum{};
+      typename F::Residual residual{};
+      if (reads_residual) residual = block.residual[i];
+      fold_element<F>(start, scale, block.grad[i], &sum, &residual, &squares);
+      block.sum[i] = sum;
+      if constexpr (F::kHasResidual) block.residual[i] = residual;
     }
   }
-  if (tensor.partials != nullptr) write_partials(tensor.partials + 2 * block, grad_squares, sum_squares);
+  if (block.partials != nullptr) write_partials(block.partials, squares);
+}
+
+// ---- finish --------------------------------------------------------------------------------------------------
+
+// sum = round((decode(sum, residual) / divisor) * factor), for one element.
+template <class F>
+__device__ __forceinline__ typename F::Sum finish_element(Start start, float divisor, float factor,
+                                                          typename F::Sum sum, typename F::Residual residual) {
+  const float x = start == Start::kFromSum ? F::widen(sum) : F::decode(sum, residual);
+  return F::round(canonical_bits(__fmul_rn(__fdiv_rn(x, divisor), factor)));
+}
+
+template <class F, int kCapacity>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    finish_kernel(const __grid_constant__ TensorList<kCapacity> list, const Start start, const Scalar divisor_argument,
+                  const Scalar factor_argument) {
+  const Block<F> block = this_block<F>(list);
+  const float divisor = value_of(divisor_argument), factor = value_of(factor_argument);
+  const bool reads_residual = F::kHasResidual && start == Start::kContinue;
+
+  if (block.is_whole) {
+    Vector<typename F::Sum> sums[kSteps];
+    Vector<typename F::Residual> residuals[kSteps];
+    const int first = threadIdx.x * kVector;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int at = first + step * kThreads * kVector;
+      sums[step] = load(block.sum + at);
+      if constexpr (F::kHasResidual) {
+        if (reads_residual) residuals[step] = load(block.residual + at);
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        sums[step].values[i] =
+            finish_element<F>(start, divisor, factor, sums[step].values[i], residuals[step].values[i]);
+      }
+      store(block.sum + first + step * kThreads * kVector, sums[step]);
+    }
+  } else {
+    for (int i = threadIdx.x; i < block.count; i += kThreads) {
+      typename F::Residual residual{};
+      if (reads_residual) residual = block.residual[i];
+      block.sum[i] = finish_element<F>(start, divisor, factor, block.sum[i], residual);
+    }
+  }
 }
 
 // ---- launcher ------------------------------------------------------------------------------------------------
@@ -183,63 +256,97 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-template <int kCapacity>
-void launch(Format format, Start start, const TensorList<kCapacity>& list, uint32_t blocks, Scale scale,
-            cudaStream_t stream) {
-  switch (format) {
-    case Format::kSplit24:
-      accumulate_kernel<Split24><<<blocks, kThreads, 0, stream>>>(list, start, scale);
-      break;
-    case Format::kSplit32:
-      accumulate_kernel<Split32><<<blocks, kThreads, 0, stream>>>(list, start, scale);
-      break;
-    case Format::kMainGradBFloat16:
-      accumulate_kernel<MainGrad<BFloat16>><<<blocks, kThreads, 0, stream>>>(list, start, scale);
-      break;
-    case Format::kMainGradFloat16:
-      accumulate_kernel<MainGrad<Float16>><<<blocks, kThreads, 0, stream>>>(list, start, scale);
-      break;
-    case Format::kPlain32:
-      accumulate_kernel<Plain32><<<blocks, kThreads, 0, stream>>>(list, start, scale);
-      break;
-  }
-  check(cudaGetLastError(), "launching the accumulate kernel");
-}
+// What is launched: one of the two kernels, for a list of either capacity.
+struct Fold {
+  Start start;
+  Scalar scale;
 
-template <int kCapacity>
-void launch_in_groups(Format format, Start start, const std::vector<FoldTensor>& tensors, Scale scale,
-                      cudaStream_t stream) {
+  template <class F, int kCapacity>
+  void launch(const TensorList<kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
+    accumulate_kernel<F><<<blocks, kThreads, 0, stream>>>(list, start, scale);
+  }
+};
+
+struct Finish {
+  Start start;
+  Scalar divisor, factor;
+
+  template <class F, int kCapacity>
+  void launch(const TensorList<kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
+    finish_kernel<F><<<blocks, kThreads, 0, stream>>>(list, start, divisor, factor);
+  }
+};
+
+template <class F, int kCapacity, class Kernel>
+void launch_in_groups(const Kernel& kernel, const std::vector<FoldTensor>& tensors, cudaStream_t stream) {
   constexpr int64_t kMaxBlocks = 0x7FFFFFFF;  // of a grid
   TensorList<kCapacity> list;
   list.count = 0;
   int64_t blocks = 0;
+  const auto launch = [&] {
+    kernel.template launch<F>(list, static_cast<uint32_t>(blocks), stream);
+    check(cudaGetLastError(), "launching a kernel");
+    list.count = 0;
+    blocks = 0;
+  };
   for (const FoldTensor& tensor : tensors) {
     if (tensor.numel == 0) continue;
     const int64_t tensor_blocks = (tensor.numel + kBlockNumel - 1) / kBlockNumel;
-    if (list.count == kCapacity || (list.count > 0 && blocks + tensor_blocks > kMaxBlocks)) {
-      launch(format, start, list, static_cast<uint32_t>(blocks), scale, stream);
-      list.count = 0;
-      blocks = 0;
-    }
+    if (list.count == kCapacity || (list.count > 0 && blocks + tensor_blocks > kMaxBlocks)) launch();
     list.tensors[list.count] = tensor;
     list.first_block[list.count] = static_cast<uint32_t>(blocks);
     ++list.count;
     blocks += tensor_blocks;
   }
-  if (list.count > 0) launch(format, start, list, static_cast<uint32_t>(blocks), scale, stream);
+  if (list.count > 0) launch();
+}
+
+template <class F, class Kernel>
+void launch_all(const Kernel& kernel, const std::vector<FoldTensor>& tensors, cudaStream_t stream) {
+  if (tensors.size() == 1) {
+    launch_in_groups<F, 1>(kernel, tensors, stream);
+  } else {
+    launch_in_groups<F, kMaxTensors>(kernel, tensors, stream);
+  }
+}
+
+template <class Kernel>
+void launch_on(Format format, const Kernel& kernel, const std::vector<FoldTensor>& tensors, int device,
+               uintptr_t stream_address) {
+  const DeviceGuard guard(device);
+  const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
+  switch (format) {
+    case Format::kSplit24:
+      return launch_all<Split24>(kernel, tensors, stream);
+    case Format::kSplit32:
+      return launch_all<Split32>(kernel, tensors, stream);
+    case Format::kMainGradBFloat16:
+      return launch_all<MainGrad<BFloat16>>(kernel, tensors, stream);
+    case Format::kMainGradFloat16:
+      return launch_all<MainGrad<Float16>>(kernel, tensors, stream);
+    case Format::kPlain32:
+      return launch_all<Plain32>(kernel, tensors, stream);
+  }
+  throw std::invalid_argument("accumkern: unknown format");
 }
 
 }  // namespace
 
-void accumulate_cuda(Format format, Start start, const std::vector<FoldTensor>& tensors, Scale scale, int device,
+void accumulate_cuda(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar scale, int device,
                      uintptr_t stream) {
-  const DeviceGuard guard(device);
-  const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
-  if (tensors.size() == 1) {
-    launch_in_groups<1>(format, start, tensors, scale, cuda_stream);
-  } else {
-    launch_in_groups<kMaxTensors>(format, start, tensors, scale, cuda_stream);
-  }
+  launch_on(format, Fold{start, scale}, tensors, device, stream);
+}
+
+std::string cuda_problem() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, accumulate_kernel<Split24, 1>);
+  cudaGetLastError();
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
+void finish_cuda(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar divisor, Scalar factor,
+                 int device, uintptr_t stream) {
+  launch_on(format, Finish{start, divisor, factor}, tensors, device, stream);
 }
 
 }  // namespace accumkern

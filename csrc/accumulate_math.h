@@ -6,6 +6,9 @@
 //
 // A format says how one accumulated value x lies in memory: as `Sum`, the element of `.grad` (the upper half of x,
 // correctly rounded), and `Residual`, what is missing of it.
+//
+//   decode(sum, residual)   the value            widen(sum)   the value of a sum whose residual counts as zero
+//   encode(bits, ...)       both halves of it    round(bits)  the value rounded to nearest even, for .grad alone
 #pragma once
 
 #include <cmath>
@@ -88,6 +91,7 @@ struct Split24 {
   static constexpr bool kHasResidual = true;
 
   static ACCUMKERN_INLINE float widen(Sum sum) { return BFloat16::widen(sum); }
+  static ACCUMKERN_INLINE Sum round(uint32_t bits) { return BFloat16::round(bits); }
 
   static ACCUMKERN_INLINE float decode(Sum sum, Residual residual) {
     // encode() never pairs a zero with a negative residual. Somebody zeroed .grad behind our back if it is there, and
@@ -111,6 +115,7 @@ struct Split32 {
   static constexpr bool kHasResidual = true;
 
   static ACCUMKERN_INLINE float widen(Sum sum) { return BFloat16::widen(sum); }
+  static ACCUMKERN_INLINE Sum round(uint32_t bits) { return BFloat16::round(bits); }
 
   static ACCUMKERN_INLINE float decode(Sum sum, Residual residual) {
     const int32_t low = (sum & 0x7FFFu) == 0 && residual < 0 ? 0 : residual;  // see Split24
@@ -132,6 +137,7 @@ struct MainGrad {
   static constexpr bool kHasResidual = true;
 
   static ACCUMKERN_INLINE float widen(Sum sum) { return Half::widen(sum); }
+  static ACCUMKERN_INLINE Sum round(uint32_t bits) { return Half::round(bits); }
 
   static ACCUMKERN_INLINE float decode(Sum sum, Residual main_grad) {
     return Half::round(canonical_bits(main_grad)) == sum ? main_grad : Half::widen(sum);
@@ -150,6 +156,7 @@ struct Plain32 {
   static constexpr bool kHasResidual = false;
 
   static ACCUMKERN_INLINE float widen(Sum sum) { return sum; }
+  static ACCUMKERN_INLINE Sum round(uint32_t bits) { return float_of(bits); }
   static ACCUMKERN_INLINE float decode(Sum sum, Residual) { return sum; }
   static ACCUMKERN_INLINE void encode(uint32_t bits, Sum* sum, Residual*) { *sum = float_of(bits); }
 };

@@ -18,25 +18,28 @@ using namespace accumkern;
 
 namespace {
 
-// One column per argument, one entry per tensor; residuals and partials may be empty lists.
-std::vector<FoldTensor> gather(const std::vector<uintptr_t>& grads, const std::vector<uintptr_t>& sums,
-                               const std::vector<uintptr_t>& residuals, const std::vector<uintptr_t>& partials,
-                               const std::vector<int64_t>& numels) {
-  const size_t count = grads.size();
-  if (sums.size() != count || numels.size() != count || (!residuals.empty() && residuals.size() != count) ||
-      (!partials.empty() && partials.size() != count)) {
-    throw std::invalid_argument("accumkern._C: the lists differ in length");
+using Addresses = std::vector<uintptr_t>;
+
+// One column per argument, one entry per tensor; every column but sums may be empty.
+std::vector<FoldTensor> gather(const Addresses& grads, const Addresses& sums, const Addresses& residuals,
+                               const Addresses& partials, const std::vector<int64_t>& numels) {
+  const size_t count = sums.size();
+  for (const Addresses* column : {&grads, &residuals, &partials}) {
+    if (!column->empty() && column->size() != count) throw std::invalid_argument("accumkern._C: lists differ in length");
   }
+  if (numels.size() != count) throw std::invalid_argument("accumkern._C: lists differ in length");
   std::vector<FoldTensor> tensors(count);
   for (size_t i = 0; i < count; ++i) {
-    tensors[i] = {reinterpret_cast<const void*>(grads[i]), reinterpret_cast<void*>(sums[i]),
+    tensors[i] = {grads.empty() ? nullptr : reinterpret_cast<const void*>(grads[i]), reinterpret_cast<void*>(sums[i]),
                   residuals.empty() ? nullptr : reinterpret_cast<void*>(residuals[i]),
                   partials.empty() ? nullptr : reinterpret_cast<float*>(partials[i]), numels[i]};
   }
   return tensors;
 }
 
-Scale scale_of(float value, uintptr_t address) { return {value, reinterpret_cast<const float*>(address)}; }
+// A factor crosses as (value, address); an address of zero means the value.
+using ScalarPair = std::pair<float, uintptr_t>;
+Scalar scalar_of(ScalarPair pair) { return {pair.first, reinterpret_cast<const float*>(pair.second)}; }
 
 // Whether the first and the last byte of a range of this process can be written, without writing: the kernel copies
 // each byte onto itself and refuses where a store would fault. Where it cannot be asked, the answer is yes.
@@ -73,16 +76,26 @@ PYBIND11_MODULE(_C, module) {
 
   module.def(
       "accumulate_cpu",
-      [](int format, int start, const std::vector<uintptr_t>& grads, const std::vector<uintptr_t>& sums,
-         const std::vector<uintptr_t>& residuals, const std::vector<uintptr_t>& partials,
-         const std::vector<int64_t>& numels, float scale, uintptr_t scale_address, int threads) {
+      [](int format, int start, const Addresses& grads, const Addresses& sums, const Addresses& residuals,
+         const Addresses& partials, const std::vector<int64_t>& numels, ScalarPair scale, int threads) {
         const auto tensors = gather(grads, sums, residuals, partials, numels);
         const py::gil_scoped_release release;
-        accumulate_cpu(static_cast<Format>(format), static_cast<Start>(start), tensors, scale_of(scale, scale_address),
-                       threads);
+        accumulate_cpu(static_cast<Format>(format), static_cast<Start>(start), tensors, scalar_of(scale), threads);
       },
       py::arg("format"), py::arg("start"), py::arg("grads"), py::arg("sums"), py::arg("residuals"),
-      py::arg("partials"), py::arg("numels"), py::arg("scale"), py::arg("scale_address"), py::arg("threads"));
+      py::arg("partials"), py::arg("numels"), py::arg("scale"), py::arg("threads"));
+
+  module.def(
+      "finish_cpu",
+      [](int format, int start, const Addresses& sums, const Addresses& residuals, const std::vector<int64_t>& numels,
+         ScalarPair divisor, ScalarPair factor, int threads) {
+        const auto tensors = gather({}, sums, residuals, {}, numels);
+        const py::gil_scoped_release release;
+        finish_cpu(static_cast<Format>(format), static_cast<Start>(start), tensors, scalar_of(divisor),
+                   scalar_of(factor), threads);
+      },
+      py::arg("format"), py::arg("start"), py::arg("sums"), py::arg("residuals"), py::arg("numels"),
+      py::arg("divisor"), py::arg("factor"), py::arg("threads"));
 
   module.def(
       "count_roundtrip_failures",
@@ -94,19 +107,31 @@ PYBIND11_MODULE(_C, module) {
 
 #if defined(ACCUMKERN_CUDA_TARGETS)
   module.attr("cuda_targets") = ACCUMKERN_CUDA_TARGETS;
+  module.def("cuda_problem", &cuda_problem);
   module.def(
       "accumulate_cuda",
-      [](int format, int start, const std::vector<uintptr_t>& grads, const std::vector<uintptr_t>& sums,
-         const std::vector<uintptr_t>& residuals, const std::vector<uintptr_t>& partials,
-         const std::vector<int64_t>& numels, float scale, uintptr_t scale_address, int device, uintptr_t stream) {
+      [](int format, int start, const Addresses& grads, const Addresses& sums, const Addresses& residuals,
+         const Addresses& partials, const std::vector<int64_t>& numels, ScalarPair scale, int device,
+         uintptr_t stream) {
         const auto tensors = gather(grads, sums, residuals, partials, numels);
         const py::gil_scoped_release release;
-        accumulate_cuda(static_cast<Format>(format), static_cast<Start>(start), tensors,
-                        scale_of(scale, scale_address), device, stream);
+        accumulate_cuda(static_cast<Format>(format), static_cast<Start>(start), tensors, scalar_of(scale), device,
+                        stream);
       },
       py::arg("format"), py::arg("start"), py::arg("grads"), py::arg("sums"), py::arg("residuals"),
-      py::arg("partials"), py::arg("numels"), py::arg("scale"), py::arg("scale_address"), py::arg("device"),
-      py::arg("stream"));
+      py::arg("partials"), py::arg("numels"), py::arg("scale"), py::arg("device"), py::arg("stream"));
+
+  module.def(
+      "finish_cuda",
+      [](int format, int start, const Addresses& sums, const Addresses& residuals, const std::vector<int64_t>& numels,
+         ScalarPair divisor, ScalarPair factor, int device, uintptr_t stream) {
+        const auto tensors = gather({}, sums, residuals, {}, numels);
+        const py::gil_scoped_release release;
+        finish_cuda(static_cast<Format>(format), static_cast<Start>(start), tensors, scalar_of(divisor),
+                    scalar_of(factor), device, stream);
+      },
+      py::arg("format"), py::arg("start"), py::arg("sums"), py::arg("residuals"), py::arg("numels"),
+      py::arg("divisor"), py::arg("factor"), py::arg("device"), py::arg("stream"));
 #else
   module.attr("cuda_targets") = py::none();
 #endif

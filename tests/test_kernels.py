@@ -248,7 +248,7 @@ def test_partial_sums_of_squares(backend: str, device: torch.device, format_: Fo
     residuals = None if format_ is Format.PLAIN32 else [s[1] for s in stored if s[1] is not None]
     both = []
     for _ in range(2):
-        partials = [torch.full((partial_rows(n), 2), math.nan, device=device) for n in sizes]
+        partials = [torch.full((partial_rows(n), 3), math.nan, device=device) for n in sizes]
         run(backend, device, format_, start, grads, [s[0] for s in stored], residuals, 0.5, partials)
         both.append([p.cpu() for p in partials])
     for i, grad in enumerate(grads):
@@ -270,7 +270,7 @@ def test_cpu_result_does_not_depend_on_threads(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        partials = [torch.full((partial_rows(n), 2), math.nan) for n in sizes]
+        partials = [torch.full((partial_rows(n), 3), math.nan) for n in sizes]
         sums, residuals = run(
             "cpu",
             torch.device("cpu"),

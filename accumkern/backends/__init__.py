@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 from typing import TypeAlias
 
 import torch
@@ -27,10 +28,16 @@ BACKENDS = {
 FoldFunction: TypeAlias = Callable[
     [Format, Start, list[Tensor], list[Tensor], "list[Tensor] | None", "float | Tensor", "list[Tensor] | None"], None
 ]
+FinishFunction: TypeAlias = Callable[
+    [Format, Start, list[Tensor], "list[Tensor] | None", "float | Tensor", "float | Tensor"], None
+]
 
 
 def available_backends() -> dict[str, str | None]:
-    """Return, for each backend, None where it can run here, or the reason why it cannot."""
+    """Return, for each backend, None where it can run here, or the reason why it cannot.
+
+    Where there is a GPU and the extension has CUDA kernels, this initialises CUDA.
+    """
     return {name: _unavailable(name) for name in BACKENDS}
 
 
@@ -62,30 +69,50 @@ def choose(backend: str | None, device: torch.device) -> str:
 
 @cache
 def fold_function(name: str) -> FoldFunction:
-    """Return the kernel of a backend that can run here.
+    """Return the accumulate kernel of a backend that can run here.
 
-    It is called as ``fold(format_, start, grads, sums, residuals, scale, partials)``.
-
-    It computes ``x = fma(scale, grad, decode(sum, residual)); (sum, residual) = encode(x)`` for every element of every
-    tensor, in place. All tensors are on one device, dense, and of the dtypes of ``format_``; the i-th of each list have
-    the same elements in the same order in memory.
+    It is called as ``fold(format_, start, grads, sums, residuals, scale, partials)`` and computes ``x = fma(scale,
+    grad, decode(sum, residual)); (sum, residual) = encode(x)`` for every element of every tensor, in place. All tensors
+    are on one device, dense, and of the dtypes of ``format_``; the i-th of each list have the same elements in the same
+    order in memory.
 
     The lists are ``grads`` (read), ``sums`` (read unless ``start`` is FROM_ZERO, written), ``residuals`` (read if
     ``start`` is CONTINUE, written; None for PLAIN32) and ``partials`` (written: FP32 of shape ``(partial_rows(numel),
-    2)``, per block the sums of ``grad**2`` and of the new ``x**2``; None to leave them out). ``scale`` is a number or a
-    0-dim tensor on the device of the others. Nothing is checked here: :mod:`accumkern.ops` does.
+    PARTIALS)``; None to leave them out). ``scale`` is a number or a 0-dim tensor on the device of the others. Nothing
+    is checked here: :mod:`accumkern.ops` does.
     """
+    module, suffix = _module(name)
+    fold: FoldFunction = getattr(module, f"fold{suffix}")
+    return fold
+
+
+@cache
+def finish_function(name: str) -> FinishFunction:
+    """Return the kernel of a backend that makes the gradient which the optimizer reads.
+
+    It is called as ``finish(format_, start, sums, residuals, divisor, factor)`` and computes ``sum = round((x /
+    divisor) * factor)`` in FP32 for every element of every tensor, in place; ``x`` is ``decode(sum, residual)`` if
+    ``start`` is CONTINUE, and the sum itself if it is FROM_SUM. Residuals are only read. ``divisor`` and ``factor`` are
+    numbers or 0-dim tensors on the device of the others. The rest is as for :func:`fold_function`.
+    """
+    module, suffix = _module(name)
+    finish: FinishFunction = getattr(module, f"finish{suffix}")
+    return finish
+
+
+def _module(name: str) -> tuple[ModuleType, str]:
+    """Return the module that holds a backend's kernels, and how their names end there."""
     if name == "triton":
         from accumkern.backends import triton_kernels
 
-        return triton_kernels.fold
+        return triton_kernels, ""
     if name == "eager":
         from accumkern.backends import eager
 
-        return eager.fold
+        return eager, ""
     from accumkern.backends import native
 
-    return native.fold_cuda if name == "cuda" else native.fold_cpu
+    return native, f"_{name}"
 
 
 def _refusal(name: str, device_type: str) -> str | None:
@@ -135,7 +162,18 @@ def _cuda_unavailable() -> str | None:
         return "this torch is built for ROCm; the triton backend runs there"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    return None
+    return _cuda_problem()
+
+
+@cache
+def _cuda_problem() -> str | None:
+    """Return why this GPU or its driver does not take the compiled kernels."""
+    from accumkern import _C  # type: ignore[attr-defined]
+
+    problem = _C.cuda_problem()
+    if not problem:
+        return None
+    return f"built for {_C.cuda_targets}, and the kernels do not load here: {problem}"
 
 
 @cache

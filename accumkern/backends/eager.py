@@ -1,14 +1,14 @@
-"""The accumulate kernel in plain torch: slow, readable, and on every device that torch has.
+"""The kernels in plain torch: slow, readable, and on every device that torch has.
 
-Bit-identical to the other backends when ``scale`` is a power of two; otherwise the product is rounded before it is
-added, which is within one unit in the last place of FP32.
+Bit-identical to the other backends where ``scale * grad`` is exact, as it is for powers of two short of overflow and
+subnormal FP32; otherwise the product is rounded before it is added, by half a unit in its last place of FP32.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from accumkern.formats import BLOCK_NUMEL, Format, Start, decode, encode
+from accumkern.formats import BLOCK_NUMEL, Format, Start, decode, encode, round_to
 
 
 def fold(
@@ -21,20 +21,49 @@ def fold(
     partials: list[Tensor] | None,
 ) -> None:
     """Fold each gradient into its sum; see :func:`accumkern.backends.fold_function` for the contract."""
-    for i, (grad, total) in enumerate(zip(grads, sums, strict=True)):
-        # A residual may be flat, in the sum's memory order.
-        residual = None if residuals is None else residuals[i].as_strided(total.shape, total.stride())
+    for i, (grad, total) in enumerate(zip(grads, _uncounted(sums), strict=True)):
+        if grad.numel() == 0:
+            continue
+        residual = None if residuals is None else _shaped_like(total, residuals[i])
         g = grad.float()
         x = g * scale
+        old = None
         if start is Start.CONTINUE:
             x += decode(format_, total, residual)
         elif start is Start.FROM_SUM:
-            x += total
+            old = total.float()
+            x += old
         if partials is not None:
-            for rows, values in zip(partials[i].unbind(1), (g, x), strict=True):
+            partials[i].zero_()
+            for column, values in enumerate((g, x) if old is None else (g, x, old)):
                 for row, block in enumerate(values.flatten().split(BLOCK_NUMEL)):
-                    rows[row] = block.square().sum()
+                    partials[i][row, column] = block.square().sum()
         new_sum, new_residual = encode(format_, x)
         total.copy_(new_sum)
         if residual is not None and new_residual is not None:
             residual.copy_(new_residual)
+
+
+def finish(
+    format_: Format,
+    start: Start,
+    sums: list[Tensor],
+    residuals: list[Tensor] | None,
+    divisor: float | Tensor,
+    factor: float | Tensor,
+) -> None:
+    """Divide, multiply and round each sum; see :func:`accumkern.backends.finish_function` for the contract."""
+    for i, total in enumerate(_uncounted(sums)):
+        residual = None if residuals is None or start is Start.FROM_SUM else _shaped_like(total, residuals[i])
+        x = decode(format_, total, residual)
+        total.copy_(round_to(format_.sum_dtype, x / divisor * factor))
+
+
+def _shaped_like(total: Tensor, residual: Tensor) -> Tensor:
+    """Return a residual, which may be flat in the sum's memory order, in the sum's shape."""
+    return residual.as_strided(total.shape, total.stride())
+
+
+def _uncounted(sums: list[Tensor]) -> list[Tensor]:
+    """Return aliases whose writes leave the tensors' version counters alone, as the other backends' writes do."""
+    return [total.data for total in sums]

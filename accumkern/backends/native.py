@@ -19,7 +19,7 @@ def fold_cpu(
     partials: list[Tensor] | None,
 ) -> None:
     """Fold each gradient into its sum; see :func:`accumkern.backends.fold_function` for the contract."""
-    value, held = _scale(scale)
+    scale_pair, _held = _scalar(scale)
     _C.accumulate_cpu(
         format_,
         start,
@@ -28,8 +28,7 @@ def fold_cpu(
         _addresses(residuals),
         _addresses(partials),
         [grad.numel() for grad in grads],
-        value,
-        0 if held is None else held.data_ptr(),
+        scale_pair,
         torch.get_num_threads(),
     )
 
@@ -45,7 +44,7 @@ def fold_cuda(
 ) -> None:
     """Fold each gradient into its sum; see :func:`accumkern.backends.fold_function` for the contract."""
     device = grads[0].device
-    value, held = _scale(scale)
+    scale_pair, _held = _scalar(scale)
     _C.accumulate_cuda(
         format_,
         start,
@@ -54,8 +53,55 @@ def fold_cuda(
         _addresses(residuals),
         _addresses(partials),
         [grad.numel() for grad in grads],
-        value,
-        0 if held is None else held.data_ptr(),
+        scale_pair,
+        device.index,
+        torch.cuda.current_stream(device).cuda_stream,
+    )
+
+
+def finish_cpu(
+    format_: Format,
+    start: Start,
+    sums: list[Tensor],
+    residuals: list[Tensor] | None,
+    divisor: float | Tensor,
+    factor: float | Tensor,
+) -> None:
+    """Divide, multiply and round each sum; see :func:`accumkern.backends.finish_function` for the contract."""
+    divisor_pair, _held = _scalar(divisor)
+    factor_pair, _held_too = _scalar(factor)
+    _C.finish_cpu(
+        format_,
+        start,
+        [total.data_ptr() for total in sums],
+        _addresses(residuals),
+        [total.numel() for total in sums],
+        divisor_pair,
+        factor_pair,
+        torch.get_num_threads(),
+    )
+
+
+def finish_cuda(
+    format_: Format,
+    start: Start,
+    sums: list[Tensor],
+    residuals: list[Tensor] | None,
+    divisor: float | Tensor,
+    factor: float | Tensor,
+) -> None:
+    """Divide, multiply and round each sum; see :func:`accumkern.backends.finish_function` for the contract."""
+    device = sums[0].device
+    divisor_pair, _held = _scalar(divisor)
+    factor_pair, _held_too = _scalar(factor)
+    _C.finish_cuda(
+        format_,
+        start,
+        [total.data_ptr() for total in sums],
+        _addresses(residuals),
+        [total.numel() for total in sums],
+        divisor_pair,
+        factor_pair,
         device.index,
         torch.cuda.current_stream(device).cuda_stream,
     )
@@ -65,8 +111,9 @@ def _addresses(tensors: list[Tensor] | None) -> list[int]:
     return [] if tensors is None else [tensor.data_ptr() for tensor in tensors]
 
 
-def _scale(scale: float | Tensor) -> tuple[float, Tensor | None]:
-    """Return the scale as a number, or as an FP32 tensor to keep until the launch."""
-    if isinstance(scale, Tensor):
-        return 1.0, scale.detach().to(torch.float32)
-    return scale, None
+def _scalar(factor: float | Tensor) -> tuple[tuple[float, int], Tensor | None]:
+    """Return a factor as the extension takes it, (value, address), and an FP32 tensor to keep until the launch."""
+    if isinstance(factor, Tensor):
+        held = factor.detach().to(torch.float32)
+        return (1.0, held.data_ptr()), held
+    return (factor, 0), None

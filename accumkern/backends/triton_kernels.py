@@ -1,18 +1,22 @@
-"""The accumulate kernel in Triton.
+"""The kernels in Triton.
 
-Reads from top to bottom: the formats (the formulas of accumkern/formats.py), one block of the fold, the two kernels
-(one tensor; a list of small tensors), the launcher. The launch configuration is fixed: the kernel streams memory, and
-an autotuner would stall the first step to find what is known beforehand.
+Reads from top to bottom: the formats (the formulas of accumkern/formats.py), one block of each kernel, the kernels for
+one tensor and for a list of small tensors, the launchers. The launch configuration is fixed: the kernels stream memory,
+and an autotuner would stall the first step to find what is known beforehand.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from accumkern.formats import BLOCK_NUMEL, Format, Start, partial_rows
+from accumkern.formats import BLOCK_NUMEL, PARTIALS, Format, Start, partial_rows
 
 # The arithmetic is pinned: tl.fma where one rounding is meant, no other product is fused with a sum.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
@@ -29,7 +33,9 @@ SPLIT24 = tl.constexpr(int(Format.SPLIT24))
 SPLIT32 = tl.constexpr(int(Format.SPLIT32))
 PLAIN32 = tl.constexpr(int(Format.PLAIN32))
 CONTINUE = tl.constexpr(int(Start.CONTINUE))
+FROM_SUM = tl.constexpr(int(Start.FROM_SUM))
 FROM_ZERO = tl.constexpr(int(Start.FROM_ZERO))
+PARTIAL_COLUMNS = tl.constexpr(PARTIALS)
 
 
 # ---- formats -----------------------------------------------------------------------------------------------------
@@ -99,7 +105,26 @@ def encode(x, dtype: tl.constexpr, FORMAT: tl.constexpr):
         return round_to(x, dtype), x
 
 
-# ---- kernels -----------------------------------------------------------------------------------------------------
+# ---- blocks ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_value(sum_ptr, residual_ptr, offsets, mask, FORMAT: tl.constexpr, START: tl.constexpr):
+    """Return the accumulated values, FP32: of sum and residual, or of the sum alone."""
+    total = tl.load(sum_ptr + offsets, mask=mask)
+    if START == CONTINUE and FORMAT != PLAIN32:
+        return decode(total, tl.load(residual_ptr + offsets, mask=mask), FORMAT)
+    else:
+        return widen(total)
+
+
+@triton.jit
+def sum_of_squares(values, offsets, left, MASKED: tl.constexpr):
+    """Return the sum of squares, FP32, in a fixed order."""
+    squares = values * values
+    if MASKED:
+        squares = tl.where(offsets < left, squares, 0.0)
+    return tl.sum(squares, axis=0)
 
 
 @triton.jit
@@ -123,17 +148,12 @@ def fold_block(
     if START == FROM_ZERO:
         x = scale * g
     else:
-        total = tl.load(sum_ptr + offsets, mask=mask)
-        if START == CONTINUE and FORMAT != PLAIN32:
-            residual = tl.load(residual_ptr + offsets, mask=mask)
-            x = tl.fma(scale, g, decode(total, residual, FORMAT))
-        else:
-            x = tl.fma(scale, g, widen(total))
+        old = load_value(sum_ptr, residual_ptr, offsets, mask, FORMAT, START)
+        x = tl.fma(scale, g, old)
     if PARTIALS:
-        grad_squares = tl.where(offsets < left, g * g, 0.0) if MASKED else g * g
-        sum_squares = tl.where(offsets < left, x * x, 0.0) if MASKED else x * x
-        tl.store(partials_ptr, tl.sum(grad_squares, axis=0))
-        tl.store(partials_ptr + 1, tl.sum(sum_squares, axis=0))
+        tl.store(partials_ptr, sum_of_squares(g, offsets, left, MASKED))
+        tl.store(partials_ptr + 1, sum_of_squares(x, offsets, left, MASKED))
+        tl.store(partials_ptr + 2, sum_of_squares(old, offsets, left, MASKED) if START == FROM_SUM else 0.0)
     new_sum, new_residual = encode(canonical(x), sum_ptr.dtype.element_ty, FORMAT)
     tl.store(sum_ptr + offsets, new_sum, mask=mask)
     if FORMAT != PLAIN32:
@@ -141,13 +161,42 @@ def fold_block(
 
 
 @triton.jit
+def finish_block(
+    sum_ptr,
+    residual_ptr,
+    left,
+    divisor,
+    factor,
+    FORMAT: tl.constexpr,
+    START: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Finish BLOCK_SIZE elements, or the `left` that are left of the tensor when MASKED."""
+    offsets = tl.max_contiguous(tl.arange(0, BLOCK_SIZE), VECTOR)
+    mask = offsets < left if MASKED else None
+    x = load_value(sum_ptr, residual_ptr, offsets, mask, FORMAT, START)
+    x = canonical(tl.div_rn(x, tl.zeros_like(x) + divisor) * factor)
+    if FORMAT == PLAIN32:
+        tl.store(sum_ptr + offsets, x, mask=mask)
+    else:
+        tl.store(sum_ptr + offsets, round_to(x, sum_ptr.dtype.element_ty), mask=mask)
+
+
+# ---- kernels -----------------------------------------------------------------------------------------------------
+#
+# Each block has two paths, so that only the last block of a tensor pays for its mask with narrow loads. A kernel's
+# scalar is a float32, or a pointer to one.
+
+
+@triton.jit(do_not_specialize=["numel"])
 def accumulate_kernel(
     grad_ptr,
     sum_ptr,
     residual_ptr,  # unused for PLAIN32
-    partials_ptr,  # (blocks, 2) float32; unused without PARTIALS
+    partials_ptr,  # (blocks, 3) float32; unused without PARTIALS
     numel,
-    scale,  # float32, or a pointer to one
+    scale,
     FORMAT: tl.constexpr,
     START: tl.constexpr,
     PARTIALS: tl.constexpr,
@@ -162,8 +211,7 @@ def accumulate_kernel(
     grad_ptr += begin
     sum_ptr += begin
     residual_ptr += begin
-    partials_ptr += 2 * block
-    # Two paths, so that only the last block of a tensor pays for its mask with narrow loads.
+    partials_ptr += PARTIAL_COLUMNS * block
     if left >= BLOCK_SIZE:
         fold_block(
             grad_ptr, sum_ptr, residual_ptr, partials_ptr, left, factor, FORMAT, START, PARTIALS, False, BLOCK_SIZE
@@ -174,10 +222,50 @@ def accumulate_kernel(
         )
 
 
+@triton.jit(do_not_specialize=["numel"])
+def finish_kernel(
+    sum_ptr,
+    residual_ptr,  # unused for PLAIN32 and FROM_SUM
+    numel,
+    divisor,
+    factor,
+    FORMAT: tl.constexpr,
+    START: tl.constexpr,
+    DIVISOR_IS_POINTER: tl.constexpr,
+    FACTOR_IS_POINTER: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """sum = round((decode(sum, residual) / divisor) * factor). One program per block."""
+    begin = tl.program_id(0).to(tl.int64) * BLOCK_SIZE
+    left = numel - begin
+    divide_by = tl.load(divisor) if DIVISOR_IS_POINTER else divisor
+    multiply_by = tl.load(factor) if FACTOR_IS_POINTER else factor
+    sum_ptr += begin
+    residual_ptr += begin
+    if left >= BLOCK_SIZE:
+        finish_block(sum_ptr, residual_ptr, left, divide_by, multiply_by, FORMAT, START, False, BLOCK_SIZE)
+    else:
+        finish_block(sum_ptr, residual_ptr, left, divide_by, multiply_by, FORMAT, START, True, BLOCK_SIZE)
+
+
+@triton.jit
+def load_row(table_ptr, SUM_DTYPE: tl.constexpr, RESIDUAL_DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return the tensor of this program's row: pointers to grad, sum and residual."""
+    row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * 5
+    grad_ptr = tl.load(row_ptr).to(tl.pointer_type(SUM_DTYPE))
+    sum_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(SUM_DTYPE))
+    residual_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(RESIDUAL_DTYPE))
+    if ALIGNED:
+        grad_ptr = tl.multiple_of(grad_ptr, 16)
+        sum_ptr = tl.multiple_of(sum_ptr, 16)
+        residual_ptr = tl.multiple_of(residual_ptr, 16)
+    return grad_ptr, sum_ptr, residual_ptr
+
+
 @triton.jit
 def accumulate_list_kernel(
     table_ptr,  # (tensors, 5) int64: addresses of grad, sum, residual, partials; numel
-    scale,  # float32, or a pointer to one
+    scale,
     SUM_DTYPE: tl.constexpr,
     RESIDUAL_DTYPE: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -187,23 +275,17 @@ def accumulate_list_kernel(
     SCALE_IS_POINTER: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """The same for a list of tensors: program (b, t) folds block b of tensor t, if it has one."""
-    block = tl.program_id(0).to(tl.int64)
-    row_ptr = table_ptr + tl.program_id(1).to(tl.int64) * 5
+    """Fold a list of tensors: program (t, b) folds block b of tensor t, if it has one."""
+    block = tl.program_id(1).to(tl.int64)
+    row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * 5
     begin = block * BLOCK_SIZE
     left = tl.load(row_ptr + 4) - begin
     if left > 0:
-        grad_ptr = tl.load(row_ptr).to(tl.pointer_type(SUM_DTYPE))
-        sum_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(SUM_DTYPE))
-        residual_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(RESIDUAL_DTYPE))
-        partials_ptr = tl.load(row_ptr + 3).to(tl.pointer_type(tl.float32)) + 2 * block
-        if ALIGNED:
-            grad_ptr = tl.multiple_of(grad_ptr, 16)
-            sum_ptr = tl.multiple_of(sum_ptr, 16)
-            residual_ptr = tl.multiple_of(residual_ptr, 16)
+        grad_ptr, sum_ptr, residual_ptr = load_row(table_ptr, SUM_DTYPE, RESIDUAL_DTYPE, ALIGNED)
         grad_ptr += begin
         sum_ptr += begin
         residual_ptr += begin
+        partials_ptr = tl.load(row_ptr + 3).to(tl.pointer_type(tl.float32)) + PARTIAL_COLUMNS * block
         factor = tl.load(scale) if SCALE_IS_POINTER else scale
         if left >= BLOCK_SIZE:
             fold_block(
@@ -215,7 +297,36 @@ def accumulate_list_kernel(
             )
 
 
-# ---- launcher ----------------------------------------------------------------------------------------------------
+@triton.jit
+def finish_list_kernel(
+    table_ptr,  # (tensors, 5) int64: unused, addresses of sum and residual, unused; numel
+    divisor,
+    factor,
+    SUM_DTYPE: tl.constexpr,
+    RESIDUAL_DTYPE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    START: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DIVISOR_IS_POINTER: tl.constexpr,
+    FACTOR_IS_POINTER: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Finish a list of tensors: program (t, b) finishes block b of tensor t, if it has one."""
+    begin = tl.program_id(1).to(tl.int64) * BLOCK_SIZE
+    left = tl.load(table_ptr + tl.program_id(0).to(tl.int64) * 5 + 4) - begin
+    if left > 0:
+        _, sum_ptr, residual_ptr = load_row(table_ptr, SUM_DTYPE, RESIDUAL_DTYPE, ALIGNED)
+        sum_ptr += begin
+        residual_ptr += begin
+        divide_by = tl.load(divisor) if DIVISOR_IS_POINTER else divisor
+        multiply_by = tl.load(factor) if FACTOR_IS_POINTER else factor
+        if left >= BLOCK_SIZE:
+            finish_block(sum_ptr, residual_ptr, left, divide_by, multiply_by, FORMAT, START, False, BLOCK_SIZE)
+        else:
+            finish_block(sum_ptr, residual_ptr, left, divide_by, multiply_by, FORMAT, START, True, BLOCK_SIZE)
+
+
+# ---- launchers ---------------------------------------------------------------------------------------------------
 
 _TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -237,83 +348,128 @@ def fold(
     partials: list[Tensor] | None,
 ) -> None:
     """Fold each gradient into its sum; see :func:`accumkern.backends.fold_function` for the contract."""
-    if isinstance(scale, Tensor):
-        scale = scale.detach().to(torch.float32)
-    device = grads[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            _fold_on_current_device(format_, start, grads, sums, residuals, scale, partials)
-    else:
-        _fold_on_current_device(format_, start, grads, sums, residuals, scale, partials)
+    scale = _scalar(scale)
+    options = {
+        "FORMAT": int(format_),
+        "START": int(start),
+        "PARTIALS": partials is not None,
+        "SCALE_IS_POINTER": isinstance(scale, Tensor),
+        "BLOCK_SIZE": BLOCK_NUMEL,
+        **OPTIONS,
+    }
 
-
-def _fold_on_current_device(
-    format_: Format,
-    start: Start,
-    grads: list[Tensor],
-    sums: list[Tensor],
-    residuals: list[Tensor] | None,
-    scale: float | Tensor,
-    partials: list[Tensor] | None,
-) -> None:
-    # A captured copy of the table would read host memory again at every replay, so a capture gets single launches.
-    capturing = grads[0].is_cuda and torch.cuda.is_current_stream_capturing()
-    small = [] if capturing else [i for i, grad in enumerate(grads) if 0 < grad.numel() <= SMALL_NUMEL]
-    if len(small) > 1:
-        _fold_small(format_, start, grads, sums, residuals, scale, partials, small)
-    together = set(small) if len(small) > 1 else set()
-    for i, grad in enumerate(grads):
-        numel = grad.numel()
-        if numel == 0 or i in together:
-            continue
-        accumulate_kernel[(partial_rows(numel),)](
-            grad,
+    def launch(i: int, numel: int) -> None:
+        accumulate_kernel[(max(1, partial_rows(numel)),)](
+            grads[i],
             sums[i],
-            grad if residuals is None else residuals[i],
-            grad if partials is None else partials[i],
+            grads[i] if residuals is None else residuals[i],
+            grads[i] if partials is None else partials[i],
             numel,
             scale,
-            FORMAT=int(format_),
-            START=int(start),
-            PARTIALS=partials is not None,
-            SCALE_IS_POINTER=isinstance(scale, Tensor),
-            BLOCK_SIZE=BLOCK_NUMEL,
-            **OPTIONS,
+            **options,
         )
 
+    with _device_of(sums[0]):
+        small, others = _split_by_size(sums)
+        if small:
+            _load_for_capture("fold", options, lambda: launch(small[0], 0))
+            table, grid, list_options = _table(format_, small, grads, sums, residuals, partials)
+            accumulate_list_kernel[grid](table, scale, **list_options, **options)
+        for i in others:
+            launch(i, sums[i].numel())
 
-def _fold_small(
+
+def finish(
     format_: Format,
     start: Start,
-    grads: list[Tensor],
     sums: list[Tensor],
     residuals: list[Tensor] | None,
-    scale: float | Tensor,
-    partials: list[Tensor] | None,
-    small: list[int],
+    divisor: float | Tensor,
+    factor: float | Tensor,
 ) -> None:
-    rows = [
-        [
-            grads[i].data_ptr(),
-            sums[i].data_ptr(),
-            0 if residuals is None else residuals[i].data_ptr(),
-            0 if partials is None else partials[i].data_ptr(),
-            grads[i].numel(),
-        ]
-        for i in small
-    ]
-    device = grads[0].device
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-    accumulate_list_kernel[(partial_rows(max(row[4] for row in rows)), len(rows))](
-        table,
-        scale,
-        SUM_DTYPE=_TRITON_DTYPES[format_.sum_dtype],
-        RESIDUAL_DTYPE=_TRITON_DTYPES[format_.residual_dtype],
-        FORMAT=int(format_),
-        START=int(start),
-        PARTIALS=partials is not None,
-        ALIGNED=all(address % 16 == 0 for row in rows for address in row[:3]),
-        SCALE_IS_POINTER=isinstance(scale, Tensor),
-        BLOCK_SIZE=BLOCK_NUMEL,
+    """Divide, multiply and round each sum; see :func:`accumkern.backends.finish_function` for the contract."""
+    divisor, factor = _scalar(divisor), _scalar(factor)
+    options = {
+        "FORMAT": int(format_),
+        "START": int(start),
+        "DIVISOR_IS_POINTER": isinstance(divisor, Tensor),
+        "FACTOR_IS_POINTER": isinstance(factor, Tensor),
+        "BLOCK_SIZE": BLOCK_NUMEL,
         **OPTIONS,
-    )
+    }
+
+    def launch(i: int, numel: int) -> None:
+        finish_kernel[(max(1, partial_rows(numel)),)](
+            sums[i], sums[i] if residuals is None else residuals[i], numel, divisor, factor, **options
+        )
+
+    with _device_of(sums[0]):
+        small, others = _split_by_size(sums)
+        if small:
+            _load_for_capture("finish", options, lambda: launch(small[0], 0))
+            table, grid, list_options = _table(format_, small, None, sums, residuals, None)
+            finish_list_kernel[grid](table, divisor, factor, **list_options, **options)
+        for i in others:
+            launch(i, sums[i].numel())
+
+
+_loaded: set[tuple[object, ...]] = set()
+
+
+def _load_for_capture(kernel: str, options: dict[str, Any], launch: Callable[[], None]) -> None:
+    """Launch a single kernel on no elements, once, before its list kernel runs.
+
+    While a CUDA graph is captured, lists are launched one by one, and a kernel may not be loaded then. It writes
+    nothing but partial sums of zero, which the list kernel writes again.
+    """
+    key = (kernel, torch.cuda.current_device() if torch.cuda.is_available() else None, *options.values())
+    if key not in _loaded:
+        _loaded.add(key)
+        launch()
+
+
+def _scalar(factor: float | Tensor) -> float | Tensor:
+    return factor.detach().to(torch.float32) if isinstance(factor, Tensor) else float(factor)
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensor's, where it is not."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def _split_by_size(sums: list[Tensor]) -> tuple[list[int], list[int]]:
+    """Return the indices of tensors that share a launch, and of those that have one each; empty ones have none."""
+    numels = [total.numel() for total in sums]
+    # A captured copy of the table would read host memory again at every replay, so a capture gets single launches.
+    capturing = sums[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    small = [i for i, numel in enumerate(numels) if 0 < numel <= SMALL_NUMEL]
+    if capturing or len(small) < 2:
+        return [], [i for i, numel in enumerate(numels) if numel > 0]
+    return small, [i for i, numel in enumerate(numels) if numel > SMALL_NUMEL]
+
+
+def _table(
+    format_: Format,
+    small: list[int],
+    grads: list[Tensor] | None,
+    sums: list[Tensor],
+    residuals: list[Tensor] | None,
+    partials: list[Tensor] | None,
+) -> tuple[Tensor, tuple[int, int], dict[str, object]]:
+    """Return a list kernel's table on the device, its grid, and its own options."""
+    columns = [
+        [0] * len(small) if tensors is None else [tensors[i].data_ptr() for i in small]
+        for tensors in (grads, sums, residuals, partials)
+    ]
+    columns.append([sums[i].numel() for i in small])
+    device = sums[0].device
+    rows = list(zip(*columns, strict=True))
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    options: dict[str, object] = {
+        "SUM_DTYPE": _TRITON_DTYPES[format_.sum_dtype],
+        "RESIDUAL_DTYPE": _TRITON_DTYPES[format_.residual_dtype],
+        "ALIGNED": all(address % 16 == 0 for column in columns[:3] for address in column),
+    }
+    return table, (len(small), partial_rows(max(columns[4]))), options

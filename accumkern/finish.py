@@ -1,0 +1,123 @@
+"""The end of a window: mean, norm, clipping and rounding of all gradients, in one pass over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from accumkern import backends
+from accumkern.formats import Format, Start, decode
+
+
+class Finished(NamedTuple):
+    """What :meth:`accumkern.GradAccumulator.finish` returns: 0-dim tensors on the device of the first gradient.
+
+    Attributes:
+        norm: total norm of the divided gradients before clipping, FP32.
+        clip_coefficient: what they were multiplied by, FP32: ``min(1, max_norm / (norm + 1e-6))``, or 1.
+        found_nonfinite: whether the norm is infinite or NaN, bool.
+    """
+
+    norm: Tensor
+    clip_coefficient: Tensor
+    found_nonfinite: Tensor
+
+
+class Gradient(NamedTuple):
+    """One gradient as it lies in memory at the end of a window."""
+
+    grad: Tensor
+    format_: Format | None  # None: not folded by a kernel (complex, sparse, float64, or with holes in memory)
+    residual: Tensor | None  # flat, in the memory order of grad; None counts as zero
+    partials: Tensor | None  # left by the last fold, if nobody changed the gradient since
+
+
+def check_divide_by(divide_by: object, gradients: list[Gradient]) -> None:
+    """Raise unless ``divide_by`` is a positive number, or a 0-dim tensor on a device of the gradients."""
+    right = "it must be a positive number or a 0-dim tensor"
+    if isinstance(divide_by, Tensor):
+        if divide_by.dim() != 0 or divide_by.is_complex() or divide_by.dtype is torch.bool:
+            shape, dtype = tuple(divide_by.shape), divide_by.dtype
+            raise ValueError(f"divide_by is a tensor of shape {shape} and {dtype}; {right}")
+        devices = {gradient.grad.device for gradient in gradients}
+        if divide_by.device not in devices:
+            on = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"divide_by is on {divide_by.device} and the gradients on {on}; move it there")
+        if divide_by.device.type == "cpu":  # on a GPU, looking would wait for it
+            check_divide_by(divide_by.item(), gradients)
+    elif isinstance(divide_by, bool) or not isinstance(divide_by, (int, float)):
+        raise TypeError(f"divide_by is a {type(divide_by).__name__}; {right}")
+    elif not math.isfinite(divide_by) or divide_by <= 0:
+        raise ValueError(f"divide_by is {divide_by}; {right}")
+
+
+def check_max_norm(max_norm: object, norm_type: object) -> None:
+    """Raise unless ``max_norm`` is None or a positive number, and ``norm_type`` a positive number or infinity."""
+    if max_norm is not None:
+        if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)):
+            raise TypeError(f"max_norm is a {type(max_norm).__name__}; it must be a positive number or None")
+        if math.isnan(max_norm) or max_norm <= 0:
+            raise ValueError(f"max_norm is {max_norm}; it must be a positive number or None")
+    if isinstance(norm_type, bool) or not isinstance(norm_type, (int, float)):
+        raise TypeError(f"norm_type is a {type(norm_type).__name__}; it must be a positive number or infinity")
+    if math.isnan(norm_type) or norm_type <= 0:
+        raise ValueError(f"norm_type is {norm_type}; it must be a positive number or infinity")
+
+
+@torch.no_grad()
+def total_norm(gradients: list[Gradient], norm_type: float) -> Tensor:
+    """Return the norm of all accumulated values as one vector: FP32, 0-dim, on the device of the first gradient.
+
+    The 2-norm of a gradient whose last fold left partial sums is read from them; the others cost a pass.
+    """
+    norms: list[Tensor] = []
+    measured: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        if norm_type == 2 and gradient.partials is not None:
+            measured.setdefault(gradient.grad.device, []).append(gradient.partials)
+        else:
+            norms.append(torch.linalg.vector_norm(_values(gradient), norm_type, dtype=None).float())
+    norms += [torch.cat(rows)[:, 1].sum(dtype=torch.float64).sqrt().float() for rows in measured.values()]
+    device = gradients[0].grad.device
+    return torch.linalg.vector_norm(torch.stack([norm.to(device, non_blocking=True) for norm in norms]), norm_type)
+
+
+@torch.no_grad()
+def write(
+    gradients: list[Gradient],
+    divisor: float | Tensor,
+    factor: Tensor | float,
+    backend_on: Callable[[torch.device], str],
+) -> None:
+    """Set each ``.grad`` to ``round((x / divisor) * factor)``, computed in FP32 from the accumulated value ``x``."""
+    groups: dict[tuple[torch.device, Format, Start], list[Gradient]] = {}
+    for gradient in gradients:
+        if gradient.format_ is None:
+            gradient.grad.div_(_on(divisor, gradient.grad.device)).mul_(_on(factor, gradient.grad.device))
+        else:
+            start = Start.FROM_SUM if gradient.residual is None else Start.CONTINUE
+            groups.setdefault((gradient.grad.device, gradient.format_, start), []).append(gradient)
+    for (device, format_, start), members in groups.items():
+        residuals: Any = None if start is Start.FROM_SUM else [member.residual for member in members]
+        sums = [member.grad for member in members]
+        finish = backends.finish_function(backend_on(device))
+        finish(format_, start, sums, residuals, _on(divisor, device), _on(factor, device))
+        torch.autograd.graph.increment_version(sums)
+
+
+def _on(scalar: float | Tensor, device: torch.device) -> float | Tensor:
+    return scalar.to(device, non_blocking=True) if isinstance(scalar, Tensor) else scalar
+
+
+def _values(gradient: Gradient) -> Tensor:
+    """Return the accumulated values of a gradient, in FP32 unless they are wider."""
+    grad = gradient.grad
+    if grad.layout is not torch.strided:
+        grad = grad.coalesce().values() if grad.layout is torch.sparse_coo else grad.values()
+    if gradient.format_ is not None and gradient.residual is not None:
+        return decode(gradient.format_, grad, gradient.residual.as_strided(grad.shape, grad.stride()))
+    return grad.float() if grad.dtype in (torch.bfloat16, torch.float16) else grad

@@ -1,0 +1,162 @@
+"""What stock accumulation would have lost: a sample of each gradient, accumulated in its own dtype and in FP64."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SAMPLE_NUMEL = 1024
+
+
+@dataclass(frozen=True)
+class LostBits:
+    """What one parameter's accumulation lost in the last window, measured on a sample of its elements.
+
+    Attributes:
+        name: the parameter's name where the optimizer has names, else its place in the optimizer.
+        shape: of the parameter.
+        micro_batches: gradients accumulated.
+        stock_error: relative L2 error of accumulating in the parameter's dtype, against FP64.
+        error: the same of accumkern's sum; NaN once ``.grad`` is gone.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    micro_batches: int
+    stock_error: float
+    error: float
+
+
+@dataclass(frozen=True)
+class LostBitsReport:
+    """What accumulation lost in the last window, per 16-bit parameter and in total.
+
+    Attributes:
+        parameters: a row for each parameter that had a gradient.
+        stock_error: the relative L2 error of stock accumulation over all parameters, each sample weighted by the
+            elements it stands for.
+        error: the same of accumkern's sums.
+    """
+
+    parameters: list[LostBits]
+    stock_error: float
+    error: float
+
+    def _rows(self) -> list[tuple[str, str, str, str, str]]:
+        rows = [
+            (row.name, "x".join(map(str, row.shape)), str(row.micro_batches), _show(row.stock_error), _show(row.error))
+            for row in self.parameters
+        ]
+        return [*rows, ("all", "", "", _show(self.stock_error), _show(self.error))]
+
+    def __str__(self) -> str:
+        rows = [_HEADER, *self._rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table(title="relative error of the accumulated gradient, last window")
+        for i, column in enumerate(_HEADER):
+            table.add_column(column, justify="left" if i < 2 else "right")
+        for i, row in enumerate(self._rows()):
+            table.add_row(*row, end_section=i == len(self.parameters) - 1)
+        return table
+
+
+_HEADER = ("parameter", "shape", "micro-batches", "stock", "accumkern")
+
+
+def _show(error: float) -> str:
+    return "-" if math.isnan(error) else f"{error:.1e}"
+
+
+class _Sample:
+    """Some elements of one parameter's gradient, in memory order."""
+
+    def __init__(self, grad: Tensor) -> None:
+        numel = grad.numel()
+        generator = torch.Generator().manual_seed(numel)  # leaves torch's own random numbers alone
+        chosen = torch.randperm(numel, generator=generator)[:_SAMPLE_NUMEL].sort().values
+        self.indices = chosen.to(grad.device)
+        self.stock: Tensor | None = None
+        self.truth: Tensor | None = None
+        self.micro_batches = 0
+        self.first: tuple[Callable[[], Any], int] = (lambda: None), 0  # a window's first gradient, and its version
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().flatten().index_select(0, self.indices)
+
+
+class LostBitsMeter:
+    """Samples of all 16-bit gradients."""
+
+    def __init__(self) -> None:
+        self._samples: dict[Tensor, _Sample] = {}
+
+    def add(self, param: Tensor, grad: Tensor, scale: float | Tensor, running: Tensor | None, is_ours: bool) -> None:
+        """Add a micro-gradient to its sample.
+
+        Args:
+            param: whose gradient it is.
+            grad: the micro-gradient.
+            scale: its factor; stock accumulation gets it from the loss, so it is applied before the sum.
+            running: ``.grad`` before; None begins a window.
+            is_ours: whether nobody changed ``running`` since the last fold. A change counts for stock PyTorch too.
+        """
+        if grad.dtype not in (torch.bfloat16, torch.float16) or grad.layout is not torch.strided or grad.numel() == 0:
+            return
+        sample = self._samples.get(param)
+        if sample is None:
+            sample = self._samples[param] = _Sample(grad)
+        new = sample.of(grad)
+        exact = new.double() * scale
+        rounded = exact.to(grad.dtype)
+        continues = is_ours or (
+            running is not None and sample.first[0]() is running and sample.first[1] == running._version
+        )
+        if running is None:
+            sample.stock, sample.truth, sample.micro_batches = rounded, exact, 1
+            sample.first = weakref.ref(grad), grad._version
+            return
+        if not continues or sample.stock is None or sample.truth is None:
+            sample.stock = sample.of(running)
+            sample.truth, sample.micro_batches = sample.stock.double(), 0
+        sample.stock = sample.stock + rounded
+        sample.truth = sample.truth + exact
+        sample.micro_batches += 1
+
+    def report(self, optimizer: torch.optim.Optimizer, gradient: Callable[[Tensor], Tensor | None]) -> LostBitsReport:
+        """Return the errors of the last window."""
+        rows, totals = [], [0.0, 0.0, 0.0]
+        for g, group in enumerate(optimizer.param_groups):
+            names = group.get("param_names")
+            for i, param in enumerate(group["params"]):
+                sample = self._samples.get(param)
+                if sample is None or sample.stock is None or sample.truth is None:
+                    continue
+                stands_for = param.numel() / len(sample.indices)
+                found = gradient(param)
+                errors = [(sample.stock.double() - sample.truth).square().sum().item(), math.nan]
+                if found is not None:
+                    errors[1] = (sample.of(found).double() - sample.truth).square().sum().item()
+                square = sample.truth.square().sum().item()
+                for j, value in enumerate((*errors, square)):
+                    totals[j] += value * stands_for
+                name = names[i] if names else f"group {g}, parameter {i}"
+                stock_error, error = (_relative(value, square) for value in errors)
+                rows.append(LostBits(name, tuple(param.shape), sample.micro_batches, stock_error, error))
+        if not rows:
+            raise RuntimeError("there is nothing to report: no bfloat16 or float16 gradient has been accumulated yet")
+        return LostBitsReport(rows, _relative(totals[0], totals[2]), _relative(totals[1], totals[2]))
+
+
+def _relative(error: float, square: float) -> float:
+    return math.sqrt(error / square) if square > 0 else (0.0 if error == 0 else math.nan)

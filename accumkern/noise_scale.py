@@ -1,0 +1,222 @@
+"""The gradient noise scale, from squared norms that the accumulate kernel takes while it folds.
+
+With ``s_i`` the gradient of micro-batch i's summed loss, ``t_i`` its tokens, ``T = sum t_i`` and N micro-batches::
+
+    A = (1/T) sum_i ||s_i||^2 / t_i            q = ||sum_i s_i / T||^2
+    tr(Sigma) = T (A - q) / (N - 1)            |G|^2 = (N q - A) / (N - 1)         B_simple = tr(Sigma) / |G|^2
+
+Both are unbiased; their ratio is not, so they are smoothed over windows separately and then divided (S. McCandlish et
+al., "An Empirical Model of Large-Batch Training", arXiv 1812.06162, appendix A, for equal micro-batches).
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accumkern.formats import Start
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Unbiased estimates from one window, or their averages over windows.
+
+    Attributes:
+        trace: ``tr(Sigma)``, the variance of the gradient of one token (of one micro-batch where no tokens were given),
+            summed over parameters. It can come out negative by chance.
+        squared_gradient: ``|G|^2``, the squared norm of the true gradient. It can come out negative by chance, when
+            noise is all that there is.
+        noise_scale: their ratio, in tokens (or micro-batches): infinite where ``squared_gradient`` is not positive,
+            zero where ``trace`` is negative.
+    """
+
+    trace: float
+    squared_gradient: float
+
+    @property
+    def noise_scale(self) -> float:
+        """``trace / squared_gradient``, infinite or zero where one of them is not positive."""
+        if self.squared_gradient <= 0:
+            return math.inf
+        return max(self.trace, 0.0) / self.squared_gradient
+
+
+@dataclass(frozen=True)
+class NoiseScale:
+    """The gradient noise scale after a window.
+
+    Attributes:
+        noise_scale: ``B_simple`` from the smoothed estimates, in tokens (or micro-batches where no tokens were given).
+        smoothed: the estimates, averaged over the windows so far.
+        window: the estimates of the last window alone.
+        micro_batches: N of the last window.
+        windows: how many windows the average has seen.
+    """
+
+    noise_scale: float
+    smoothed: Estimate
+    window: Estimate
+    micro_batches: int
+    windows: int
+
+
+def estimate(squares: Sequence[float], square_of_sum: float, tokens: Sequence[float]) -> Estimate:
+    """Return the unbiased estimates of a window.
+
+    Args:
+        squares: ``||s_i||^2`` of each micro-batch.
+        square_of_sum: ``||sum_i s_i||^2``.
+        tokens: ``t_i`` of each micro-batch.
+    """
+    count, total = len(squares), math.fsum(tokens)
+    a = math.fsum(square / t for square, t in zip(squares, tokens, strict=True)) / total
+    q = square_of_sum / total**2
+    return Estimate(total * (a - q) / (count - 1), (count * q - a) / (count - 1))
+
+
+class Smoother:
+    """An exponential average over windows that weighs the first windows fully."""
+
+    def __init__(self) -> None:
+        self.trace = self.squared_gradient = self.weight = 0.0
+        self.windows = 0
+
+    def add(self, window: Estimate, smoothing: float) -> Estimate:
+        """Return the average after one more window."""
+        self.trace = smoothing * self.trace + (1 - smoothing) * window.trace
+        self.squared_gradient = smoothing * self.squared_gradient + (1 - smoothing) * window.squared_gradient
+        self.weight = smoothing * self.weight + (1 - smoothing)
+        self.windows += 1
+        return Estimate(self.trace / self.weight, self.squared_gradient / self.weight)
+
+
+class Share:
+    """What one parameter adds to the squares of a window."""
+
+    __slots__ = ("count", "first", "group", "param", "window")
+
+    def __init__(self, param: Tensor, group: int) -> None:
+        self.param = param
+        self.group = group  # of the optimizer
+        self.window = -1
+        self.count = 0  # gradients in this window
+        self.first: tuple[weakref.ref[Tensor], int] | None = None  # the first, while it is not measured; its version
+
+
+class WindowSquares:
+    """Squared norms of the micro-gradients of a window, by optimizer group, on the device until they are asked for.
+
+    A parameter's k-th gradient of a window belongs to micro-batch k. The first one is not folded; its square is read
+    off the old value when the second is.
+    """
+
+    def __init__(self) -> None:
+        self._window = 0
+        self._closed = False
+        self._edited = False
+        self._squares: list[dict[tuple[int, torch.device], Tensor]] = []  # of each micro-batch
+        self._sums: dict[Share, Tensor] = {}  # partials of each parameter's last fold
+        self._folded: list[tuple[Share, Tensor, Start, float | Tensor]] = []  # since the last reduction
+
+    def arrive(self, share: Share, is_first: bool) -> None:
+        """Count a gradient; ``is_first`` says that ``.grad`` was None before."""
+        if self._closed or (is_first and share.window == self._window):
+            self._window += 1
+            self._closed = self._edited = False
+            self._squares.clear()
+            self._sums.clear()
+            self._folded.clear()
+        if share.window != self._window:
+            share.window, share.count, share.first = self._window, 0, None
+        share.count += 1
+
+    def keep(self, share: Share, grad: Tensor) -> None:
+        """Note that the first gradient of a window was kept as it came."""
+        share.first = weakref.ref(grad), grad._version
+
+    def fold(self, share: Share, running: Tensor, start: Start, partials: Tensor, scale: float | Tensor) -> None:
+        """Note a fold into ``running`` that left ``partials``."""
+        first, share.first = share.first, None
+        if start is Start.FROM_SUM:
+            # From the first gradient, as it came, or from zeros: whether they are, reduce() sees.
+            if share.count == 2:
+                self._edited |= first is None or first[0]() is not running or first[1] != running._version
+            else:
+                self._edited |= share.count != 1
+        elif start is Start.CONTINUE:
+            self._edited |= share.count == 1
+        self._sums[share] = partials
+        self._folded.append((share, partials, start, scale))
+
+    def reduce(self) -> None:
+        """Add up the partial sums of the folds since the last call, before others overwrite them."""
+        groups: dict[Any, list[Tensor]] = {}
+        scales: dict[int, float | Tensor] = {}
+        for share, partials, start, scale in self._folded:
+            scales[id(scale)] = scale
+            key = (share.count - 1, share.group, partials.device, start is Start.FROM_SUM, id(scale))
+            groups.setdefault(key, []).append(partials)
+        for (index, group, device, from_sum, scale_id), rows in groups.items():
+            scale = scales[scale_id]
+            if isinstance(scale, Tensor):
+                scale = scale.to(device, torch.float64)
+            totals = torch.cat(rows).sum(0, dtype=torch.float64)
+            self._add(index, group, totals[0] * scale * scale)
+            if from_sum:
+                # At the second gradient, the square of the first; at the first, of zeros, or index -1 will tell.
+                self._add(index - 1, group, totals[2])
+        self._folded.clear()
+
+    def _add(self, index: int, group: int, square: Tensor) -> None:
+        while len(self._squares) <= index + 1:
+            self._squares.append({})
+        of = self._squares[index + 1]
+        key = (group, square.device)
+        of[key] = of[key] + square if key in of else square
+
+    def close(self) -> None:
+        """Let the next gradient begin another window."""
+        self._closed = True
+
+    def totals(self, shares: Iterable[Share], group: int | None) -> tuple[list[float], float]:
+        """Return ``||s_i||^2`` of each micro-batch and ``||sum s_i||^2``, of all groups or of one.
+
+        Raises:
+            RuntimeError: there is nothing to estimate from, or gradients were changed in the middle of the window.
+        """
+        self.reduce()
+        members = [share for share in shares if share.window == self._window and group in (None, share.group)]
+        count = max((share.count for share in members), default=0)
+        if count < 2:
+            found = "no micro-batch" if count == 0 else "one micro-batch"
+            raise RuntimeError(f"the noise scale is undefined: the window has {found}, and it needs at least two")
+        squares = [torch.zeros((), dtype=torch.float64)] * (count + 1)
+        square_of_sum = 0.0
+        for index, of in enumerate(self._squares):
+            for (of_group, _), square in of.items():
+                if group in (None, of_group):
+                    squares[index] = squares[index] + square.cpu()
+        rows: dict[torch.device, list[Tensor]] = {}
+        for share in members:
+            if share.first is not None:  # had one gradient alone, which no fold has measured
+                grad = share.param.grad
+                if grad is None or grad is not share.first[0]() or grad._version != share.first[1]:
+                    raise RuntimeError("call noise_scale() after the last backward pass and before zero_grad()")
+                square = torch.linalg.vector_norm(grad, dtype=torch.float32).double().cpu() ** 2
+                squares[1] = squares[1] + square
+                square_of_sum += float(square)
+            elif share in self._sums:
+                rows.setdefault(self._sums[share].device, []).append(self._sums[share])
+        square_of_sum += sum(float(torch.cat(r)[:, 1].sum(dtype=torch.float64)) for r in rows.values())
+        if self._edited or float(squares[0]) > 0:
+            raise RuntimeError(
+                "the noise scale is unknown: .grad was changed in the middle of the window. Call noise_scale() once "
+                "per window, after its last backward pass; clip and unscale after it"
+            )
+        return [float(square) for square in squares[1:]], square_of_sum
