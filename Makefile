@@ -44,7 +44,9 @@ test: $(BUILT) lint
 bench: $(BUILT)
 	$(BIN)/python benchmarks/bench_kernels.py --device cpu
 	$(BIN)/python benchmarks/bench_overhead.py --device cpu
+	$(BIN)/python benchmarks/bench_finish.py --device cpu
 	$(BIN)/python benchmarks/bench_accuracy.py
+	$(BIN)/python benchmarks/report.py
 
 # A GPU machine may have no network: its own python3 has torch, triton, pybind11 and pytest, and nvcc is on PATH.
 gpu:
@@ -52,6 +54,7 @@ gpu:
 	$(PYTHON) -m accumkern doctor
 	$(PYTHON) -m pytest -m gpu --override-ini addopts= -q
 	$(PYTHON) benchmarks/bench_kernels.py --device cuda
+	$(PYTHON) benchmarks/bench_finish.py --device cuda
 	$(PYTHON) benchmarks/bench_overhead.py --device cuda
 
 clean:

@@ -67,7 +67,7 @@ def compile_triton(architecture: int) -> dict[str, Any]:
             cubin.write_bytes(compiled.asm["cubin"])
             return describe(disassemble(cubin)) | arithmetic(compiled.asm["ptx"])
 
-    report: dict[str, Any] = {"accumulate_kernel": {}, "accumulate_list_kernel": {}}
+    report: dict[str, Any] = {"accumulate_kernel": {}, "accumulate_list_kernel": {}, "finish_kernel": {}}
     for format_ in Format:
         sum_dtype = kernels._TRITON_DTYPES[format_.sum_dtype]
         residual_dtype = kernels._TRITON_DTYPES[format_.residual_dtype]
@@ -92,6 +92,24 @@ def compile_triton(architecture: int) -> dict[str, Any]:
                     kernels.accumulate_kernel, signature, constants | {"PARTIALS": partials}, aligned=4
                 )
             if start is Start.CONTINUE:
+                report["finish_kernel"][f"{format_.name}-{start.name}"] = build(
+                    kernels.finish_kernel,
+                    {
+                        "sum_ptr": f"*{names[sum_dtype]}",
+                        "residual_ptr": f"*{names[residual_dtype]}",
+                        "numel": "i64",
+                        "divisor": "fp32",
+                        "factor": "fp32",
+                    },
+                    {
+                        "FORMAT": int(format_),
+                        "START": int(start),
+                        "DIVISOR_IS_POINTER": False,
+                        "FACTOR_IS_POINTER": False,
+                        "BLOCK_SIZE": BLOCK_NUMEL,
+                    },
+                    aligned=2,
+                )
                 report["accumulate_list_kernel"][f"{format_.name}-{start.name}"] = build(
                     kernels.accumulate_list_kernel,
                     {"table_ptr": "*i64", "scale": "fp32"},

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import accumkern
 from accumkern import backends, formats
-from accumkern.formats import BLOCK_NUMEL, Format, Start, partial_rows
+from accumkern.formats import BLOCK_NUMEL, PARTIALS, Format, Start, partial_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -282,7 +282,7 @@ def test_partial_sums_of_squares(backend: str, format_: Format, start: Start) ->
         runs = []
         for _ in range(2):
             grads, sums_, residuals_ = columns(rows)
-            partials = [torch.full((partial_rows(numel), 2), torch.nan, device=DEVICE) for numel in sizes]
+            partials = [torch.full((partial_rows(numel), PARTIALS), torch.nan, device=DEVICE) for numel in sizes]
             fold(format_, start, grads, sums_, residuals_, scale, partials)
             runs.append([partial.cpu() for partial in partials])
             for row, total in zip(rows, sums_, strict=True):
@@ -290,7 +290,8 @@ def test_partial_sums_of_squares(backend: str, format_: Format, start: Start) ->
                 assert_same_bits(total, expected[0], "sum")
         for row, first, second in zip(rows, *runs, strict=True):
             x = accumulated(format_, start, *row, scale)
-            truth = torch.stack([block_sums_of_squares(row[0]), block_sums_of_squares(x)], dim=1)
+            old = row[1].double() if start is Start.FROM_SUM else torch.zeros_like(x)
+            truth = torch.stack([block_sums_of_squares(values) for values in (row[0], x, old)], dim=1)
             torch.testing.assert_close(first.double(), truth, rtol=1e-5, atol=0.0)
             assert_same_bits(second, first, "partial sums of a second run")
 
@@ -437,7 +438,7 @@ def test_a_launch_error_is_raised_and_leaves_nothing_behind(backend: str) -> Non
     addresses = [grad.data_ptr()], [total.data_ptr()], [residuals[0].data_ptr()]
     with pytest.raises(RuntimeError, match="accumkern: cudaSetDevice"):
         _C.accumulate_cuda(
-            int(Format.SPLIT24), int(Start.CONTINUE), *addresses, [], [grad.numel()], 0.5, 0, no_device, 0
+            int(Format.SPLIT24), int(Start.CONTINUE), *addresses, [], [grad.numel()], (0.5, 0), no_device, 0
         )
     torch.cuda.synchronize()
     assert torch.cuda.current_device() == grad.device.index
@@ -730,7 +731,7 @@ def test_a_captured_fold_replays_like_repeated_folds(backend: str, sizes: list[i
     sums = [torch.randn(numel, device=DEVICE).bfloat16() for numel in sizes]
     grads = [torch.randn_like(total) for total in sums]
     residuals = [torch.zeros_like(total, dtype=torch.int16) for total in sums]
-    partials = [torch.zeros(partial_rows(numel), 2, device=DEVICE) for numel in sizes]
+    partials = [torch.zeros(partial_rows(numel), PARTIALS, device=DEVICE) for numel in sizes]
     scale = torch.ones((), device=DEVICE)
 
     def copies(tensors: list[Tensor]) -> list[Tensor]:
