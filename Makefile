@@ -1,6 +1,9 @@
 # Everything from a fresh machine. `make demo` and `make test` set up what they need.
 .PHONY: demo test lint bench gpu clean help
 
+# Threads that wait for one another by spinning crawl where something else keeps a core busy.
+export OMP_WAIT_POLICY ?= passive
+
 PYTHON ?= python3
 TEXT ?=
 VENV := .venv

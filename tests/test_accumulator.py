@@ -525,17 +525,26 @@ def test_edit_that_leaves_no_trace_wins_to_half_an_ulp(buffer: str, edit: str) -
     assert ((gradient(acc, param).double() - truth).abs() <= bound).all()
 
 
-def test_grad_data_of_another_layout_wins() -> None:
-    """An assignment to .grad.data changes neither the tensor's identity nor its version, but its strides."""
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda g: g.t().contiguous().t(),
+        lambda g: g.repeat_interleave(2, 1)[:, ::2],
+        lambda g: torch._neg_view(-g),
+    ],
+    ids=["transposed", "strided", "lazily negated"],
+)
+def test_grad_data_of_another_layout_wins(change: Callable[[Tensor], Tensor]) -> None:
+    """An assignment to .grad.data changes neither the tensor's identity nor its version, but its layout."""
     param = parameter(2, 3)
     acc = accumkern.attach(sgd(param), "split32")
     for _ in range(3):
         backward(param, torch.ones(2, 3))
     assert param.grad is not None
-    param.grad.data = torch.arange(6.0).to(BF16).view(3, 2).t()
+    param.grad.data = change(torch.tensor([[1.0, 2.0, 4.0], [1.0, 3.0, 5.0]]).to(BF16))
     backward(param, torch.arange(6.0).view(2, 3))
-    expected = torch.tensor([[0.0, 3.0, 6.0], [4.0, 7.0, 10.0]])
-    assert_same_bits(param.grad, expected.to(BF16))
+    expected = torch.tensor([[1.0, 3.0, 6.0], [4.0, 7.0, 10.0]])
+    assert_same_bits(param.grad.resolve_neg(), expected.to(BF16))
     assert_same_bits(acc.gradient(param), expected)
 
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import report
+import report  # noqa: E402
 
 
 def test_readme_shows_the_committed_results() -> None:
