@@ -455,7 +455,7 @@ class GradAccumulator:
             self._begin_backward(backward)
             self._hook_again(parameter, new)
             running = None
-        elif backward != self._backward or parameter.waits:
+        elif backward != self._backward:
             param.grad = running  # as it was before this gradient came
             self._begin_backward(backward)
             running = param.grad
@@ -472,26 +472,22 @@ class GradAccumulator:
                 if self._squares is not None:
                     self._squares.keep(parameter.share, new)
                 return
-            running, start, plain = new, Start.FROM_ZERO, True
-        elif running is parameter.written() and running._version == parameter.version:  # ours, and untouched
-            start, plain = Start.CONTINUE, parameter.is_plain and running.is_contiguous()
+            running, start = new, Start.FROM_ZERO
+            version = new._version
         else:
-            start, plain = Start.FROM_SUM, _is_plain(running, parameter.dtype)
-        if (
-            not plain
-            or new.dtype is not parameter.dtype
-            or not new.is_contiguous()
-            or new.is_neg()
-            or self._keeps_graph
-        ):
+            version = running._version
+            is_ours = running is parameter.written() and version == parameter.version
+            start = Start.CONTINUE if is_ours else Start.FROM_SUM
+        # .grad.data may have been given another layout or dtype, which no version tells.
+        plain = _is_plain(new, parameter.dtype) and (running is new or _is_plain(running, parameter.dtype))
+        if not plain or self._keeps_graph:
             self._accumulate_any(parameter, param, running, new, start)
             return
 
         param.grad = running
         if self._may_wait and parameter.is_small and len(param._post_accumulate_grad_hooks) == 1:
-            stream = torch._C._cuda_getCurrentRawStream(new.device.index) if new.is_cuda else None
-            parameter.waits = True
-            self._waiting.append((parameter, running, new, start, running._version, stream))
+            stream = torch._C._cuda_getCurrentRawStream(parameter.device.index) if parameter.is_cuda else None
+            self._waiting.append((parameter, running, new, start, version, stream))
             self._waiting_numel += parameter.numel
             if self._waiting_numel > _MAX_WAITING_NUMEL:
                 self._fold_waiting()
@@ -582,7 +578,6 @@ class GradAccumulator:
             tuple[torch.device, torch.dtype | None, Start], tuple[list[_Parameter], list[Tensor], list[Tensor]]
         ] = {}
         for parameter, running, new, start, version, stream in waiting:
-            parameter.waits = False
             grad = parameter.param.grad
             if grad is not running or running._version != version:
                 if grad is None or not of_this_backward:
@@ -667,8 +662,8 @@ class _Parameter:
         "device",
         "dtype",
         "handle",
+        "is_cuda",
         "is_measured",
-        "is_plain",
         "is_small",
         "last",
         "node",
@@ -680,7 +675,6 @@ class _Parameter:
         "set_aside",
         "share",
         "version",
-        "waits",
         "written",
     )
 
@@ -691,7 +685,6 @@ class _Parameter:
         self.numel = param.numel()
         self.is_small = self.numel <= _SMALL_NUMEL
         self.set_aside: Any = _NOT_CALLED  # a tensor, or None where there was no gradient
-        self.waits = False
         self.last: Callable[[], Any] = _nothing  # .grad as the last window or fold left it
         self.before, self.after = _hooks(weakref.ref(self))
         self.node: Node | None = None
@@ -714,6 +707,7 @@ class _Parameter:
         self.node = node  # a hook on a node lives as long as somebody refers to the node
         self.node_handle = node.register_prehook(self.before)
         self.device = self.param.device
+        self.is_cuda = self.device.type == "cuda"
         self.dtype = self.param.dtype if self.param.dtype in _FOLDED_DTYPES else None
         self.residual: Any = None  # a tensor, once there is one: flat, in the memory order of .grad
         self.partials: Tensor | None = None
@@ -730,13 +724,11 @@ class _Parameter:
         """Note that the residual belongs to no gradient."""
         self.written: Callable[[], Any] = _nothing
         self.version = -1
-        self.is_plain = False
 
     def remember(self, grad: Tensor) -> None:
         """Note that the residual belongs to ``grad`` as it is now."""
         self.written = self.last = weakref.ref(grad)
         self.version = grad._version
-        self.is_plain = _is_plain(grad, self.dtype)
 
     def owns(self, grad: Tensor | None) -> bool:
         """Return whether ``grad`` is what was written last, unchanged since: the residual belongs to it."""
@@ -786,7 +778,8 @@ def _nothing() -> None:
 
 
 def _is_plain(grad: Tensor, dtype: torch.dtype | None) -> bool:
-    return grad.dtype is dtype and grad.layout is torch.strided and grad.is_contiguous() and not grad.is_neg()
+    """Return whether the kernels take a gradient as it is; sparse tensors are not contiguous."""
+    return grad.dtype is dtype and grad.is_contiguous() and not grad.is_neg()
 
 
 def _hooks(reference: weakref.ref[_Parameter]) -> tuple[Any, Any]:

@@ -879,6 +879,22 @@ def test_large_tensors_are_folded_at_once_and_small_ones_together(launches: list
         assert_same_bits(acc.gradient(param), fp32_sum(of_param))
 
 
+def test_small_gradients_wait_only_until_they_are_many(
+    launches: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting gradients are memory that stock PyTorch would have freed."""
+    monkeypatch.setattr(accumkern.accumulator, "_MAX_WAITING_NUMEL", 100)
+    params = [parameter(30) for _ in range(10)]
+    acc = accumkern.attach(sgd(*params), "split32")
+    grads = [micro_gradients(4, 30) for _ in params]
+    for micro_batch in zip(*grads, strict=True):
+        launches.clear()
+        backward_of_all(params, micro_batch)
+    assert launches == [[30] * 4, [30] * 4, [30] * 2]
+    for param, of_param in zip(params, grads, strict=True):
+        assert_same_bits(acc.gradient(param), fp32_sum(of_param))
+
+
 def test_large_tensors_take_part_in_windows_and_averages(backend: str, device: str) -> None:
     params = [parameter(257, 256, device=device), parameter(257, device=device)]
     optimizer = sgd(*params)

@@ -24,6 +24,15 @@ BF16 = torch.bfloat16
 # ---- helpers -----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are small here: on a busy machine threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def parameter(*shape: int, dtype: torch.dtype = BF16) -> Parameter:
     return Parameter(torch.zeros(shape, dtype=dtype))
 
