@@ -50,7 +50,7 @@ def kernels_table(content: dict[str, Any]) -> list[str]:
             lines.append(f"| {name} | {result['error']} | | | |")
             continue
         lines.append(
-            f"| {name} | {_spread(result)} | {result['gb_per_s']:.0f} | {result['fraction_of_copy']:.2f} | "
+            f"| {name} | {_spread(result)} | {result['gb_per_s']:.{0 if result['gb_per_s'] >= 10 else 1}f} | {result['fraction_of_copy']:.2f} | "
             f"{result['time_over_split24']:.2f} |"
         )
     return lines
