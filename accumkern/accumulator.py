@@ -112,6 +112,7 @@ class GradAccumulator:
         self._scales = self._scale != 1.0
         self._backend = backend
         self._backend_of_device: dict[torch.device, str] = {}
+        self._kinds: dict[tuple[torch.device, torch.dtype], int] = {}
         self._optimizer = optimizer
         self._parameters: dict[Tensor, _Parameter] = {}
         # Small gradients that wait for the end of the backward pass, .grad being the running sum until then:
@@ -450,7 +451,7 @@ class GradAccumulator:
         if new is None:  # somebody's hook took it
             param.grad = None if running is _NOT_CALLED else running
             return
-        backward = torch._C._current_graph_task_id()
+        backward = _current_graph_task_id()
         if running is _NOT_CALLED:
             self._begin_backward(backward)
             self._hook_again(parameter, new)
@@ -574,9 +575,7 @@ class GradAccumulator:
             return
         waiting, self._waiting = self._waiting, []
         self._waiting_numel = 0
-        groups: dict[
-            tuple[torch.device, torch.dtype | None, Start], tuple[list[_Parameter], list[Tensor], list[Tensor]]
-        ] = {}
+        groups: dict[int, tuple[list[_Parameter], list[Tensor], list[Tensor], Start]] = {}
         for parameter, running, new, start, version, stream in waiting:
             grad = parameter.param.grad
             if grad is not running or running._version != version:
@@ -590,15 +589,15 @@ class GradAccumulator:
                 current = torch.cuda.current_stream(new.device)
                 current.wait_stream(torch.cuda.ExternalStream(stream, new.device))
                 new.record_stream(current)
-            key = (parameter.device, parameter.dtype, start)
+            key = parameter.kind + start
             if key not in groups:
-                groups[key] = ([], [], [])
-            parameters, grads, sums = groups[key]
+                groups[key] = ([], [], [], start)
+            parameters, grads, sums, _ = groups[key]
             parameters.append(parameter)
             grads.append(new)
             sums.append(grad)
-        for (_, _, start), (parameters, grads, sums) in groups.items():
-            self._fold(parameters, grads, sums, start)
+        for group in groups.values():
+            self._fold(*group)
 
     def _fold(self, parameters: list[_Parameter], grads: list[Tensor], sums: list[Tensor], start: Start) -> None:
         """Fold gradients of one device and dtype into their sums, which are laid out alike.
@@ -635,9 +634,10 @@ class GradAccumulator:
         if start is not Start.CONTINUE:
             for parameter, total in zip(parameters, sums, strict=True):
                 parameter.remember(total)
-        if partials is None:
-            for parameter in parameters:
-                parameter.is_measured = False
+
+    def _kind_of(self, device: torch.device, dtype: torch.dtype) -> int:
+        """Return a number for a device and dtype, to which a Start can be added: cheaper to group by than the pair."""
+        return self._kinds.setdefault((device, dtype), len(Start) * len(self._kinds))
 
     def _backend_on(self, device: torch.device) -> str:
         chosen = self._backend_of_device.get(device)
@@ -665,6 +665,7 @@ class _Parameter:
         "is_cuda",
         "is_measured",
         "is_small",
+        "kind",
         "last",
         "node",
         "node_handle",
@@ -708,10 +709,11 @@ class _Parameter:
         self.node_handle = node.register_prehook(self.before)
         self.device = self.param.device
         self.is_cuda = self.device.type == "cuda"
+        self.kind = self.accumulator._kind_of(self.device, self.param.dtype)
         self.dtype = self.param.dtype if self.param.dtype in _FOLDED_DTYPES else None
         self.residual: Any = None  # a tensor, once there is one: flat, in the memory order of .grad
         self.partials: Tensor | None = None
-        self.is_measured = False  # whether the last fold left partial sums
+        self.is_measured = False  # whether folds leave partial sums
         self.forget()
 
     def unhook(self) -> None:
@@ -771,6 +773,7 @@ class _Parameter:
 
 _FOLDED_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 _NOT_CALLED: Any = object()
+_current_graph_task_id = torch._C._current_graph_task_id
 
 
 def _nothing() -> None:

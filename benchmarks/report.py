@@ -49,8 +49,9 @@ def kernels_table(content: dict[str, Any]) -> list[str]:
         if "error" in result:
             lines.append(f"| {name} | {result['error']} | | | |")
             continue
+        digits = 0 if result["gb_per_s"] >= 10 else 1
         lines.append(
-            f"| {name} | {_spread(result)} | {result['gb_per_s']:.{0 if result['gb_per_s'] >= 10 else 1}f} | {result['fraction_of_copy']:.2f} | "
+            f"| {name} | {_spread(result)} | {result['gb_per_s']:.{digits}f} | {result['fraction_of_copy']:.2f} | "
             f"{result['time_over_split24']:.2f} |"
         )
     return lines
