@@ -115,9 +115,7 @@ class GradAccumulator:
         self._kinds: dict[tuple[torch.device, torch.dtype], int] = {}
         self._optimizer = optimizer
         self._parameters: dict[Tensor, _Parameter] = {}
-        # Small gradients that wait for the end of the backward pass, .grad being the running sum until then:
-        # (parameter, running, new, start, version of running, stream that made new).
-        self._waiting: list[tuple[_Parameter, Tensor, Tensor, Start, int, int | None]] = []
+        self._waiting: list[_Parameter] = []  # whose small gradients wait for the end of the backward pass
         self._waiting_numel = 0
         self._backward = -1  # autograd's number of the backward pass that is under way
         self._keeps_graph = False  # whether it was called with create_graph=True
@@ -487,8 +485,15 @@ class GradAccumulator:
 
         param.grad = running
         if self._may_wait and parameter.is_small and len(param._post_accumulate_grad_hooks) == 1:
-            stream = torch._C._cuda_getCurrentRawStream(parameter.device.index) if parameter.is_cuda else None
-            self._waiting.append((parameter, running, new, start, version, stream))
+            parameter.waiting, parameter.running, parameter.start, parameter.running_version = (
+                new,
+                running,
+                start,
+                version,
+            )
+            if parameter.is_cuda:
+                parameter.stream = torch._C._cuda_getCurrentRawStream(parameter.device.index)
+            self._waiting.append(parameter)
             self._waiting_numel += parameter.numel
             if self._waiting_numel > _MAX_WAITING_NUMEL:
                 self._fold_waiting()
@@ -576,18 +581,20 @@ class GradAccumulator:
         waiting, self._waiting = self._waiting, []
         self._waiting_numel = 0
         groups: dict[int, tuple[list[_Parameter], list[Tensor], list[Tensor], Start]] = {}
-        for parameter, running, new, start, version, stream in waiting:
-            grad = parameter.param.grad
-            if grad is not running or running._version != version:
+        for parameter in waiting:
+            new, running, start = parameter.waiting, parameter.running, parameter.start
+            parameter.waiting = parameter.running = None
+            grad: Any = parameter.param.grad
+            if grad is not running or running._version != parameter.running_version:
                 if grad is None or not of_this_backward:
                     continue
                 start = Start.FROM_SUM
                 if not _is_plain(grad, parameter.dtype):
                     self._accumulate_any(parameter, parameter.param, grad, new, start)
                     continue
-            if stream is not None and stream != torch._C._cuda_getCurrentRawStream(new.device.index):
-                current = torch.cuda.current_stream(new.device)
-                current.wait_stream(torch.cuda.ExternalStream(stream, new.device))
+            if parameter.is_cuda and parameter.stream != torch._C._cuda_getCurrentRawStream(parameter.device.index):
+                current = torch.cuda.current_stream(parameter.device)
+                current.wait_stream(torch.cuda.ExternalStream(parameter.stream, parameter.device))
                 new.record_stream(current)
             key = parameter.kind + start
             if key not in groups:
@@ -673,9 +680,14 @@ class _Parameter:
         "param",
         "partials",
         "residual",
+        "running",
+        "running_version",
         "set_aside",
         "share",
+        "start",
+        "stream",
         "version",
+        "waiting",
         "written",
     )
 
@@ -687,6 +699,12 @@ class _Parameter:
         self.is_small = self.numel <= _SMALL_NUMEL
         self.set_aside: Any = _NOT_CALLED  # a tensor, or None where there was no gradient
         self.last: Callable[[], Any] = _nothing  # .grad as the last window or fold left it
+        # A small gradient that waits, .grad being the running sum until then, and the stream that made it.
+        self.waiting: Any = None
+        self.running: Any = None
+        self.running_version = 0
+        self.start = Start.FROM_ZERO
+        self.stream = 0
         self.before, self.after = _hooks(weakref.ref(self))
         self.node: Node | None = None
         self.node_handle: RemovableHandle | None = None

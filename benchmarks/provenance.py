@@ -100,7 +100,7 @@ def _version_of(package: str) -> str | None:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """Return (git commit, whether files other than results have changed since).
+    """Return (git commit, whether files other than results and the README, which shows them, have changed since).
 
     ``ACCUMKERN_COMMIT`` goes first, for copies of the tree without its history; a ``-dirty`` at its end, as
     ``git describe --always --dirty --abbrev=40`` writes it, tells of changes.
@@ -111,7 +111,17 @@ def _commit() -> tuple[str | None, bool | None]:
     commit = _output_of("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if not commit:
         return None, None
-    changes = _output_of("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    changes = _output_of(
+        "git",
+        "-C",
+        str(ROOT),
+        "status",
+        "--porcelain",
+        "--",
+        ".",
+        ":(exclude)benchmarks/results",
+        ":(exclude)README.md",
+    )
     return commit.strip(), None if changes is None else bool(changes.strip())
 
 
