@@ -12,6 +12,8 @@ from torch import Tensor
 from accumkern import backends
 from accumkern.formats import Format, Start, decode
 
+_PART_NUMEL = 2**22
+
 
 class Finished(NamedTuple):
     """What :meth:`accumkern.GradAccumulator.finish` returns: 0-dim tensors on the device of the first gradient.
@@ -80,9 +82,11 @@ def total_norm(gradients: list[Gradient], norm_type: float) -> Tensor:
         if norm_type == 2 and gradient.partials is not None:
             measured.setdefault(gradient.grad.device, []).append(gradient.partials)
         else:
-            norms.append(torch.linalg.vector_norm(_values(gradient), norm_type, dtype=None).float())
+            norms += _norms(gradient, norm_type)
     norms += [torch.cat(rows)[:, 1].sum(dtype=torch.float64).sqrt().float() for rows in measured.values()]
     device = gradients[0].grad.device
+    if not norms:
+        return torch.zeros((), device=device)
     return torch.linalg.vector_norm(torch.stack([norm.to(device, non_blocking=True) for norm in norms]), norm_type)
 
 
@@ -113,11 +117,16 @@ def _on(scalar: float | Tensor, device: torch.device) -> float | Tensor:
     return scalar.to(device, non_blocking=True) if isinstance(scalar, Tensor) else scalar
 
 
-def _values(gradient: Gradient) -> Tensor:
-    """Return the accumulated values of a gradient, in FP32 unless they are wider."""
-    grad = gradient.grad
-    if grad.layout is not torch.strided:
-        grad = grad.coalesce().values() if grad.layout is torch.sparse_coo else grad.values()
-    if gradient.format_ is not None and gradient.residual is not None:
-        return decode(gradient.format_, grad, gradient.residual.as_strided(grad.shape, grad.stride()))
-    return grad.float() if grad.dtype in (torch.bfloat16, torch.float16) else grad
+def _norms(gradient: Gradient, norm_type: float) -> list[Tensor]:
+    """Return norms of parts of a gradient's accumulated values, FP32; what decodes is only as large as a part."""
+    grad, residual = gradient.grad, gradient.residual
+    if grad.numel() == 0:  # which has no maximum
+        return []
+    if gradient.format_ is None or residual is None:
+        if grad.layout is not torch.strided:
+            grad = grad.coalesce().values() if grad.layout is torch.sparse_coo else grad.values()
+        dtype = torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else None
+        return [torch.linalg.vector_norm(grad, norm_type, dtype=dtype).float()]
+    flat = grad.as_strided((grad.numel(),), (1,))
+    parts = zip(flat.split(_PART_NUMEL), residual.split(_PART_NUMEL), strict=True)
+    return [torch.linalg.vector_norm(decode(gradient.format_, *part), norm_type) for part in parts]

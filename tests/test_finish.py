@@ -133,6 +133,19 @@ def test_other_norms(norm_type: float, buffer: str) -> None:
     torch.testing.assert_close(acc.finish(5, 1.0, norm_type).norm, norm, rtol=1e-5, atol=0)
 
 
+def test_norm_of_a_large_gradient_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accumkern import finish
+
+    monkeypatch.setattr(finish, "_PART_NUMEL", 1000)
+    net = model().to(memory_format=torch.contiguous_format)
+    acc = accumkern.attach(torch.optim.SGD(net.parameters()), "split32")
+    train_window(net, 3)
+    for norm_type in (2.0, 1.0, math.inf):
+        norm = stock_norm(values(acc, net), norm_type)
+        gradients = [parameter.gradient(acc.buffer) for parameter in acc._parameters.values()]
+        torch.testing.assert_close(finish.total_norm(gradients, norm_type), norm, rtol=1e-5, atol=0)
+
+
 def test_norm_is_read_from_what_the_folds_left(monkeypatch: pytest.MonkeyPatch) -> None:
     net = model()
     optimizer = torch.optim.SGD(net.parameters())
@@ -140,8 +153,8 @@ def test_norm_is_read_from_what_the_folds_left(monkeypatch: pytest.MonkeyPatch) 
     passes: list[tuple[int, ...]] = []
     from accumkern import finish
 
-    original = finish._values
-    monkeypatch.setattr(finish, "_values", lambda g: (passes.append(tuple(g.grad.shape)), original(g))[1])
+    original = finish._norms
+    monkeypatch.setattr(finish, "_norms", lambda g, p: (passes.append(tuple(g.grad.shape)), original(g, p))[1])
 
     def window(count: int, change: Callable[[], object] = lambda: None) -> int:
         passes.clear()
@@ -172,6 +185,19 @@ def test_one_gradient_without_a_fold_and_unused_parameters() -> None:
         assert (used.grad == 3).all()
         assert (once.grad == 2).all()
         assert unused.grad is None
+
+
+@pytest.mark.parametrize("norm_type", [2.0, math.inf], ids=str)
+def test_gradients_without_elements(norm_type: float) -> None:
+    empty, other = nn.Parameter(torch.zeros(0, 3).bfloat16()), nn.Parameter(torch.zeros(4).bfloat16())
+    acc = accumkern.attach(torch.optim.SGD([empty, other]))
+    for used in ([empty], [empty, other]):
+        for _ in range(3):
+            sum((p * 2).sum() for p in used).backward()  # type: ignore[union-attr]
+        finished = acc.finish(2.0, 1.0, norm_type)
+        wanted = 0.0 if len(used) == 1 else 3.0 * (2.0 if norm_type == 2 else 1.0)
+        assert finished.norm == wanted
+        empty.grad = other.grad = None
 
 
 def test_division_by_one_leaves_everything() -> None:
