@@ -342,6 +342,7 @@ class GradAccumulator:
             if residual is not None:
                 parameter.residual_of_dtype(residual.dtype).copy_(residual)
                 parameter.remember(grad)
+                parameter.is_measured = False  # the partial sums are of what was there before
 
     def detach(self) -> None:
         """Remove every hook: stock behaviour from now on. ``.grad`` stays as it is; calling it again does nothing."""
@@ -731,7 +732,7 @@ class _Parameter:
         self.dtype = self.param.dtype if self.param.dtype in _FOLDED_DTYPES else None
         self.residual: Any = None  # a tensor, once there is one: flat, in the memory order of .grad
         self.partials: Tensor | None = None
-        self.is_measured = False  # whether folds leave partial sums
+        self.is_measured = False  # whether the partial sums are of what was written last
         self.forget()
 
     def unhook(self) -> None:

@@ -200,6 +200,24 @@ def test_gradients_without_elements(norm_type: float) -> None:
         empty.grad = other.grad = None
 
 
+def test_norm_after_loading_is_that_of_what_was_loaded() -> None:
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters())
+    acc = accumkern.attach(optimizer)
+    train_window(net, 2)
+    acc.finish()  # from here on the folds leave partial sums
+    optimizer.zero_grad()
+    train_window(net, 2)
+    state = {
+        key: [None if t is None else t.clone() for t in kept] if isinstance(kept, list) else kept
+        for key, kept in acc.state_dict().items()
+    }
+    train_window(net, 3)  # leaves other partial sums
+    acc.load_state_dict(state)
+    norm = stock_norm(values(acc, net))
+    torch.testing.assert_close(acc.finish().norm, norm, rtol=1e-5, atol=0)
+
+
 def test_division_by_one_leaves_everything() -> None:
     net = model()
     acc = accumkern.attach(torch.optim.SGD(net.parameters()))

@@ -66,38 +66,32 @@ def run(
     return sums, residuals
 
 
-def agrees(backend: str, found: Tensor, wanted: Tensor, scale: float) -> bool:
-    return same_bits(wanted, found) or (
-        # eager rounds the product first: at most one unit in the last place of FP32 more
-        backend == "eager" and math.frexp(scale)[0] != 0.5
-    )
-
-
 @ALL_FORMATS
 @ALL_STARTS
 @pytest.mark.parametrize("scale", [1.0, 0.25, THIRD], ids=["one", "quarter", "third"])
 def test_bits_agree_with_the_reference(
     backend: str, device: torch.device, format_: Format, start: Start, scale: float
 ) -> None:
+    if backend == "eager" and scale == THIRD and start is not Start.FROM_ZERO:
+        pytest.skip("eager rounds the product before it adds; how far that may go has a test of its own")
     for numel in SIZES:
         grad, total, residual = problem(format_, numel)
         want_sum, want_residual = expected(format_, start, grad, total, residual, scale)
         (got_sum,), got_residuals = run(
             backend, device, format_, start, [grad], [total], None if residual is None else [residual], scale
         )
-        assert agrees(backend, got_sum, want_sum, scale), numel
+        assert same_bits(want_sum, got_sum), numel
         if want_residual is not None:
             assert got_residuals is not None
-            assert agrees(backend, got_residuals[0], want_residual, scale), numel
+            assert same_bits(want_residual, got_residuals[0]), numel
 
 
-def test_eager_is_within_one_ulp_of_fp32_for_any_scale() -> None:
+@pytest.mark.parametrize("start", [Start.CONTINUE, Start.FROM_SUM], ids=lambda s: s.name.lower())
+def test_eager_is_within_one_ulp_of_fp32_for_any_scale(start: Start) -> None:
     grad, total, residual = problem(Format.SPLIT32, 100_003)
-    want = decode(Format.SPLIT32, *expected(Format.SPLIT32, Start.CONTINUE, grad, total, residual, THIRD))
+    want = decode(Format.SPLIT32, *expected(Format.SPLIT32, start, grad, total, residual, THIRD))
     assert residual is not None
-    (got,), got_residuals = run(
-        "eager", torch.device("cpu"), Format.SPLIT32, Start.CONTINUE, [grad], [total], [residual], THIRD
-    )
+    (got,), got_residuals = run("eager", torch.device("cpu"), Format.SPLIT32, start, [grad], [total], [residual], THIRD)
     assert got_residuals is not None
     x = decode(Format.SPLIT32, got, got_residuals[0])
     # The rounding of the product is half a unit of the product's last place, before cancellation.
