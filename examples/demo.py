@@ -59,7 +59,7 @@ signal.signal(signal.SIGINT, ctrl_c)
 
 DESIGNS: tuple[type[StockBF16], ...] = (StockBF16, StockFP32, StockFP32Masters, Split24, Split32)
 ERROR_WINDOWS = 4  # the error is followed over so many times the micro-batches of a step
-MEMORY_MICRO_BATCHES = 3  # the first keeps the gradient, the second allocates what is missing, the third is like all
+MEMORY_MICRO_BATCHES = 2  # the first keeps the gradient, the second allocates what is missing
 
 
 def new_model(device: torch.device, seed: int) -> GPT:

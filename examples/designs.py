@@ -139,7 +139,7 @@ class GradDtype(StockBF16):
     """``grad_dtype = torch.float32``: autograd casts each gradient to FP32 and adds it to an FP32 ``.grad``."""
 
     key = "grad_dtype"
-    label = "grad_dtype = float32"
+    label = "grad_dtype fp32"
     color = "#8d6a9f"
 
     def begin(self) -> None:
@@ -152,7 +152,7 @@ class GradDtypeMasters(StockBF16Masters, GradDtype):
     """The same with FP32 copies of the weights."""
 
     key = "grad_dtype_masters"
-    label = "grad_dtype = float32 + masters"
+    label = "grad_dtype fp32 + masters"
     color = "#c4b0cf"
 
 
@@ -221,7 +221,7 @@ class HookAdd(StockFP32Masters):
     """Megatron-LM's way: a hook adds each gradient to an FP32 buffer and drops it."""
 
     key = "hook_add_masters"
-    label = "hook, main_grad.add_ + masters"
+    label = "hook add_ + masters"
     color = "#c77d2e"
 
     def accumulate_into_buffers(self) -> None:
@@ -242,7 +242,7 @@ class HookCast(HookAdd):
     """DeepSpeed's way with ``grad_accum_dtype: fp32``: a hook casts each gradient to FP32, and then adds it."""
 
     key = "hook_cast_masters"
-    label = "hook, .to(fp32) and add_ + masters"
+    label = "hook cast, add_ + masters"
     color = "#e3b778"
 
     def add_to(self, buffer: Tensor) -> Callable[[Tensor], None]:
@@ -353,7 +353,7 @@ class GradientRelease(StockBF16):
     """
 
     key = "gradient_release"
-    label = "optimi, gradient release"
+    label = "optimi gradient release"
     color = "#3fa7a0"
     keeps_gradient = False
 

@@ -89,12 +89,12 @@ class AllocatorMeter:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a window needs.
+    """Bytes that training needs.
 
     Attributes:
-        resident: weights, their FP32 copies and the state of AdamW, which are there between two windows.
+        resident: weights, their FP32 copies and the state of AdamW.
         held: sums of gradients and what belongs to them, after the last backward pass, when all activations are gone.
-        peak: the most at any time of the window, all included.
+        peak: the most at any time, all included.
         peak_in_step: the most after the last backward pass, less ``resident``.
     """
 
@@ -107,13 +107,13 @@ class Memory:
 def measure_memory(
     make: Callable[[], StockBF16], batches: list[Tensor], device: torch.device, keep: bool = True
 ) -> Memory:
-    """Run one window of a new design, step included, and return what was allocated.
+    """Run two windows of a new design, steps included, and return what was allocated: the second is like all others.
 
     Args:
         make: makes the design and its model.
-        batches: the micro-batches.
+        batches: the micro-batches of each window.
         device: where to run.
-        keep: False throws every gradient away as soon as it is there, and takes no step.
+        keep: False throws every gradient away as soon as it is there.
     """
     with AllocatorMeter(device) as meter:
         design = make()
@@ -126,6 +126,8 @@ def measure_memory(
                 param.register_post_accumulate_grad_hook(_throw_away)
         meter.mark()
         design.begin()
+        run_micro_batches(design, batches, range(len(batches)))
+        design.step()
         run_micro_batches(design, batches, range(len(batches)))
         meter.mark()
         design.step()
@@ -159,6 +161,15 @@ def run_micro_batches(design: StockBF16, window: list[Tensor], numbers: range) -
         synchronize(device)
         times = [(time.perf_counter() - begin) * 1e3 / len(numbers)] * len(numbers)
     return losses, times
+
+
+def timed(action: Callable[[], object], device: torch.device) -> float:
+    """Do something; return the milliseconds that it took."""
+    synchronize(device)
+    begin = time.perf_counter()
+    action()
+    synchronize(device)
+    return (time.perf_counter() - begin) * 1e3
 
 
 def synchronize(device: torch.device) -> None:
