@@ -109,7 +109,7 @@ def extensions() -> list[Extension]:
             depends=[*HEADERS, CUDA_SOURCE],
             include_dirs=["csrc", pybind11.get_include()],
             define_macros=[("ACCUMKERN_VERSION", f'"{version()}"')],
-            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-g0"],
+            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-g0"],
             language="c++",
             optional=not CHOICE,
         )
