@@ -353,7 +353,7 @@ def test_compiler_vectorises_the_cpu_kernels(tmp_path: Path) -> None:
         name: next(i for i in range(first, len(lines)) if "for (int64_t i = 0; i < " in lines[i]) + 1
         for first, text in enumerate(lines)
         for name in ("fold_elements", "fold_pairs", "finish_elements")
-        if text.startswith(("ACCUMKERN_INLINE void " + name + "("))
+        if text.startswith("ACCUMKERN_INLINE void " + name + "(")
     }
     for width in (32, 64):
         count = {
