@@ -1,12 +1,12 @@
 """Training with every way of accumulating gradients: time, memory, error and loss, side by side.
 
-``python benchmarks/bench_training.py [--device cpu|cuda] [--quick] [--model 10M|100M|1B|3B] [--regimes compute,launch]``
+``python benchmarks/bench_training.py [--device cpu|cuda] [--quick] [--model 10M|100M|1B|3B] [--regimes launch]
+[--designs stock_bf16,split24] [--windows 20]``
 
-A GPT with bfloat16 weights on the source text of Python's standard library; AdamW, gradients clipped to norm 1. Two
-regimes: in ``compute`` the arithmetic of the model decides, in ``launch`` micro-batches are tiny and parameters small
-and many. The designs are those of examples/designs.py. All train from the same weights on the same text and take turns,
-so that whatever else the machine does slows down all of them. What fails in a design is its result, and the others go
-on. Writes ``benchmarks/results/<machine>/training.json``.
+A GPT with bfloat16 weights learns the source text of Python's standard library with AdamW, gradients clipped to norm 1.
+The designs are those of examples/designs.py. They begin with the same weights, see the same text and take turns, so
+that whatever else the machine does slows down all of them. What fails in a design is its result, and the others go on.
+Writes ``benchmarks/results/<machine>/training.json``.
 """
 
 from __future__ import annotations
@@ -17,31 +17,32 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]  # from a checkout, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import torch
+from harness import parser, steps, write_results
 from paired import summary
-from provenance import machine, write_results
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from timing import describe, percentile
 from torch import Tensor
 
 from accumkern import backends
-from designs import DESIGNS, LEARNING_RATE, StockBF16, StockBF16Masters, StockFP32Masters
+from designs import DESIGNS, LEARNING_RATE, Split24, Split32, StockBF16, StockFP32Masters
 from measure import Memory, measure_error, measure_memory, run_micro_batches, timed
 from train_gpt import GPT, random_batch, read_text
+
+Returned = TypeVar("Returned")
 
 MAX_NORM = 1.0
 MEMORY_MICRO_BATCHES = 2  # the first keeps the gradient, the second allocates what is missing
 VALIDATION_SEQUENCES = 64
-REFERENCES = {False: StockBF16.key, True: StockFP32Masters.key}  # what designs without and with masters compare with
+# What every design is compared with: the fastest, and the strongest that is exact and has masters.
+REFERENCES = (StockBF16.key, StockFP32Masters.key)
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,17 @@ class Regime:
     """What is trained.
 
     Attributes:
+        what: what it is for.
+        width, layers, heads, context: of the GPT.
         batch_size: sequences of ``context`` bytes in a micro-batch.
         micro_batches: of a window.
         turn: micro-batches that a design runs until the next has its turn.
         windows: timed windows for each seed, after one that is not.
         seeds: of weights and text.
+        designs: which take part, by their keys.
     """
 
+    what: str
     width: int
     layers: int
     heads: int
@@ -65,19 +70,37 @@ class Regime:
     turn: int
     windows: int
     seeds: int
+    designs: tuple[str, ...] = tuple(DESIGNS)
 
 
 # Weights -> width, layers, heads.
 MODELS = {"10M": (320, 8, 5), "100M": (768, 14, 12), "1B": (2048, 20, 16), "3B": (2560, 38, 20)}
+COMPUTE = "the arithmetic of the model decides"
+LAUNCH = "tiny micro-batches, many small parameters"
+PAIRED = "larger micro-batches, few designs and more windows, to tell small differences"
+FEW = (StockBF16.key, StockFP32Masters.key, Split24.key, Split32.key)
 REGIMES = {
     "cpu": {
-        "compute": Regime(*MODELS["10M"], context=64, batch_size=4, micro_batches=4, turn=1, windows=7, seeds=1),
-        "launch": Regime(64, 16, 2, context=64, batch_size=1, micro_batches=8, turn=8, windows=4, seeds=3),
+        "compute": Regime(COMPUTE, *MODELS["10M"], 64, batch_size=4, micro_batches=4, turn=1, windows=4, seeds=1),
+        "paired": Regime(PAIRED, *MODELS["10M"], 64, batch_size=8, micro_batches=4, turn=1, windows=9, seeds=1,
+                         designs=FEW),
+        "launch": Regime(LAUNCH, 64, 16, 2, 64, batch_size=1, micro_batches=8, turn=8, windows=3, seeds=3),
     },
     "cuda": {
-        "compute": Regime(*MODELS["1B"], context=1024, batch_size=8, micro_batches=8, turn=1, windows=6, seeds=1),
-        "launch": Regime(128, 24, 2, context=64, batch_size=1, micro_batches=8, turn=8, windows=4, seeds=3),
+        "compute": Regime(COMPUTE, *MODELS["1B"], 1024, batch_size=4, micro_batches=4, turn=1, windows=4, seeds=1),
+        "paired": Regime(PAIRED, *MODELS["1B"], 1024, batch_size=8, micro_batches=8, turn=1, windows=12, seeds=1,
+                         designs=FEW),
+        "launch": Regime(LAUNCH, 128, 24, 2, 64, batch_size=1, micro_batches=8, turn=8, windows=4, seeds=3),
     },
+}  # fmt: skip
+TINY: dict[str, Any] = {
+    "width": 32,
+    "layers": 2,
+    "heads": 1,
+    "context": 16,
+    "micro_batches": 4,
+    "windows": 2,
+    "seeds": 1,
 }
 
 
@@ -86,7 +109,7 @@ class Outcome:
     """What was measured of one design in one regime.
 
     Attributes:
-        window_over: by the key of another design, the time of each window over that of the other in the same round.
+        window_over: by the key of a reference, the time of each window over that of the reference in the same round.
         error: what ended it.
     """
 
@@ -100,80 +123,79 @@ class Outcome:
 
 
 def main() -> None:
-    """Measure every regime, print the tables and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--quick", action="store_true", help="a tiny model and few windows, to see that it runs")
-    parser.add_argument("--model", choices=MODELS, help="weights in the compute regime (default: 10M; on a GPU 1B)")
-    parser.add_argument("--regimes", default="compute,launch", help="default: compute,launch")
-    parser.add_argument("--designs", default=",".join(DESIGNS), help=f"default: {','.join(DESIGNS)}")
-    parser.add_argument("--batch-size", type=int, help="sequences in a micro-batch of the compute regime")
-    parser.add_argument("--windows", type=int, help="timed windows for each seed")
-    arguments = parser.parse_args()
+    """Measure every regime and write the file."""
+    options = parser(__doc__)
+    options.add_argument("--model", choices=MODELS, help="weights where not launches decide (10M; on a GPU 1B)")
+    options.add_argument("--regimes", type=_names(REGIMES["cpu"]), default=[*REGIMES["cpu"]], help="default: all")
+    options.add_argument("--designs", type=_names(DESIGNS), default=[*DESIGNS], help="default: all of the regime")
+    options.add_argument("--windows", type=int, help="timed windows for each seed")
+    arguments = options.parse_args()
     device = torch.device(arguments.device)
-    regimes = chosen_regimes(arguments)
-    keys = arguments.designs.split(",")
-    if unknown := set(keys) - set(DESIGNS):
-        parser.error(f"--designs: {', '.join(sorted(unknown))} is unknown; there are {', '.join(DESIGNS)}")
-    if unknown := set(arguments.regimes.split(",")) - set(regimes):
-        parser.error(f"--regimes: {', '.join(sorted(unknown))} is unknown; there are {', '.join(REGIMES['cpu'])}")
-
     text = read_text()
     results: list[dict[str, Any]] = []
-    console = Console(width=160)
-    for name in arguments.regimes.split(","):
-        of_regime = Measurement(regimes[name], keys, text, device).results(console)
-        results += [{"regime": name, **result} for result in of_regime]
-        console.print(table(name, regimes[name], device, results))
+    for name in arguments.regimes:
+        regime = adapted(REGIMES[arguments.device][name], arguments)
+        if regime.designs:
+            with steps(f"training, {name}") as on_step:
+                results += [{"regime": name, **r} for r in Measurement(regime, text, device, on_step).results()]
     method = {
-        "regimes": {name: asdict(regimes[name]) for name in arguments.regimes.split(",")},
         "text": "source text of Python's standard library; its last twentieth is for validation",
-        "optimizer": f"AdamW, lr {LEARNING_RATE}, gradients clipped to norm {MAX_NORM}",
-        "order": "designs take turns of `turn` micro-batches in every window, in an order that changes each window",
-        "micro_batch_ms": "forward, backward and accumulation; of the second and later micro-batches of a window",
-        "window_ms": "all micro-batches and the step with clipping",
-        "window_over": "time of a window over that of another design in the same round: median and its interval",
-        "memory": "GPU: torch's caching allocator. CPU: allocations that torch.profiler records",
-        "gradient_bytes_per_parameter": "held: after the last backward pass. peak: by how much the peak of a window "
-        "exceeds that of a window that throws every gradient away. in_step: most after the last backward pass",
-        "relative_error": "against the FP64 sum of the same micro-gradients over one window, from one checkpoint; "
-        "sum: what is kept; optimizer: what AdamW would read, before clipping",
-        "validation_loss": f"mean over {VALIDATION_SEQUENCES} sequences after all windows, one for each seed",
+        "optimizer": f"AdamW, lr {LEARNING_RATE}, gradients clipped to norm {MAX_NORM:g}",
+        "order": "in every window designs take turns, a micro-batch each (launch: all of a window); who begins changes",
+        "micro-batch": "forward, backward and accumulation, of the second and later micro-batches of a window",
+        "window": "all micro-batches and the step, which clips",
+        "ratio": "a window's time over that of the other design's window in the same round: median, and an interval "
+        "that holds it with the confidence that stands in the file",
+        "memory": "GPU: torch's caching allocator; CPU: allocations that torch.profiler records",
+        "held": "gradient bytes after the last backward pass",
+        "at the peak": "by how much the peak of a window exceeds that of a window that throws every gradient away",
+        "error": "against the FP64 sum of the micro-gradients of a window, from one checkpoint, before clipping",
+        "loss": f"of {VALIDATION_SEQUENCES} validation sequences after the last window, for each seed",
         "backend": backends.choose(None, device),
     }
-    write_results(device, "training", method, results)
+    write_results(arguments, "training", method, results)
 
 
-def chosen_regimes(arguments: argparse.Namespace) -> dict[str, Regime]:
-    """Return the regimes of the device, with what the options change."""
-    regimes = dict(REGIMES[arguments.device])
-    if arguments.model:
+def _names(known: dict[str, Any]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: there are {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def adapted(regime: Regime, arguments: argparse.Namespace) -> Regime:
+    """Return a regime with what the options change."""
+    regime = replace(regime, designs=tuple(key for key in regime.designs if key in arguments.designs))
+    if arguments.model and regime.what is not LAUNCH:
         width, layers, heads = MODELS[arguments.model]
-        regimes["compute"] = replace(regimes["compute"], width=width, layers=layers, heads=heads)
-    if arguments.batch_size:
-        regimes["compute"] = replace(regimes["compute"], batch_size=arguments.batch_size)
+        regime = replace(regime, width=width, layers=layers, heads=heads)
     if arguments.quick:
-        tiny = {"width": 32, "layers": 2, "heads": 1, "context": 16, "windows": 2, "seeds": 1, "micro_batches": 4}
-        regimes = {name: replace(regime, **tiny, turn=min(regime.turn, 4)) for name, regime in regimes.items()}
+        regime = replace(regime, **TINY)
     if arguments.windows:
-        regimes = {name: replace(regime, windows=arguments.windows) for name, regime in regimes.items()}
-    return regimes
+        regime = replace(regime, windows=arguments.windows)
+    return regime
 
 
 class Measurement:
     """Everything about one regime."""
 
-    def __init__(self, regime: Regime, keys: list[str], text: Tensor, device: torch.device) -> None:
+    def __init__(self, regime: Regime, text: Tensor, device: torch.device, on_step: Callable[[int, int], None]) -> None:
         self.regime = regime
         self.device = device
         cut = len(text) - len(text) // 20
         self.text, held_out = text[:cut], text[cut:]
         generator = torch.Generator().manual_seed(0)
         self.validation = random_batch(held_out, VALIDATION_SEQUENCES, generator, regime.context).to(device)
-        self.outcomes = {key: Outcome() for key in dict.fromkeys([*REFERENCES.values(), *keys])}
-        self.asked = keys
+        self.outcomes = {key: Outcome() for key in regime.designs}
+        self.checkpoint: dict[str, Tensor] | None = None
         parameters = list(self.new_model(0).parameters())
         self.numel, self.tensors = sum(param.numel() for param in parameters), len(parameters)
+        self.on_step = on_step
+        self.done = 0
 
     def new_model(self, seed: int) -> GPT:
         """Return the model, with the weights that belong to ``seed``."""
@@ -194,69 +216,63 @@ class Measurement:
             random_batch(self.text, regime.batch_size, generator, regime.context).to(self.device) for _ in range(count)
         ]
 
-    def results(self, console: Console) -> list[dict[str, Any]]:
+    def results(self) -> list[dict[str, Any]]:
         """Measure, and return one result for each design."""
-        regime = self.regime
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("memory", total=len(self.outcomes) + 1)
-            without = self.measure_memory(lambda: progress.advance(task))
-            groups = list(self.groups())
-            rounds = regime.seeds * (regime.windows + 1) * sum(map(len, groups))
-            task = progress.add_task("training", total=rounds)
-            checkpoint = None
-            for group in groups:
-                for seed in range(regime.seeds):
-                    weights = self.train(group, seed, lambda: progress.advance(task))
-                    checkpoint = checkpoint or weights
-            task = progress.add_task("errors", total=len(self.outcomes))
-            if checkpoint is not None:
-                self.measure_errors(checkpoint, lambda: progress.advance(task))
-        return [self.result(key, without) for key in self.asked]
+        without = self.measure_memory()
+        for group in self.groups():
+            for seed in range(self.regime.seeds):
+                self.train(group, seed)
+        self.measure_errors()
+        return [self.result(key, without) for key in self.outcomes]
+
+    # ---- what fails ----------------------------------------------------------------------------------------------
+
+    def attempt(self, key: str, function: Callable[[], Returned]) -> Returned | None:
+        """Call a function for a design and return what it returns; None, where it has failed and that is the result."""
+        try:
+            return function()
+        except Exception as error:  # any design's any failure is a result
+            self.outcomes[key].error = describe(error)
+        self.tidy()
+        return None
 
     def alive(self) -> list[str]:
         """Return the designs that have not failed."""
         return [key for key, outcome in self.outcomes.items() if outcome.error is None]
 
-    def attempt(self, key: str, action: Callable[[], None]) -> bool:
-        """Do something with a design; its failure is its result. Return whether it went well."""
-        try:
-            action()
-        except Exception as error:  # any design's any failure is a result
-            self.outcomes[key].error = describe(error)
-        else:
-            return True
-        self.tidy()
-        return False
-
     def tidy(self) -> None:
-        """Give back what designs that are gone held."""
+        """Give back what designs that are gone have held."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def measure_memory(self, advance: Callable[[], None]) -> Memory:
+    def progress(self) -> None:
+        """Move the progress bar on."""
+        regime = self.regime
+        self.done += 1
+        self.on_step(self.done, len(self.outcomes) * (2 + regime.seeds * (regime.windows + 1)))
+
+    # ---- memory --------------------------------------------------------------------------------------------------
+
+    def measure_memory(self) -> Memory:
         """Measure each design alone; return what a window takes that throws gradients away."""
         batches = self.draw(MEMORY_MICRO_BATCHES, torch.Generator().manual_seed(0))
-        without = measure_memory(lambda: self.new_design(StockBF16.key, 0), batches, self.device, keep=False)
-        advance()
+        without = measure_memory(partial(self.new_design, StockBF16.key, 0), batches, self.device, keep=False)
         for key, outcome in self.outcomes.items():
-
-            def measure(key: str = key, outcome: Outcome = outcome) -> None:
-                outcome.memory = measure_memory(lambda: self.new_design(key, 0), batches, self.device)
-
-            self.attempt(key, measure)
-            advance()
-        self.tidy()
+            measure = partial(measure_memory, partial(self.new_design, key, 0), batches, self.device)
+            outcome.memory = self.attempt(key, measure)
+            self.tidy()
+            self.progress()
         return without
 
     def groups(self) -> Iterator[list[str]]:
         """Yield as many designs at a time as fit into memory, each time with the references."""
         memories = {key: memory for key in self.alive() if (memory := self.outcomes[key].memory)}
-        references = [key for key in REFERENCES.values() if key in memories]
+        references = [key for key in REFERENCES if key in memories]
 
         def needed(keys: list[str]) -> int:
-            held = sum(memories[key].resident + memories[key].held for key in keys)
-            return held + max(memories[key].peak - memories[key].resident - memories[key].held for key in keys)
+            held = {key: memories[key].resident + memories[key].held for key in keys}
+            return sum(held.values()) + max(memories[key].peak - held[key] for key in keys)
 
         limit = 0.9 * free_bytes(self.device)
         group = references
@@ -267,108 +283,130 @@ class Measurement:
                 yield group
                 group = references
             group = [*group, key]
-        yield group
+        if group:
+            yield group
 
-    def train(self, group: list[str], seed: int, advance: Callable[[], None]) -> dict[str, Tensor] | None:
-        """Train designs side by side; return the weights that the first has reached, if it has."""
+    # ---- time and loss -------------------------------------------------------------------------------------------
+
+    def train(self, group: list[str], seed: int) -> None:
+        """Train designs side by side, and keep their times and their loss at the end."""
         regime = self.regime
-        designs: dict[str, StockBF16] = {}
-        for key in group:
-
-            def begin(key: str = key) -> None:
-                design = self.new_design(key, seed)
-                design.begin()
-                designs[key] = design
-
-            self.attempt(key, begin)
+        begun = {key: self.attempt(key, partial(self.begun, key, seed)) for key in group}
+        designs = {key: design for key, design in begun.items() if design is not None}
+        begun.clear()
         generator = torch.Generator().manual_seed(seed)
         for number in range(-1, regime.windows):
-            batches = self.draw(regime.micro_batches, generator)
             order = list(designs)
-            order = order[number % len(order) :] + order[: number % len(order)]
-            times: dict[str, list[float]] = {key: [] for key in order}
-            steps: dict[str, float] = {}
-            for first in range(0, regime.micro_batches, regime.turn):
-                numbers = range(first, min(first + regime.turn, regime.micro_batches))
-                for key in order:
-                    if key in designs:
-
-                        def run(key: str = key, numbers: range = numbers) -> None:
-                            times[key] += run_micro_batches(designs[key], batches, numbers)[1]
-
-                        if not self.attempt(key, run):
-                            del designs[key]
-            for key in order:
-                if key in designs:
-
-                    def step(key: str = key) -> None:
-                        steps[key] = timed(designs[key].step, self.device)
-
-                    if not self.attempt(key, step):
-                        del designs[key]
-                advance()
+            first = number % len(order) if order else 0
+            micro_batch_ms, window_ms = self.run_window(designs, order[first:] + order[:first], generator)
             if number >= 0:  # the first allocates and compiles
-                self.note({key: times[key] for key in designs}, steps)
+                self.keep(micro_batch_ms, window_ms)
         for key, design in designs.items():
             with torch.no_grad():
-                self.outcomes[key].validation_losses.append(design.model(self.validation).item())
-        weights = next(iter(designs.values())).model.state_dict() if designs else None
+                loss = self.attempt(key, partial(design.model, self.validation))
+            if loss is not None:
+                self.outcomes[key].validation_losses.append(loss.item())
+            self.checkpoint = self.checkpoint or design.model.state_dict()
         designs.clear()
         self.tidy()
-        return weights
 
-    def note(self, times: dict[str, list[float]], steps: dict[str, float]) -> None:
+    def begun(self, key: str, seed: int) -> StockBF16:
+        """Return a design that is ready to accumulate."""
+        design = self.new_design(key, seed)
+        design.begin()
+        return design
+
+    def run_window(
+        self, designs: dict[str, StockBF16], order: list[str], generator: torch.Generator
+    ) -> tuple[dict[str, list[float]], dict[str, float]]:
+        """Run a window of every design, by turns; a design that fails is taken out.
+
+        Returns:
+            The milliseconds of each design's micro-batches, and of its whole window.
+        """
+        regime = self.regime
+        batches = self.draw(regime.micro_batches, generator)
+        micro_batch_ms: dict[str, list[float]] = {key: [] for key in order}
+        for first in range(0, len(batches), regime.turn):
+            numbers = range(first, min(first + regime.turn, len(batches)))
+            for key in [key for key in order if key in designs]:
+                ran = self.attempt(key, partial(run_micro_batches, designs[key], batches, numbers))
+                if ran is None:
+                    del designs[key]
+                else:
+                    micro_batch_ms[key] += ran[1]
+        window_ms: dict[str, float] = {}
+        for key in order:
+            self.progress()
+            if key not in designs:
+                continue
+            step_ms = self.attempt(key, partial(timed, designs[key].step, self.device))
+            if step_ms is None:
+                del designs[key]
+            else:
+                window_ms[key] = sum(micro_batch_ms[key]) + step_ms
+        return micro_batch_ms, window_ms
+
+    def keep(self, micro_batch_ms: dict[str, list[float]], window_ms: dict[str, float]) -> None:
         """Keep the times of a round."""
-        windows = {key: sum(times[key]) + steps[key] for key in times}
-        for key, window in windows.items():
+        for key, window in window_ms.items():
             outcome = self.outcomes[key]
-            outcome.micro_batch_ms += times[key][1:]
+            outcome.micro_batch_ms += micro_batch_ms[key][1:]
             outcome.window_ms.append(window)
-            for reference in REFERENCES.values():
-                if reference in windows and reference != key:
-                    outcome.window_over.setdefault(reference, []).append(window / windows[reference])
+            for reference in REFERENCES:
+                if reference in window_ms and reference != key:
+                    outcome.window_over.setdefault(reference, []).append(window / window_ms[reference])
 
-    def measure_errors(self, checkpoint: dict[str, Tensor], advance: Callable[[], None]) -> None:
-        """Measure how exact each design's sum is."""
+    # ---- error ---------------------------------------------------------------------------------------------------
+
+    def measure_errors(self) -> None:
+        """Measure how exact each design's sum is, all from the weights that the first design has reached."""
         batches = self.draw(self.regime.micro_batches, torch.Generator().manual_seed(self.regime.seeds))
         for key in self.alive():
-
-            def measure(key: str = key) -> None:
-                model = self.new_model(0)
-                model.load_state_dict(checkpoint)
-                errors, _ = measure_error(DESIGNS[key](model), batches, len(batches))
-                self.outcomes[key].relative_error = {name: errors[name] for name in ("sum", "optimizer")}
-
             if DESIGNS[key].keeps_gradient:
-                self.attempt(key, measure)
+                self.outcomes[key].relative_error = self.attempt(key, partial(self.error_of, key, batches))
                 self.tidy()
-            advance()
+            self.progress()
+
+    def error_of(self, key: str, batches: list[Tensor]) -> dict[str, float]:
+        """Return the error of a design's sum, and of what AdamW would read."""
+        model = self.new_model(0)
+        assert self.checkpoint is not None
+        model.load_state_dict(self.checkpoint)
+        errors, _ = measure_error(DESIGNS[key](model), batches, len(batches))
+        return {name: errors[name] for name in ("sum", "optimizer")}
+
+    # ---- the result ----------------------------------------------------------------------------------------------
 
     def result(self, key: str, without: Memory) -> dict[str, Any]:
-        """Return a design's result."""
-        design, outcome = DESIGNS[key], self.outcomes[key]
-        result = {
+        """Return what was measured of a design."""
+        regime, design, outcome = self.regime, DESIGNS[key], self.outcomes[key]
+        result: dict[str, Any] = {
+            "what": regime.what,
             "design": key,
             "label": design.label,
             "masters": design.masters,
             "parameters": self.numel,
             "tensors": self.tensors,
-            "tokens_per_micro_batch": self.regime.batch_size * self.regime.context,
-            "micro_batches": self.regime.micro_batches,
+            "layers": regime.layers,
+            "width": regime.width,
+            "context": regime.context,
+            "batch_size": regime.batch_size,
+            "micro_batches": regime.micro_batches,
         }
         if outcome.error is not None or outcome.memory is None:
             return result | {"error": outcome.error}
         memory = outcome.memory
-        beyond = (memory.peak - memory.resident) - (without.peak - without.resident)
+        at_peak = (memory.peak - memory.resident) - (without.peak - without.resident)
         return result | {
-            "micro_batch_ms": quantiles(outcome.micro_batch_ms),
-            "window_ms": quantiles(outcome.window_ms),
+            "micro_batch": quantiles(outcome.micro_batch_ms),
+            "window": quantiles(outcome.window_ms),
             "window_over": {other: summary(ratios) for other, ratios in outcome.window_over.items()},
             "resident_bytes": memory.resident,
             "peak_bytes": memory.peak,
             "gradient_bytes_per_parameter": {
                 "held": memory.held / self.numel,
-                "peak": beyond / self.numel,
+                "peak": at_peak / self.numel,
                 "in_step": memory.peak_in_step / self.numel,
             },
             "relative_error": outcome.relative_error,
@@ -377,54 +415,20 @@ class Measurement:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory that is free on a device."""
+    """Return how much memory of a device is free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def quantiles(values: list[float]) -> dict[str, float]:
-    """Return median, 20th and 80th percentile and the number of values."""
+def quantiles(values_ms: list[float]) -> dict[str, float]:
+    """Return median, 20th and 80th percentile and the number of measurements."""
     return {
-        "median": statistics.median(values),
-        "p20": percentile(values, 0.2),
-        "p80": percentile(values, 0.8),
-        "n": len(values),
+        "median_ms": statistics.median(values_ms),
+        "p20_ms": percentile(values_ms, 0.2),
+        "p80_ms": percentile(values_ms, 0.8),
+        "n": len(values_ms),
     }
-
-
-def table(name: str, regime: Regime, device: torch.device, results: list[dict[str, Any]]) -> Table:
-    """Return the results of a regime as a table for the terminal."""
-    shown = Table(
-        title=f"{name}: {results[-1]['parameters']:,} weights in {results[-1]['tensors']} tensors, "
-        f"{regime.micro_batches} micro-batches of {regime.batch_size} x {regime.context} tokens, {machine(device)}"
-    )
-    columns = ("design", "ms / micro-batch", "ms / window", "/ stock bf16", "/ stock fp32 + m.", "peak MB", "held B",
-               "peak B", "step B", "sum off", "AdamW's off", "loss")  # fmt: skip
-    for column in columns:
-        shown.add_column(column, justify="left" if column == "design" else "right", no_wrap=column == "design")
-    for result in results:
-        if result["regime"] != name:
-            continue
-        if "error" in result:
-            shown.add_row(result["label"], result["error"])
-            continue
-        size, error = result["gradient_bytes_per_parameter"], result["relative_error"]
-        over = result["window_over"]
-        shown.add_row(
-            result["label"],
-            f"{result['micro_batch_ms']['median']:.1f}",
-            f"{result['window_ms']['median']:.1f}",
-            *(
-                f"{over[key]['median']:.3f} ({over[key]['low']:.3f}-{over[key]['high']:.3f})" if key in over else ""
-                for key in REFERENCES.values()
-            ),
-            f"{result['peak_bytes'] / 1e6:,.0f}",
-            *(f"{size[key]:.2f}" for key in ("held", "peak", "in_step")),
-            *(f"{error[key]:.1e}" if error else "-" for key in ("sum", "optimizer")),
-            f"{statistics.median(result['validation_loss']):.4f}",
-        )
-    return shown
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class AllocatorMeter:
         else:
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its start and end to stderr otherwise
             self._profile = torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
             )
             self._profile.__enter__()
         return self
