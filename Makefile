@@ -44,21 +44,20 @@ test: $(BUILT) lint
 	$(BIN)/python -m accumkern doctor
 	$(BIN)/python -m pytest
 
+# Each script writes one result file; one that fails does not keep the others from running, but make says so.
 bench: $(BUILT)
-	$(BIN)/python benchmarks/bench_kernels.py --device cpu
-	$(BIN)/python benchmarks/bench_overhead.py --device cpu
-	$(BIN)/python benchmarks/bench_finish.py --device cpu
-	$(BIN)/python benchmarks/bench_accuracy.py
-	$(BIN)/python benchmarks/report.py
+	failed=; for script in benchmarks/bench_*.py; do \
+		$(BIN)/python $$script --device cpu || failed="$$failed $$script"; \
+	done; $(BIN)/python benchmarks/report.py && test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
-# A GPU machine may have no network: its own python3 has torch, triton, pybind11 and pytest, and nvcc is on PATH.
+# A GPU machine may have no network: its own python3 has torch, triton, pybind11, rich and pytest, and nvcc is on PATH.
 gpu:
 	ACCUMKERN_BUILD=cuda $(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m accumkern doctor
 	$(PYTHON) -m pytest -m gpu --override-ini addopts= -q
-	$(PYTHON) benchmarks/bench_kernels.py --device cuda
-	$(PYTHON) benchmarks/bench_finish.py --device cuda
-	$(PYTHON) benchmarks/bench_overhead.py --device cuda
+	failed=; for script in benchmarks/bench_*.py; do \
+		$(PYTHON) $$script --device cuda || failed="$$failed $$script"; \
+	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 clean:
 	rm -rf $(VENV) build demo dist *.egg-info accumkern/_C.*.so .mypy_cache .pytest_cache .ruff_cache

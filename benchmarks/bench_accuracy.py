@@ -9,19 +9,17 @@ sum. Writes ``benchmarks/results/<machine>/accuracy.json``.
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, installed or not
 
-from provenance import machine, write_results
+from harness import parser, steps, write_results
 
 import accumkern
 from accumkern import backends
@@ -33,19 +31,16 @@ SEED = 0
 
 
 def main() -> None:
-    """Accumulate for both kinds of gradients, print the table and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--quick", action="store_true", help="fewer micro-batches, to see that it runs")
-    arguments = parser.parse_args()
+    """Accumulate for both kinds of gradients and write the file."""
+    arguments = parser(__doc__).parse_args()
     device = torch.device(arguments.device)
-    windows = (8, 64) if arguments.quick else (8, 64, 512)
-    numel = 2**18
+    windows = [2**power for power in range(1, 5 if arguments.quick else 10)]
+    numel = 2**12 if arguments.quick else 2**18
 
     results = []
     for ratio in MEAN_OVER_STD:
-        results += accumulate(ratio, windows, numel, device)
-    print_table(device, results)
+        with steps(f"accuracy, mean / std {ratio}") as on_step:
+            results += accumulate(ratio, windows, numel, device, on_step)
     method = {
         "micro_gradients": "bfloat16(mean + noise); mean ~ N(0, mean_over_std^2) per element, noise ~ N(0, 1) per draw",
         "elements": numel,
@@ -55,10 +50,12 @@ def main() -> None:
         "error_of_grad": "relative L2 error of .grad, which the optimizer reads: the sum rounded to bfloat16",
         "backend": backends.choose(None, device),
     }
-    write_results(device, "accuracy", method, results)
+    write_results(arguments, "accuracy", method, results)
 
 
-def accumulate(ratio: float, windows: tuple[int, ...], numel: int, device: torch.device) -> list[dict[str, Any]]:
+def accumulate(
+    ratio: float, windows: list[int], numel: int, device: torch.device, on_step: Callable[[int, int], None]
+) -> list[dict[str, Any]]:
     """Return the errors of every accumulator after each number of micro-batches in ``windows``."""
     generator = torch.Generator(device).manual_seed(SEED)
     mean = ratio * torch.randn(numel, generator=generator, device=device)
@@ -67,6 +64,7 @@ def accumulate(ratio: float, windows: tuple[int, ...], numel: int, device: torch
     truth = torch.zeros(numel, dtype=torch.float64, device=device)
     results = []
     for micro_batch in range(1, max(windows) + 1):
+        on_step(micro_batch, max(windows))
         micro_gradient = (mean + torch.randn(numel, generator=generator, device=device)).bfloat16()
         truth += micro_gradient
         for param in params.values():
@@ -92,22 +90,6 @@ def accumulate(ratio: float, windows: tuple[int, ...], numel: int, device: torch
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """Return ``|value - truth| / |truth|`` in the L2 norm."""
     return float((value.double() - truth).norm() / truth.norm())
-
-
-def print_table(device: torch.device, results: list[dict[str, Any]]) -> None:
-    """Print all results."""
-    table = Table(title=f"Relative L2 error against the FP64 sum of the micro-gradients, {machine(device)}")
-    for name in ("mean / std", "micro-batches", "accumulator", "sum that is kept", ".grad in bfloat16"):
-        table.add_column(name, justify="left" if name == "accumulator" else "right")
-    for result in results:
-        table.add_row(
-            str(result["mean_over_std"]),
-            str(result["micro_batches"]),
-            result["accumulator"],
-            f"{result['error_of_sum']:.1e}",
-            f"{result['error_of_grad']:.1e}",
-        )
-    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ Writes ``benchmarks/results/<machine>/finish.json``.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, installed or not
 
-from bench_kernels import buffers, default_sizes, parse_size
-from provenance import machine, write_results
-from timing import Timing, Variant, sets_of, time_variants
+from bench_kernels import parse_size
+from harness import parser, steps, write_results
+from timing import Timing, Variant, allocate, sets_of, time_variants
 
 from accumkern import backends
 from accumkern.finish import Gradient, total_norm, write
@@ -30,49 +29,63 @@ from accumkern.formats import PARTIALS, Format, Start, partial_rows
 # What is divided by is 1 and what is clipped to is never reached: the work is the same, and the values stay what they
 # are from call to call.
 MAX_NORM = 1e30
-FORMATS = {"split24": Format.SPLIT24, "split32": Format.SPLIT32}
+SIZES = {"cpu": "2^20,2^25", "cuda": "2^20,2^24,2^28"}
+SECONDS_EACH = 2.5
 
 
 def main() -> None:
-    """Measure every size, print the results and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds, to see that it runs")
-    parser.add_argument("--sizes", help="elements of a tensor, as 2^20,2^25")
-    arguments = parser.parse_args()
+    """Measure every size and write the file."""
+    options = parser(__doc__)
+    options.add_argument("--sizes", help="elements of a tensor, as 2^20,2^25")
+    arguments = options.parse_args()
     device = torch.device(arguments.device)
-    rounds = 7 if arguments.quick else 31
-    sizes = [parse_size(text) for text in arguments.sizes.split(",")] if arguments.sizes else default_sizes(arguments)
+    rounds = 3 if arguments.quick else 15
+    sizes = arguments.sizes or ("2^20" if arguments.quick else SIZES[arguments.device])
 
     results: list[dict[str, Any]] = []
-    for numel in sizes:
-        results += measure(numel, device, rounds)
-    print(f"{machine(device)}")
-    for result in results:
-        shown = f"{result['median_ms']:9.3f} ms, {result['time_over_stock']:.2f} of stock" if "n" in result else ""
-        print(f"{result['numel']:>12,}  {result['variant']:34s} {shown or result['error']}")
+    for size in sizes.split(","):
+        results += measure(size, device, rounds)
     method = {
-        "how": "benchmarks/timing.py",
+        "how": "benchmarks/timing.py; all variants of a size in one run, by turns",
         "rounds": rounds,
         "finish": "norm from the partial sums that the folds left, division by a tensor, clip, one rounding",
         "stock": "torch._foreach_div_ and torch.nn.utils.clip_grad_norm_ on bfloat16 gradients",
         "measured": "a fold that leaves partial sums of squares, as finish() and stats=True need it",
     }
-    write_results(device, "finish", method, results)
+    write_results(arguments, "finish", method, results)
 
 
-def measure(numel: int, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """Return one result for each variant on gradients of ``numel`` elements."""
-    sets = sets_of(2 * numel, device)
+class Buffers:
+    """The memory that all variants work on in turn: sets of sums, micro-gradients and residuals of a size."""
+
+    def __init__(self, numel: int, device: torch.device) -> None:
+        sets = sets_of(2 * numel, device)  # the norm of bfloat16 gradients touches 2 bytes an element, the fewest
+
+        def split(dtype: torch.dtype) -> list[Tensor]:
+            return list(allocate(sets * numel, dtype, device).view(sets, numel).unbind())
+
+        self.sets = sets
+        self.numel = numel
+        self.sums = split(torch.bfloat16)
+        self.grads = split(torch.bfloat16)
+        self.residuals = {Format.SPLIT24: split(torch.int8), Format.SPLIT32: split(torch.int16)}
+        self.partials = [torch.rand(partial_rows(numel), PARTIALS, device=device) for _ in range(sets)]
+
+
+def measure(size: str, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """Return one result for each variant on gradients of a size."""
+    numel = parse_size(size)
     backend = backends.choose(None, device)
-    makers: dict[str, Callable[[], Variant]] = {
-        "stock": lambda: stock_variant(sets, numel, device),
-        "fold split24": lambda: fold_variant(sets, numel, device, backend, measured=False),
-        "fold split24, measured": lambda: fold_variant(sets, numel, device, backend, measured=True),
+    buffers = cache(partial(Buffers, numel, device))  # made by the first variant: what does not fit is a result
+    makers = {
+        "stock": lambda: stock_variant(buffers()),
+        "fold split24": lambda: fold_variant(buffers(), backend, measured=False),
+        "fold split24, measured": lambda: fold_variant(buffers(), backend, measured=True),
+        "finish split24": lambda: finish_variant(buffers(), Format.SPLIT24, backend),
+        "finish split32": lambda: finish_variant(buffers(), Format.SPLIT32, backend),
     }
-    for name, format_ in FORMATS.items():
-        makers[f"finish {name}"] = lambda f=format_: finish_variant(f, sets, numel, device, backend)  # type: ignore[misc]
-    timings = time_variants(makers, device, rounds, seconds_each=10.0)
+    with steps(f"finish, {size}") as on_step:
+        timings = time_variants(makers, device, rounds, SECONDS_EACH, on_step)
     stock = timings["stock"]
     results = []
     for name, timing in timings.items():
@@ -87,10 +100,10 @@ def measure(numel: int, device: torch.device, rounds: int) -> list[dict[str, Any
     return results
 
 
-def stock_variant(sets: int, numel: int, device: torch.device) -> Variant:
+def stock_variant(buffers: Buffers) -> Variant:
     """Return torch's way: three passes over bfloat16 gradients."""
-    params = [torch.nn.Parameter(total) for total in buffers(sets, numel, torch.bfloat16, device)]
-    for param, grad in zip(params, buffers(sets, numel, torch.bfloat16, device), strict=True):
+    params = [torch.nn.Parameter(value) for value in buffers.grads]  # only their gradients are looked at
+    for param, grad in zip(params, buffers.sums, strict=True):
         param.grad = grad
 
     def run(i: int) -> None:
@@ -99,43 +112,36 @@ def stock_variant(sets: int, numel: int, device: torch.device) -> Variant:
         torch._foreach_div_([grad], 1.0)
         torch.nn.utils.clip_grad_norm_([params[i]], MAX_NORM)
 
-    return Variant(run, sets, (4 + 2 + 4) * numel)
+    return Variant(run, buffers.sets, (4 + 2 + 4) * buffers.numel)
 
 
-def finish_variant(format_: Format, sets: int, numel: int, device: torch.device, backend: str) -> Variant:
+def finish_variant(buffers: Buffers, format_: Format, backend: str) -> Variant:
     """Return what GradAccumulator.finish() does with gradients that were folded."""
-    assert format_.residual_dtype is not None
-    residuals = buffers(sets, numel, format_.residual_dtype, device)
-    partials = [torch.rand(partial_rows(numel), PARTIALS, device=device) for _ in range(sets)]
+    residuals = buffers.residuals[format_]
     gradients = [
-        Gradient(grad, format_, residual, partial)
-        for grad, residual, partial in zip(
-            buffers(sets, numel, torch.bfloat16, device), residuals, partials, strict=True
-        )
+        Gradient(grad, format_, residual, partials)
+        for grad, residual, partials in zip(buffers.sums, residuals, buffers.partials, strict=True)
     ]
-    one = torch.ones((), device=device)
+    one = torch.ones((), device=buffers.sums[0].device)
 
     def run(i: int) -> None:
         norm = total_norm([gradients[i]], 2.0) / one
         coefficient = torch.clamp(MAX_NORM / (norm + 1e-6), max=1.0)
         write([gradients[i]], one, coefficient, lambda _: backend)
 
-    return Variant(run, sets, (2 + residuals[0].element_size() + 2) * numel)
+    return Variant(run, buffers.sets, (2 + residuals[0].element_size() + 2) * buffers.numel)
 
 
-def fold_variant(sets: int, numel: int, device: torch.device, backend: str, measured: bool) -> Variant:
+def fold_variant(buffers: Buffers, backend: str, measured: bool) -> Variant:
     """Return a split24 fold, with or without partial sums of squares."""
     fold = backends.fold_function(backend)
-    grads = buffers(sets, numel, torch.bfloat16, device)
-    sums = buffers(sets, numel, torch.bfloat16, device)
-    residuals = buffers(sets, numel, torch.int8, device)
-    partials = [torch.empty(partial_rows(numel), PARTIALS, device=device) for _ in range(sets)]
+    grads, sums, residuals = buffers.grads, buffers.sums, buffers.residuals[Format.SPLIT24]
 
     def run(i: int) -> None:
-        rows: list[Tensor] | None = [partials[i]] if measured else None
+        rows: list[Tensor] | None = [buffers.partials[i]] if measured else None
         fold(Format.SPLIT24, Start.CONTINUE, [grads[i]], [sums[i]], [residuals[i]], 1.0, rows)
 
-    return Variant(run, sets, 8 * numel)
+    return Variant(run, buffers.sets, 8 * buffers.numel)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Where a benchmark's numbers come from, and the folder that they are kept in."""
+"""Where a benchmark's numbers come from, and the name of the folder that they are kept in."""
 
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import re
@@ -55,26 +54,9 @@ def machine(device: torch.device) -> str:
     return f"CPU {_cpu_model()}, {os.cpu_count()} cores"
 
 
-def results_folder(device: torch.device) -> Path:
-    """Return ``benchmarks/results/<machine>/``, made if need be; ``nvidia-h100-80gb-hbm3`` is such a name."""
-    folder = ROOT / "benchmarks" / "results" / re.sub(r"[^a-z0-9]+", "-", machine(device).lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def write_results(device: torch.device, name: str, method: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    """Write ``<results folder>/<name>.json`` and print where it is.
-
-    Args:
-        device: the device that was measured.
-        name: the benchmark.
-        method: how it was measured.
-        results: one dictionary for each measurement.
-    """
-    path = results_folder(device) / f"{name}.json"
-    content = {"provenance": provenance(device), "method": method, "results": results}
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    print(f"wrote {path.relative_to(ROOT)}")
+def folder_name(machine_name: str) -> str:
+    """Return the name of a machine's folder of results: ``nvidia-h100-80gb-hbm3`` is one."""
+    return re.sub(r"[^a-z0-9]+", "-", machine_name.lower()).strip("-")
 
 
 def _cpu_model() -> str:
@@ -100,7 +82,7 @@ def _version_of(package: str) -> str | None:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """Return (git commit, whether files other than results and the README, which shows them, have changed since).
+    """Return (git commit, whether files other than results, and those that are made from them, have changed since).
 
     ``ACCUMKERN_COMMIT`` goes first, for copies of the tree without its history; a ``-dirty`` at its end, as
     ``git describe --always --dirty --abbrev=40`` writes it, tells of changes.
@@ -121,6 +103,8 @@ def _commit() -> tuple[str | None, bool | None]:
         ".",
         ":(exclude)benchmarks/results",
         ":(exclude)README.md",
+        ":(exclude)docs/benchmarks.md",
+        ":(exclude)docs/figures",
     )
     return commit.strip(), None if changes is None else bool(changes.strip())
 

@@ -1,7 +1,7 @@
-"""Regenerates the README's tables from the committed result files.
+"""Checks the committed result files, and makes the README's tables, docs/benchmarks.md and docs/figures/ from them.
 
-``python benchmarks/report.py`` writes them into README.md between the markers; ``--check`` says whether they are there
-already, and exits with 1 if not. Every result file must say where it comes from.
+``python benchmarks/report.py`` writes them; ``--check`` changes nothing, and exits with 1 if they are not what the
+result files say. Every result file has to keep to its schema in ``schemas/`` and to say where it comes from.
 """
 
 from __future__ import annotations
@@ -9,149 +9,192 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from figures import FIGURES, Drawing, is_drawn_from, save
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+from matplotlib.figure import Figure
+from provenance import folder_name
+from tables import SECTIONS, Content
+
 ROOT = Path(__file__).resolve().parent.parent
+SCHEMAS = Path(__file__).resolve().parent / "schemas"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-PROVENANCE = {"machine", "torch", "triton", "python", "accumkern", "commit", "date", "command"}
+NOT_MEASURED = "On a GPU: not measured."
+
+#: A machine's folder -> benchmark -> content of its result file.
+Results = dict[str, dict[str, Content]]
 
 
-def load_results(folder: Path = ROOT / "benchmarks" / "results") -> dict[str, dict[str, dict[str, Any]]]:
-    """Return machine -> benchmark -> content of every result file.
+def load_results(folder: Path = ROOT / "benchmarks" / "results") -> Results:
+    """Return every result file, GPUs first and benchmarks in the order of their sections.
 
     Raises:
-        ValueError: a file is no JSON, or does not say where it comes from.
+        ValueError: a file breaks its schema, does not say where it comes from, or lies where it does not belong.
     """
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    found: Results = {}
     for path in sorted(folder.glob("*/*.json")):
+        where = f"{path.parent.name}/{path.name}"
+        if path.stem not in SECTIONS:
+            raise ValueError(f"{where} is of no benchmark; there are {', '.join(SECTIONS)}")
         content = json.loads(path.read_text())
-        missing = PROVENANCE - {key for key, value in content.get("provenance", {}).items() if value is not None}
-        if missing or "results" not in content:
-            raise ValueError(f"{path.parent.name}/{path.name} lacks {sorted(missing) or 'results'}")
-        found.setdefault(content["provenance"]["machine"], {})[path.stem] = content
-    return found
+        _check(content, "file", where)
+        for i, result in enumerate(content["results"]):
+            _check(result, path.stem, f"{where}: results[{i}]")
+        machine = content["provenance"]["machine"]
+        if path.parent.name != folder_name(machine):
+            raise ValueError(f"{where} was measured on {machine!r} and belongs in {folder_name(machine)}/")
+        found.setdefault(path.parent.name, {})[path.stem] = content
+    machines = sorted(found, key=lambda name: (not name.startswith("nvidia"), name))
+    return {
+        machine: {name: found[machine][name] for name in SECTIONS if name in found[machine]} for machine in machines
+    }
 
 
-def kernels_table(content: dict[str, Any]) -> list[str]:
-    """Return the table of a machine's kernel benchmark at its largest size."""
-    numel = max(result["numel"] for result in content["results"])
-    lines = [
-        f"One tensor of {numel:,} elements: median, and in brackets the 20th and 80th percentile.",
-        "",
-        "| operation | ms | GB/s | of `copy_` bandwidth | time / split24 |",
-        "|---|---|---|---|---|",
-    ]
-    for result in content["results"]:
-        if result["numel"] != numel:
-            continue
-        name = f"`{result['variant']}`" if result["buffer"] is None else f"**{result['variant']}**"
-        if "error" in result:
-            lines.append(f"| {name} | {result['error']} | | | |")
-            continue
-        digits = 0 if result["gb_per_s"] >= 10 else 1
-        lines.append(
-            f"| {name} | {_spread(result)} | {result['gb_per_s']:.{digits}f} | {result['fraction_of_copy']:.2f} | "
-            f"{result['time_over_split24']:.2f} |"
-        )
-    return lines
+def _check(value: Any, schema: str, where: str) -> None:
+    validator = Draft202012Validator(json.loads((SCHEMAS / f"{schema}.json").read_text()))
+    error = best_match(validator.iter_errors(value))
+    if error is not None:
+        raise ValueError(f"{where} breaks schemas/{schema}.json at {error.json_path}: {error.message}")
 
 
-def overhead_table(content: dict[str, Any]) -> list[str]:
-    """Return the table of a machine's host overhead."""
-    variants = list(dict.fromkeys(r["variant"] for r in content["results"] if r["variant"] != "stock"))
-    lines = [
-        "Host time of the hook over stock PyTorch, in µs per parameter and micro-batch (negative: faster than stock).",
-        "",
-        "| parameters | stock | " + " | ".join(variants) + " |",
-        "|---|---|" + "---|" * len(variants),
-    ]
-    for count in sorted({result["parameters"] for result in content["results"]}):
-        of_count = {r["variant"]: r for r in content["results"] if r["parameters"] == count}
-        cells = [f"{of_count[v]['over_stock_us']:+.1f}" if v in of_count else "" for v in variants]
-        lines.append(f"| {count:,} | {of_count['stock']['us_per_parameter']:.1f} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def accuracy_table(content: dict[str, Any]) -> list[str]:
-    """Return the table of errors against FP64."""
-    counts = sorted({result["micro_batches"] for result in content["results"]})
-    lines = [
-        "Relative L2 error of the sum of N bfloat16 micro-gradients, against FP64:",
-        "",
-        "| accumulator | mean / std | " + " | ".join(f"N = {count}" for count in counts) + " |",
-        "|---|---|" + "---|" * len(counts),
-    ]
-    rows: dict[tuple[str, float], dict[int, float]] = {}
-    for result in content["results"]:
-        key = (result["accumulator"], result["mean_over_std"])
-        rows.setdefault(key, {})[result["micro_batches"]] = result["error_of_sum"]
-    for (accumulator, ratio), errors in sorted(rows.items(), key=lambda item: -item[0][1]):
-        lines.append(f"| {accumulator} | {ratio:g} | " + " | ".join(f"{errors[n]:.0e}" for n in counts) + " |")
-    return lines
-
-
-def finish_table(content: dict[str, Any]) -> list[str]:
-    """Return the table of the end of a window, and of what measuring costs."""
-    numel = max(result["numel"] for result in content["results"])
-    of_size = {result["variant"]: result for result in content["results"] if result["numel"] == numel}
-    lines = [
-        f"Mean, norm, clip and round of {numel:,} gradient elements; and a fold that leaves squared norms behind.",
-        "",
-        "| operation | ms | time / stock |",
-        "|---|---|---|",
-    ]
-    names = {"stock": "`_foreach_div_` + `clip_grad_norm_`", "finish split24": "**finish, split24**"}
-    names |= {"finish split32": "**finish, split32**"}
-    for variant, name in names.items():
-        lines.append(f"| {name} | {_spread(of_size[variant])} | {of_size[variant]['time_over_stock']:.2f} |")
-    fold, measured = of_size["fold split24"], of_size["fold split24, measured"]
-    cost = measured["median_ms"] / fold["median_ms"] - 1
-    lines += ["", f"A split24 fold takes {_spread(fold)} ms, with squared norms {_spread(measured)} ms ({cost:+.0%})."]
-    return lines
-
-
-def _spread(result: dict[str, Any]) -> str:
-    return f"{result['median_ms']:.2f} ({result['p20_ms']:.2f}-{result['p80_ms']:.2f})"
-
-
-TABLES = {"accuracy": accuracy_table, "kernels": kernels_table, "finish": finish_table, "overhead": overhead_table}
-
-
-def render(results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Return the generated part of the README."""
+def readme_block(results: Results, drawn: set[str]) -> str:
+    """Return the generated part of the README; ``drawn`` are the figures that there are."""
     lines = ["## Measured", ""]
-    for machine, benchmarks in results.items():
-        first = next(iter(benchmarks.values()))["provenance"]
-        commits = sorted({content["provenance"]["commit"][:9] for content in benchmarks.values()})
-        lines += [
-            f"**{machine}**, torch {first['torch']}, {first['date'][:10]}, commit {', '.join(commits)}.",
-            "",
-        ]
-        for name, table in TABLES.items():
-            if name in benchmarks:
-                lines += [*table(benchmarks[name]), ""]
-    if not any(machine.startswith("NVIDIA") for machine in results):
-        lines += ["On a GPU: not measured.", ""]
-    return "\n".join(lines)
+    for folder, benchmarks in results.items():
+        lines += [_machine(benchmarks), ""]
+        for name, content in benchmarks.items():
+            summary = SECTIONS[name].summary
+            lines += summary(content) if summary else []
+            lines += _links(folder, [d for d in FIGURES.get(name, []) if d.in_readme], drawn, "docs/figures/benchmarks")
+    if not any(folder.startswith("nvidia") for folder in results):
+        lines += [NOT_MEASURED, ""]
+    lines += [
+        "All tables and figures: [docs/benchmarks.md](docs/benchmarks.md). How: [benchmarks](benchmarks/README.md)."
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def document(results: Results, drawn: set[str]) -> str:
+    """Return docs/benchmarks.md."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Made by `python benchmarks/report.py` from the files under `benchmarks/results/`; do not edit. How it is",
+        "measured and how to read it: [benchmarks/README.md](../benchmarks/README.md).",
+        "",
+    ]
+    for folder, benchmarks in results.items():
+        lines += [f"## {_name(benchmarks)}", ""]
+        for name, content in benchmarks.items():
+            source = content["provenance"]
+            lines += [f"### {SECTIONS[name].title}", "", *SECTIONS[name].full(content)]
+            lines += _links(folder, FIGURES.get(name, []), drawn, "figures/benchmarks")
+            lines += [
+                f"`{source['command']}`, torch {source['torch']}, triton {source['triton']}, {source['date'][:10]}, "
+                f"commit {source['commit'][:9]}",
+                "",
+                *(f"- {key.replace('_', ' ')}: {value}" for key, value in content["method"].items()),
+                "",
+            ]
+    if not any(folder.startswith("nvidia") for folder in results):
+        lines += ["## GPUs", "", NOT_MEASURED, ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _name(benchmarks: dict[str, Content]) -> str:
+    return str(next(iter(benchmarks.values()))["provenance"]["machine"])
+
+
+def _machine(benchmarks: dict[str, Content]) -> str:
+    """Return a line that names a machine, its software, and the day and commit of its results."""
+    sources = [content["provenance"] for content in benchmarks.values()]
+    torches, dates, commits = (
+        ", ".join(sorted({text(source) for source in sources}))
+        for text in (lambda s: s["torch"], lambda s: s["date"][:10], lambda s: s["commit"][:9])
+    )
+    return f"**{sources[0]['machine']}**, torch {torches}, {dates}, commit {commits}."
+
+
+def _links(folder: str, drawings: list[Drawing], drawn: set[str], path: str) -> list[str]:
+    files = {f"{folder}-{drawing.name}.png": drawing for drawing in drawings}
+    return [line for file, d in files.items() if file in drawn for line in (f"![{d.alt}]({path}/{file})", "")]
+
+
+def _figures_folder(root: Path) -> Path:
+    """Return where figures go, and nothing else does."""
+    return root / "docs" / "figures" / "benchmarks"
+
+
+def figures(results: Results) -> Iterator[tuple[str, Figure, Content]]:
+    """Yield the file name of each figure, the figure, and the content that it is drawn from."""
+    for folder, benchmarks in results.items():
+        for name, content in benchmarks.items():
+            for drawing in FIGURES.get(name, []):
+                figure = drawing.draw(content["provenance"]["machine"], content)
+                if figure is not None:
+                    yield f"{folder}-{drawing.name}.png", figure, content
+
+
+def write(results: Results, root: Path = ROOT) -> None:
+    """Write the README's block, docs/benchmarks.md and the figures, and remove figures that are none of these."""
+    folder = _figures_folder(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = set()
+    for file, figure, content in figures(results):
+        save(figure, folder / file, content)
+        drawn.add(file)
+    for path in folder.glob("*.png"):
+        if path.name not in drawn:
+            path.unlink()
+    for path, text in _texts(results, drawn, root).items():
+        path.write_text(text)
+
+
+def differences(results: Results, root: Path = ROOT) -> list[str]:
+    """Return which files are not what the result files say."""
+    folder = _figures_folder(root)
+    made = {file: content for file, _, content in figures(results)}
+    stale = [
+        f"docs/figures/benchmarks/{file}" for file, content in made.items() if not is_drawn_from(folder / file, content)
+    ]
+    stale += [f"docs/figures/benchmarks/{path.name}" for path in folder.glob("*.png") if path.name not in made]
+    for path, text in _texts(results, set(made), root).items():
+        if not path.exists() or path.read_text() != text:
+            stale.append(str(path.relative_to(root)))
+    return stale
+
+
+def _texts(results: Results, drawn: set[str], root: Path) -> dict[Path, str]:
+    readme = root / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return {
+        readme: f"{before}{BEGIN}\n{readme_block(results, drawn)}{END}{after}",
+        root / "docs" / "benchmarks.md": document(results, drawn),
+    }
 
 
 def main() -> int:
-    """Write the tables, or check them; return the exit status."""
+    """Write what is made from the result files, or check it; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if something is out of date")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    text = f"{before}{BEGIN}\n{render(load_results())}{END}{after}"
-    if arguments.check:
-        if readme.read_text() == text:
-            return 0
-        print("README.md does not show the committed results; run python benchmarks/report.py", file=sys.stderr)
+    try:
+        results = load_results()
+    except ValueError as error:
+        print(f"report: {error}", file=sys.stderr)
         return 1
-    readme.write_text(text)
-    return 0
+    if not arguments.check:
+        write(results)
+        return 0
+    stale = differences(results)
+    if stale:
+        print(f"{', '.join(stale)} do not show the result files; run python benchmarks/report.py", file=sys.stderr)
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

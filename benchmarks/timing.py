@@ -16,20 +16,30 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 GRAPH_BELOW_MS = 0.1  # calls shorter than this are captured
 GRAPH_BYTES = 4 * 2**30  # moved by one replay, about: a millisecond or more
 MAX_GRAPH_CALLS = 1024  # unless the sets of buffers are more
 SPIN_CYCLES = 2_000_000  # about 1 ms
 BATCH_MS = {"cuda": 2.0, "cpu": 50.0}  # a batch that is not captured has as many calls as last this long
-MIN_ROUNDS = 5
+MIN_ROUNDS = 3
+WARM_UP_SECONDS = 0.5  # a variant that takes longer is warm after two times, others after three
+# Small sets of buffers are not more than this: 64 MiB of the smallest that is measured, 2^10 elements. Where that is
+# less than four times the last cache, they are read from it.
+MAX_SETS = 2**14
+FREE_BYTES = 2**31  # of the CPU's memory, which are left to everybody else
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -79,8 +89,36 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def sets_of(set_bytes: int, device: torch.device) -> int:
-    """Return how many sets of buffers of ``set_bytes`` are four times the last cache."""
-    return max(1, math.ceil(4 * cache_bytes(device) / set_bytes))
+    """Return how many sets of buffers of ``set_bytes`` are four times the last cache, at most ``MAX_SETS``."""
+    return min(MAX_SETS, math.ceil(4 * cache_bytes(device) / set_bytes))
+
+
+def allocate(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor of random numbers, or integers, a few million of them again and again.
+
+    Raises:
+        MemoryError: on a CPU, where the memory that is available would not do; Linux itself would end some process when
+            the tensor is written.
+        torch.OutOfMemoryError: on a GPU.
+    """
+    if device.type == "cpu" and numel * dtype.itemsize > _available_bytes() - FREE_BYTES:
+        raise MemoryError(f"{numel * dtype.itemsize:,} bytes")
+    flat = torch.empty(numel, dtype=dtype, device=device)
+    some = torch.randn(min(numel, 2**22), device=device)
+    some = some.to(dtype) if dtype.is_floating_point else some.mul(30).to(dtype)
+    for piece in flat.split(max(1, some.numel())):
+        piece.copy_(some[: piece.numel()])
+    return flat
+
+
+def _available_bytes() -> float:
+    """Return the memory that a program can have without swapping; infinite where the machine does not say."""
+    information = Path("/proc/meminfo")
+    if information.exists():
+        found = re.search(r"^MemAvailable:\s*(\d+) kB", information.read_text(), re.MULTILINE)
+        if found:
+            return int(found.group(1)) * 1024
+    return math.inf
 
 
 def describe(error: Exception) -> str:
@@ -91,8 +129,12 @@ def describe(error: Exception) -> str:
 
 
 def time_variants(
-    makers: dict[str, Callable[[], Variant]], device: torch.device, rounds: int, seconds_each: float
-) -> dict[str, Timing | str]:
+    makers: Mapping[Key, Callable[[], Variant]],
+    device: torch.device,
+    rounds: int,
+    seconds_each: float,
+    on_step: Callable[[int, int], None],
+) -> dict[Key, Timing | str]:
     """Time variants against each other.
 
     Args:
@@ -101,48 +143,66 @@ def time_variants(
         rounds: measurements of each variant.
         seconds_each: a variant that has used up this time on the CPU is left out of further rounds, after at least
             ``MIN_ROUNDS``.
+        on_step: is told of progress, between measurements: steps done, and all steps.
 
     Returns:
         Name -> timing, or a description of the error that ended it; the other variants go on.
     """
-    if device.type == "cuda":
-        return _time_on_gpu(makers, rounds)
-    return _time_on_cpu(makers, rounds, seconds_each)
+    time_them = _time_on_gpu if device.type == "cuda" else _time_on_cpu
+    measured, errors = time_them(makers, rounds, seconds_each, on_step)
+    outcome: dict[Key, Timing | str] = {}
+    for name in makers:
+        outcome[name] = errors[name] if name in errors else measured[name]
+    return outcome
 
 
-def _rounds(names: list[str], rounds: int) -> Iterator[tuple[int, list[str]]]:
-    """Yield each round's order, forwards and backwards by turns."""
+def _rounds(names: Iterable[Key], rounds: int) -> Iterator[tuple[int, list[Key]]]:
+    """Yield each round's number and order, forwards and backwards by turns."""
+    forwards = list(names)
     for number in range(rounds):
-        yield number, names if number % 2 == 0 else names[::-1]
+        yield number, forwards if number % 2 == 0 else forwards[::-1]
 
 
-def _time_on_cpu(makers: dict[str, Callable[[], Variant]], rounds: int, seconds_each: float) -> dict[str, Timing | str]:
-    outcome: dict[str, Timing | str] = {}
-    batches: dict[str, tuple[Callable[[], None], int]] = {}
-    for name, make in makers.items():
+def _time_on_cpu(
+    makers: Mapping[Key, Callable[[], Variant]], rounds: int, seconds_each: float, on_step: Callable[[int, int], None]
+) -> tuple[dict[Key, Timing], dict[Key, str]]:
+    """Return (timing of each variant that ran, what ended each of the others)."""
+    errors: dict[Key, str] = {}
+    batches: dict[Key, tuple[Callable[[], None], int]] = {}
+    total = len(makers) + rounds
+    for done, (name, make) in enumerate(makers.items()):
+        on_step(done, total)
         try:
             variant = make()
             batches[name] = _batch(variant, "cpu", _warm_up_ms(variant))
         except Exception as error:  # any variant's any failure is a result
-            outcome[name] = describe(error)
-    seconds: dict[str, list[float]] = {name: [] for name in batches}
-    for number, order in _rounds(list(batches), rounds):
+            errors[name] = describe(error)
+    seconds: dict[Key, list[float]] = {name: [] for name in batches}
+    for number, order in _rounds(batches, rounds):
+        on_step(len(makers) + number, total)
         for name in order:
-            if number >= MIN_ROUNDS and sum(seconds[name]) > seconds_each:
+            if name in errors or (number >= MIN_ROUNDS and sum(seconds[name]) > seconds_each):
                 continue
             begin = time.perf_counter()
-            batches[name][0]()
+            try:
+                batches[name][0]()
+            except Exception as error:  # likewise
+                errors[name] = describe(error)
             seconds[name].append(time.perf_counter() - begin)
-    for name, measured in seconds.items():
-        calls = batches[name][1]
-        outcome[name] = _timing([1e3 * s / calls for s in measured], "batch", calls)
-    return outcome
+    calls = {name: calls for name, (_, calls) in batches.items()}
+    timings = {name: _timing([1e3 * s / calls[name] for s in seconds[name]], "batch", calls[name]) for name in batches}
+    return timings, errors
 
 
-def _time_on_gpu(makers: dict[str, Callable[[], Variant]], rounds: int) -> dict[str, Timing | str]:
-    outcome: dict[str, Timing | str] = {}
-    queues: dict[str, tuple[Callable[[], None], str, int]] = {}
-    for name, make in makers.items():
+def _time_on_gpu(
+    makers: Mapping[Key, Callable[[], Variant]], rounds: int, _: float, on_step: Callable[[int, int], None]
+) -> tuple[dict[Key, Timing], dict[Key, str]]:
+    """Return (timing of each variant that ran, what ended each of the others)."""
+    errors: dict[Key, str] = {}
+    queues: dict[Key, tuple[Callable[[], None], str, int]] = {}
+    total = len(makers) + rounds + 1
+    for done, (name, make) in enumerate(makers.items()):
+        on_step(done, total)
         try:
             variant = make()
             call_ms = _warm_up_ms(variant, torch.cuda.synchronize)
@@ -153,31 +213,42 @@ def _time_on_gpu(makers: dict[str, Callable[[], Variant]], rounds: int) -> dict[
                 queue, calls = _batch(variant, "cuda", call_ms)
                 queues[name] = queue, "batch", calls
         except Exception as error:  # any variant's any failure is a result
-            outcome[name] = describe(error)
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in queues}
-    for number, order in _rounds(list(queues), rounds + 1):
+            errors[name] = describe(error)
+    events: dict[Key, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in queues}
+    for number, order in _rounds(queues, rounds + 1):
+        on_step(len(makers) + number, total)
         for name in order:
-            queue, how, _ = queues[name]
+            if name in errors:
+                continue
+            queue, how, _calls = queues[name]
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            if how == "graph":
-                torch.cuda._sleep(SPIN_CYCLES)
-            begin.record()
-            queue()
-            end.record()
+            try:
+                if how == "graph":
+                    torch.cuda._sleep(SPIN_CYCLES)
+                begin.record()
+                queue()
+                end.record()
+            except Exception as error:  # likewise
+                errors[name] = describe(error)
+                continue
             if number > 0:  # the first round uploads the graphs
                 events[name].append((begin, end))
-        torch.cuda.synchronize()
-    for name, pairs in events.items():
-        _, how, calls = queues[name]
-        outcome[name] = _timing([begin.elapsed_time(end) / calls for begin, end in pairs], how, calls)
-    return outcome
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:  # a kernel that failed takes everything on the GPU with it
+            return {}, {name: errors.get(name) or describe(error) for name in makers}
+    timings = {}
+    for name in set(queues) - set(errors):
+        _queue, how, calls = queues[name]
+        timings[name] = _timing([begin.elapsed_time(end) / calls for begin, end in events[name]], how, calls)
+    return timings, errors
 
 
 def _warm_up_ms(variant: Variant, synchronize: Callable[[], None] = lambda: None) -> float:
     """Run a variant a few times; return about how many milliseconds a call takes, as the fastest tell."""
     calls = min(variant.sets, 5)
-    seconds = []
-    for _ in range(3):  # the first time compiles and allocates
+    seconds: list[float] = []
+    while len(seconds) < 2 or (len(seconds) < 3 and seconds[1] < WARM_UP_SECONDS):  # the first compiles and allocates
         begin = time.perf_counter()
         for i in range(calls):
             variant.run(i)

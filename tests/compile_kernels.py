@@ -27,9 +27,21 @@ ROOT = Path(__file__).resolve().parent.parent
 COUNTED = ("LDG", "STG", "LDL", "STL", "LDS", "STS")  # global, local (spills) and shared memory
 
 
-def disassemble(cubin: Path) -> str:
+def cuobjdump(option: str, cubin: Path) -> dict[str, str]:
+    """Return function -> what the tool says of it."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, "-sass", cubin], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run([tool, option, cubin], check=True, capture_output=True, text=True).stdout
+    texts = re.split(r"^\s*Function :? ?", output, flags=re.MULTILINE)[1:]
+    return {re.split(r"[:\s]", text, maxsplit=1)[0]: text for text in texts}
+
+
+def describe_functions(cubin: Path) -> dict[str, dict[str, int]]:
+    """Return function -> counts of memory instructions, REG (of a thread) and STACK (its bytes, where spills go)."""
+    resources = cuobjdump("-res-usage", cubin)
+    report = {name: describe(sass) for name, sass in cuobjdump("-sass", cubin).items()}
+    for name, counts in report.items():
+        counts |= {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", resources[name])}
+    return report
 
 
 def describe(sass: str) -> dict[str, int]:
@@ -65,7 +77,8 @@ def compile_triton(architecture: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "kernel.cubin"
             cubin.write_bytes(compiled.asm["cubin"])
-            return describe(disassemble(cubin)) | arithmetic(compiled.asm["ptx"])
+            (counts,) = describe_functions(cubin).values()
+            return counts | arithmetic(compiled.asm["ptx"])
 
     report: dict[str, Any] = {"accumulate_kernel": {}, "accumulate_list_kernel": {}, "finish_kernel": {}}
     for format_ in Format:
@@ -128,9 +141,8 @@ def compile_cuda(architecture: int) -> dict[str, Any]:
         for kind, output in (("-cubin", cubin), ("-ptx", ptx)):
             command = [nvcc, "-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{architecture}", kind, "-o", output]
             subprocess.run([*command, ROOT / "csrc" / "accumulate_cuda.cu"], check=True)
-        functions = re.split(r"^\s*Function : ", disassemble(cubin), flags=re.MULTILINE)[1:]
+        report = describe_functions(cubin)
         entries = re.split(r"^(?:\.visible )?\.entry ", ptx.read_text(), flags=re.MULTILINE)[1:]
-    report = {text.split("\n", 1)[0].strip(): describe(text) for text in functions}
     for text in entries:
         report[text.split("(", 1)[0].strip()].update(arithmetic(text))
     return report

@@ -1,0 +1,162 @@
+"""The figures of every benchmark: each is a function of a result file's content.
+
+They become PNGs in docs/figures/benchmarks/. A PNG carries a digest of the content that it was drawn from, so that a
+stale one can be told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from tables import README_CASES, Content, Result, grouped
+
+COLORS = {
+    "split24": "#1f77b4",
+    "split32": "#2a9d8f",
+    "fp32": "#7b5ea7",
+    "stock": "#d1495b",
+    "roof": "#8d929c",
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure of a benchmark.
+
+    Attributes:
+        name: of its file, behind the machine's.
+        alt: what it shows, in a line.
+        draw: makes it from the machine's name and the content of the result file; None where there is nothing to show.
+        in_readme: whether the README shows it too.
+    """
+
+    name: str
+    alt: str
+    draw: Callable[[str, Content], Figure | None]
+    in_readme: bool = False
+
+
+def roofline(machine: str, content: Content) -> Figure | None:
+    """Draw each operation's bandwidth as a fraction of that of a copy, at the largest tensor that the README shows."""
+    by_case = grouped([r for r in content["results"] if r["tensors"] == 1], "case")
+    cases = [case for case in README_CASES if case in by_case]
+    if not cases:
+        return None
+    results = [r for r in by_case[cases[-1]] if "fraction_of_copy" in r]
+    figure = Figure(figsize=(8, 0.6 + 0.36 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    values = [r["fraction_of_copy"] for r in results]
+    bars = axes.barh([r["variant"] for r in results], values, color=[COLORS[_kind(r)] for r in results], height=0.7)
+    axes.bar_label(bars, [f"{r['fraction_of_copy']:.2f}   {_ms(r)}" for r in results], padding=4, fontsize=8)
+    axes.axvline(1.0, color=COLORS["roof"], linestyle="--", linewidth=1, zorder=0)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.25 * max(*values, 1.0))
+    axes.set_xlabel("bytes that must move per second, as a fraction of copy_'s; beside it the time")
+    _finish(axes, f"One fold of {results[0]['numel']:,} elements\n{machine}", "x")
+    return figure
+
+
+def sizes(machine: str, content: Content) -> Figure | None:
+    """Draw the time of each way over that of split24, against the size of the tensor."""
+    single = [r for r in content["results"] if r["tensors"] == 1 and "time_over_split24" in r]
+    if len({r["numel"] for r in single}) < 2:
+        return None
+    backend = content["method"]["backend"]
+    lines = {
+        f"split24 {backend}": "split24",
+        f"split32 {backend}": "split32",
+        f"fp32 {backend}": "fp32",
+        "bf16.add_(bf16)": "stock",
+        "fp32.add_(bf16)": "stock",
+        "torch.compile(fp32 += bf16)": "stock",
+        "bf16.copy_(bf16)": "roof",
+    }
+    styles = {"fp32.add_(bf16)": "--", "torch.compile(fp32 += bf16)": ":"}
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for variant, kind in lines.items():
+        points = sorted((r["numel"], r["time_over_split24"]) for r in single if r["variant"] == variant)
+        style = styles.get(variant, "-")
+        axes.plot(*zip(*points, strict=True), style, color=COLORS[kind], label=variant, marker="o", markersize=3)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("elements of the tensor")
+    axes.set_ylabel("time / split24")
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _finish(axes, f"One fold, over split24\n{machine}", "both")
+    return figure
+
+
+def error_against_n(machine: str, content: Content) -> Figure:
+    """Draw the error of each accumulator's sum against the number of micro-batches."""
+    by_ratio = grouped(content["results"], "mean_over_std")
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    all_axes = figure.subplots(1, len(by_ratio), sharey=True, squeeze=False)[0]
+    for axes, (ratio, results) in zip(all_axes, by_ratio.items(), strict=True):
+        for accumulator, of_accumulator in grouped(results, "accumulator").items():
+            points = sorted((r["micro_batches"], r["error_of_sum"]) for r in of_accumulator)
+            color = COLORS.get(str(accumulator), COLORS["stock"])
+            style = "--" if accumulator == "fp32" else "-"  # it lies on split32's line
+            axes.plot(*zip(*points, strict=True), style, color=color, label=accumulator, marker="o", markersize=3)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("micro-batches N")
+        _finish(axes, f"mean / std of a gradient about {ratio:g}", "both")
+    all_axes[0].set_ylabel("relative L2 error of the sum")
+    all_axes[-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle("Error of the accumulated gradient against FP64", fontsize=10)
+    return figure
+
+
+def _kind(result: Result) -> str:
+    if result["buffer"] is not None:
+        return str(result["buffer"])
+    return "roof" if "copy_" in result["variant"] else "stock"
+
+
+def _ms(result: Result) -> str:
+    return f"{result['median_ms']:.3g} ms"
+
+
+def _finish(axes: Axes, title: str, grid: Literal["both", "x", "y"]) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.tick_params(labelsize=8)
+    axes.grid(axis=grid, linewidth=0.4, alpha=0.5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+#: Benchmark -> its figures, in this order.
+FIGURES: dict[str, list[Drawing]] = {
+    "kernels": [
+        Drawing("roofline", "bandwidth of one fold as a fraction of copy bandwidth", roofline, in_readme=True),
+        Drawing("sizes", "time of one fold over split24, against the size of the tensor", sizes),
+    ],
+    "accuracy": [Drawing("error", "error of the accumulated gradient against N", error_against_n)],
+}
+
+
+def save(figure: Figure, path: Path, content: Content) -> None:
+    """Write a figure as PNG, with the digest of the content in it."""
+    figure.savefig(path, dpi=110, metadata={"Software": None, "Source": digest(content)})
+
+
+def is_drawn_from(path: Path, content: Content) -> bool:
+    """Return whether the PNG is there and was drawn from this content."""
+    if not path.exists():
+        return False
+    with Image.open(path) as image:
+        return bool(image.info.get("Source") == digest(content))
+
+
+def digest(content: Content) -> str:
+    """Return the SHA-256 of a result file's content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,83 @@
+"""What every benchmark script shares: its options, its progress bar, and the file that it writes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from provenance import folder_name, provenance
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from tables import SECTIONS, Content
+
+from accumkern import backends
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the options that every benchmark has; ``doc`` is the script's docstring.
+
+    ``--device`` is a CPU or a GPU, ``--quick`` shows that a script runs, ``--results`` is where the file goes.
+    """
+    made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    made.add_argument("--quick", action="store_true", help="little work, to see that it runs; not to be kept")
+    made.add_argument("--results", type=Path, default=RESULTS, help="folder of results, one folder in it per machine")
+    return made
+
+
+def backends_on(device: torch.device) -> list[str]:
+    """Return the backends that take tensors on a device here."""
+    return [name for name in backends.BACKENDS if _runs_on(name, device)]
+
+
+def _runs_on(backend: str, device: torch.device) -> bool:
+    try:
+        backends.choose(backend, device)
+    except RuntimeError:
+        return False
+    return True
+
+
+@contextmanager
+def steps(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on stderr, and yield what moves it on: a function of the steps done and of all steps.
+
+    The bar is drawn only when it moves: a thread that redraws it would take time from what is being measured.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    quiet = not console.is_terminal
+    with Progress(*columns, console=console, auto_refresh=False, transient=True, disable=quiet) as bar:
+        task = bar.add_task(title, total=None)
+
+        def on_step(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, refresh=True)
+
+        yield on_step
+
+
+def write_results(
+    arguments: argparse.Namespace, name: str, method: dict[str, Any], results: list[dict[str, Any]]
+) -> None:
+    """Write ``<--results>/<machine>/<name>.json``, and print its tables.
+
+    Args:
+        arguments: what :func:`parser` parsed.
+        name: the benchmark, which has a schema in ``schemas/`` and a section in ``tables.py``.
+        method: how it was measured.
+        results: one dictionary for each measurement.
+    """
+    content: Content = {"provenance": provenance(torch.device(arguments.device)), "method": method, "results": results}
+    folder = arguments.results / folder_name(content["provenance"]["machine"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    Console(width=140).print(Markdown("\n".join(SECTIONS[name].full(content))))
+    print(f"wrote {folder.name}/{name}.json")

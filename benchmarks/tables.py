@@ -1,0 +1,314 @@
+"""The tables and sentences of every benchmark, in Markdown: each is a function of a result file's content.
+
+:data:`SECTIONS` says which of them the README shows, and which docs/benchmarks.md. To add a benchmark is to add its
+section here, its schema in ``schemas/``, and a figure in ``figures.py`` if it has one. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+Content = dict[str, Any]  # of a result file: provenance, method, results
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """What is shown of a benchmark.
+
+    Attributes:
+        title: its heading in docs/benchmarks.md.
+        full: all tables, for docs/benchmarks.md and the terminal.
+        summary: the few lines for the README; None leaves it out there.
+    """
+
+    title: str
+    full: Callable[[Content], list[str]]
+    summary: Callable[[Content], list[str]] | None = None
+
+
+# ---- what tables are made of -------------------------------------------------------------------------------------
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Return a table and an empty line behind it; columns but the first are numbers and stand to the right."""
+    marks = ["---", *["---:"] * (len(header) - 1)]
+    return [*("| " + " | ".join(cells) + " |" for cells in (header, marks, *rows)), ""]
+
+
+def paragraph(text: str) -> list[str]:
+    """Return prose as lines of the width that the repository keeps to, with an empty line behind it."""
+    return [*textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False), ""]
+
+
+def number(value: float) -> str:
+    """Return a number to two or three digits: ``1,234``, ``12.3``, ``1.23``, ``0.012``."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    if value >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
+
+
+def spread(result: Result) -> str:
+    """Return a result's median, and in brackets its 20th and 80th percentile, with their unit."""
+    unit, scale = ("ms", 1.0) if result["median_ms"] >= 0.1 else ("µs", 1e3)
+    median, low, high = (number(scale * result[key]) for key in ("median_ms", "p20_ms", "p80_ms"))
+    return f"{median} {unit} ({low}-{high})"
+
+
+def fastest(results: list[Result]) -> Result | None:
+    """Return the result of the smallest median, or None where none was measured."""
+    return min((r for r in results if "median_ms" in r), key=lambda r: float(r["median_ms"]), default=None)
+
+
+def grouped(results: list[Result], *keys: str) -> dict[Hashable, list[Result]]:
+    """Return the results by their value of a key, or by the tuple of their values of several keys."""
+    groups: dict[Hashable, list[Result]] = {}
+    for result in results:
+        values = tuple(result[key] for key in keys)
+        groups.setdefault(values[0] if len(keys) == 1 else values, []).append(result)
+    return groups
+
+
+# ---- kernels -----------------------------------------------------------------------------------------------------
+
+COPY = "bf16.copy_(bf16)"
+# The cases that the README shows, where they were measured.
+README_CASES = ("2^20", "2^25", "2^28", "GPT-2", "Llama-1B", "Llama-8B")
+# What the README shows of stock PyTorch, each by its fastest variant.
+STOCK = {
+    "stock, bf16 sum": ("bf16.add_(bf16)", "_foreach_add_(bf16, bf16)"),
+    "stock, fp32 sum": ("fp32.add_(bf16)", "fp32.add_(bf16.float())", "_foreach_add_(fp32, bf16)"),
+    "stock, fp32 sum, `torch.compile`d": ("torch.compile(fp32 += bf16)",),
+    "`copy_`, which adds nothing": (COPY,),
+}
+
+
+def kernels_tables(content: Content) -> list[str]:
+    """Return a table for each case of the kernel benchmark."""
+    lines = paragraph(
+        "One fold of a tensor, or of all tensors of a model. The time is the median, with the 20th and 80th percentile "
+        "in brackets. GB/s counts the bytes that the operation has to move, and the roof is a `copy_` of as many "
+        "elements in one piece. Ratios are to split24, on the backend that accumkern chooses here, in its faster call."
+    )
+    for case, results in grouped(content["results"], "case").items():
+        tensors = results[0]["tensors"]
+        elements = f"{results[0]['numel']:,} elements"
+        lines += [f"**{case}**: {elements} in {tensors} tensors" if tensors > 1 else f"**{case}**: {elements}", ""]
+        rows = []
+        for result in results:
+            name = _name(result) + (f", {result['called']}" if tensors > 1 else "")
+            if "error" in result:
+                rows.append([name, "", result["error"], "", ""])
+            else:
+                gb_per_s = number(result["gb_per_s"])
+                rows.append([name, _over_split24(result), spread(result), gb_per_s, _of_copy(result)])
+        lines += table(["operation", "time / split24", "time", "GB/s", "of `copy_` bandwidth"], rows)
+    return lines
+
+
+def kernels_summary(content: Content) -> list[str]:
+    """Return what it takes to add a micro-gradient, over split24."""
+    cases = {case: results for case, results in grouped(content["results"], "case").items() if case in README_CASES}
+    single = [case for case, results in cases.items() if results[0]["tensors"] == 1]
+    if not single:
+        return []
+    largest = single[-1]
+    names = {
+        f"**{buffer}**": (f"{buffer} {content['method']['backend']}",) for buffer in ("split24", "split32", "fp32")
+    }
+    best: dict[str, dict[Hashable, Result | None]] = {
+        name: {case: fastest([r for r in results if r["variant"] in variants]) for case, results in cases.items()}
+        for name, variants in (names | STOCK).items()
+    }
+    lines = []
+    split24, stock_fp32, stock_bf16 = (best[n][largest] for n in ("**split24**", "stock, fp32 sum", "stock, bf16 sum"))
+    if split24 and stock_fp32 and stock_bf16:
+        lines += paragraph(
+            f"A split24 fold of {split24['numel']:,} elements is **{number(_ratio(stock_fp32, split24))} times** as "
+            "fast as stock PyTorch's addition to an FP32 sum, takes "
+            f"{number(_ratio(split24, stock_bf16))} times as long as its addition in bf16, and reaches "
+            f"**{_of_copy(split24)}** of `copy_` bandwidth. Time over split24's, below 1 is faster:"
+        )
+    rows = [
+        [name, *(_over_split24(found) for found in by_case.values()), _of_copy(by_case[largest])]
+        for name, by_case in best.items()
+    ]
+    header = [str(case) + (" elements" if case in single else "") for case in cases]
+    return lines + table(["to add a micro-gradient", *header, f"of `copy_` bandwidth, {largest}"], rows)
+
+
+def _name(result: Result) -> str:
+    return f"`{result['variant']}`" if result["buffer"] is None else f"**{result['variant']}**"
+
+
+def _ratio(result: Result, other: Result) -> float:
+    return float(result["median_ms"] / other["median_ms"])
+
+
+def _over_split24(result: Result | None) -> str:
+    return number(result["time_over_split24"]) if result and "time_over_split24" in result else ""
+
+
+def _of_copy(result: Result | None) -> str:
+    return f"{result['fraction_of_copy']:.2f}" if result and "fraction_of_copy" in result else ""
+
+
+# ---- the end of a window -----------------------------------------------------------------------------------------
+
+
+def finish_tables(content: Content) -> list[str]:
+    """Return a table for each size: the end of a window, and what a fold that measures costs."""
+    lines = paragraph(
+        "Mean, norm, clip and round of bf16 gradients: stock is `_foreach_div_` and `clip_grad_norm_`; `finish()` "
+        "takes the norm from what the folds left. And a split24 fold without, and with the squared norms that it "
+        "leaves (*measured*)."
+    )
+    for numel, results in grouped(content["results"], "numel").items():
+        rows = []
+        for result in results:
+            name = result["variant"] if result["backend"] == "torch" else f"**{result['variant']}**"
+            ratio = number(result["time_over_stock"]) if "time_over_stock" in result else ""
+            rows.append([name, ratio, result["error"] if "error" in result else spread(result)])
+        lines += [f"**{numel:,} elements**", "", *table(["operation", "time / stock", "time"], rows)]
+    return lines
+
+
+def finish_summary(content: Content) -> list[str]:
+    """Return the end of a window as a sentence."""
+    numel = max(result["numel"] for result in content["results"])
+    of_size = {r["variant"]: r for r in content["results"] if r["numel"] == numel and "error" not in r}
+    needed = [of_size.get(name) for name in ("stock", "finish split24", "fold split24", "fold split24, measured")]
+    if None in needed:
+        return []
+    stock, finish, fold, measured = (result for result in needed if result)
+    return paragraph(
+        f"Mean, norm, clip and round of {numel:,} elements: `finish()` takes **{number(_ratio(finish, stock))}** of "
+        "the time of `_foreach_div_` and `clip_grad_norm_`. Each fold that leaves it squared norms takes "
+        f"{number(_ratio(measured, fold))} times as long as one that does not."
+    )
+
+
+# ---- host overhead -----------------------------------------------------------------------------------------------
+
+MODELS = {
+    "bare": "bare: one autograd node makes all gradients",
+    "eager": "transformer blocks of ten parameters",
+    "compiled": "transformer blocks of ten parameters, `torch.compile`d",
+}
+
+
+def overhead_tables(content: Content) -> list[str]:
+    """Return a table for each kind of model: stock's time, and what each backend adds."""
+    lines = paragraph(
+        "Host time of `backward()`, in µs per parameter and micro-batch: stock, and what each backend of accumkern "
+        "adds to it (median of the differences, 20th and 80th percentile in brackets; negative: faster than stock)."
+    )
+    for model, results in grouped(content["results"], "model").items():
+        variants = list(dict.fromkeys(r["variant"] for r in results if r["variant"] != "stock"))
+        rows = []
+        for count, of_count in grouped(results, "parameters").items():
+            by_variant = {r["variant"]: r for r in of_count}
+            stock = by_variant["stock"]
+            shown = stock["error"] if "error" in stock else number(stock["us_per_parameter"])
+            rows.append([f"{count:,}", shown, *(_over_stock(by_variant.get(v), True) for v in variants)])
+        lines += [f"**{MODELS[str(model)]}**", "", *table(["parameters", "stock", *variants], rows)]
+    return lines
+
+
+def overhead_summary(content: Content) -> list[str]:
+    """Return what the backend that accumkern chooses adds to each kind of model."""
+    backend = content["method"]["backend"]
+    mine = [r for r in content["results"] if r["variant"] == backend]
+    models = list(grouped(mine, "model"))
+    rows = []
+    for count, results in grouped(mine, "parameters").items():
+        by_model = {r["model"]: r for r in results}
+        rows.append([f"{count:,}", *(_over_stock(by_model.get(model), False) for model in models)])
+    return [
+        *paragraph(
+            "Host time that accumkern adds to a backward pass of many small parameters, in µs per parameter and "
+            "micro-batch (negative: faster than stock):"
+        ),
+        *table(["parameters", *(MODELS[str(model)] for model in models)], rows),
+    ]
+
+
+def _over_stock(result: Result | None, with_spread: bool) -> str:
+    if result is None or "over_stock_us" not in result:
+        return result.get("error", "") if result else ""
+    text = f"{result['over_stock_us']:+.1f}"
+    if with_spread:
+        text += f" ({result['over_stock_p20_us']:+.1f} to {result['over_stock_p80_us']:+.1f})"
+    return text
+
+
+# ---- accuracy ----------------------------------------------------------------------------------------------------
+
+README_MICRO_BATCHES = (8, 64, 512)
+
+
+def accuracy_tables(content: Content) -> list[str]:
+    """Return a table for each kind of gradients: the error of the sum that is kept, and of ``.grad``."""
+    lines = paragraph(
+        "Relative L2 error of the sum of N bf16 micro-gradients against their FP64 sum: of what is kept between "
+        "micro-batches, and of `.grad`, which the optimizer reads and which bf16 cannot hold closer than 1.7e-03."
+    )
+    for ratio, results in grouped(content["results"], "mean_over_std").items():
+        for key, what in (("error_of_sum", "the sum that is kept"), ("error_of_grad", "`.grad` in bf16")):
+            lines += [f"**Mean / standard deviation of a gradient about {ratio:g}: {what}**", ""]
+            lines += _errors(results, key, sorted({r["micro_batches"] for r in results}))
+    return lines
+
+
+def accuracy_summary(content: Content) -> list[str]:
+    """Return the error of the sums that are kept."""
+    lines = paragraph("Relative L2 error of the sum of N bf16 micro-gradients, against FP64:")
+    results = [r for r in content["results"] if r["micro_batches"] in README_MICRO_BATCHES]
+    for ratio, of_ratio in grouped(results, "mean_over_std").items():
+        counts = sorted({r["micro_batches"] for r in of_ratio})
+        lines += _errors(of_ratio, "error_of_sum", counts, f"micro-gradients of mean / std {ratio:g}")
+    return lines
+
+
+def _errors(results: list[Result], key: str, counts: list[int], corner: str = "accumulator") -> list[str]:
+    rows = []
+    for accumulator, of_accumulator in grouped(results, "accumulator").items():
+        errors = {r["micro_batches"]: r[key] for r in of_accumulator}
+        rows.append([str(accumulator), *(f"{errors[count]:.0e}" for count in counts)])
+    return table([corner, *(f"N = {count}" for count in counts)], rows)
+
+
+# ---- registers ---------------------------------------------------------------------------------------------------
+
+
+def registers_tables(content: Content) -> list[str]:
+    """Return a table of the registers that each GPU kernel takes."""
+    rows = []
+    for result in content["results"]:
+        if "error" in result:
+            rows.append([f"{result['backend']}, {result['architecture']}", result["error"], "", ""])
+        else:
+            name = f"{result['backend']}, {result['architecture']}: {result['kernel']}, {result['format']}"
+            rows.append([name, *(str(result[key]) for key in ("registers", "stack_bytes", "spill_instructions"))])
+    return [
+        *paragraph(
+            "The machine code of the GPU kernels, compiled ahead of time: registers of a thread, and what does not fit "
+            "there (stack bytes of a thread, loads and stores of them)."
+        ),
+        *table(["kernel", "registers", "stack bytes", "spill instructions"], rows),
+    ]
+
+
+#: Benchmark, which is also the name of its result file -> what is shown of it, in this order.
+SECTIONS = {
+    "kernels": Section("One fold of a gradient", kernels_tables, kernels_summary),
+    "accuracy": Section("Error of the sum", accuracy_tables, accuracy_summary),
+    "finish": Section("The end of a window", finish_tables, finish_summary),
+    "overhead": Section("Host time of the hook", overhead_tables, overhead_summary),
+    "registers": Section("Registers of the GPU kernels", registers_tables),
+}
