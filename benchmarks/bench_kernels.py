@@ -52,7 +52,7 @@ QUICK_SIZES = ["2^20"]
 # The eager backend takes 40 times as long as the kernels on a CPU, and a dozen temporary tensors everywhere; larger
 # cases leave it out.
 EAGER_MAX_NUMEL = {"cpu": 2**20, "cuda": 2**26}
-ROUNDS = {"cpu": 15, "cuda": 31}
+ROUNDS = {"cpu": 11, "cuda": 31}
 SECONDS_EACH = 2.5
 ALIGNMENT = 256  # elements: each tensor of a list begins at a multiple, as memory of its own would
 
