@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,6 +59,9 @@ def test_every_script_has_a_section_and_a_schema() -> None:
     scripts = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
     schemas = {path.stem for path in (ROOT / "benchmarks" / "schemas").glob("*.json")} - {"file"}
     assert scripts == schemas == set(SECTIONS)
+    found = re.search(r"^BENCHMARKS := .*,([a-z ]+)\)\)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found is not None
+    assert scripts <= set(found.group(1).split())
 
 
 def time_quickly(makers: dict[str, Callable[[], timing.Variant]]) -> dict[str, timing.Timing | str]:
