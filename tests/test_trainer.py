@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from micro_gradients import MicroGradients, assert_same_weights
+from tiny import MicroGradients, assert_same_weights
 
 import accumkern
 

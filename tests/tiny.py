@@ -1,4 +1,4 @@
-"""What autograd hands to the parameters of a model, added up in FP64: the truth for tests that train one."""
+"""For tests that train: a tiny model with its data, and what autograd hands to its parameters, added up in FP64."""
 
 from __future__ import annotations
 
@@ -7,6 +7,35 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+TOKENS = 1100  # the embedding is too large to wait for the end of a backward pass, the other parameters are not
+
+
+class Classifier(nn.Module):
+    """Returns the mean loss of a batch of token sequences and their classes."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding = nn.Embedding(TOKENS, 64)
+        self.norm = nn.LayerNorm(64)
+        self.hidden = nn.Linear(64, 32)
+        self.out = nn.Linear(32, 10)
+        self.to(dtype)
+
+    def forward(self, tokens: Tensor, classes: Tensor) -> Tensor:
+        """tokens: (batch, length); classes: (batch,); both int64."""
+        x = torch.tanh(self.hidden(self.norm(self.embedding(tokens).mean(1))))
+        return F.cross_entropy(self.out(x).float(), classes)
+
+
+def examples(count: int) -> list[tuple[Tensor, Tensor]]:
+    """Return `count` pairs of five tokens and their class."""
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(TOKENS, (count, 5), generator=generator)
+    classes = torch.randint(10, (count,), generator=generator)
+    return list(zip(tokens, classes, strict=True))
 
 
 class MicroGradients:
