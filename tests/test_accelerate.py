@@ -74,7 +74,8 @@ class Run:
         self.norms: list[float] = []
         self.errors: list[float] = []
 
-    def epoch(self, skip: int = 0, stop_after: int | None = None) -> None:
+    def epoch(self, skip: int = 0) -> Iterator[int]:
+        """Train, and yield the number of micro-batches after each."""
         loader = accelerate.skip_first_batches(self.loader, skip) if skip else self.loader
         for n, batch in enumerate(loader, skip + 1):
             with self.accelerator.accumulate(self.prepared):
@@ -88,8 +89,7 @@ class Run:
                 self.optimizer.step()
                 self.scheduler.step()
                 self.optimizer.zero_grad()
-            if n == stop_after:
-                return
+            yield n
 
     def assert_same(self, other: Run) -> None:
         assert self.losses == other.losses
@@ -104,8 +104,8 @@ def test_fp32_weights_train_as_stock_bit_for_bit(attach: str, mixed_precision: s
     runs = []
     for how in (attach, None):
         run = Run(torch.float32, how, examples(22), mixed_precision=mixed_precision)  # 4, 4 and 3 micro-batches
-        run.epoch()
-        run.epoch()
+        list(run.epoch())
+        list(run.epoch())
         assert len(run.norms) == 6
         runs.append(run)
     runs[0].assert_same(runs[1])
@@ -117,7 +117,7 @@ def test_bf16_gradients_and_norms_are_nearer_to_fp64_than_stock(attach: str) -> 
     errors, norm_errors = {}, {}
     for how in (attach, None):
         run = Run(torch.bfloat16, how, examples(4) * 192, accumulation_steps=384, max_norm=torch.inf)
-        run.epoch()
+        list(run.epoch())
         (errors[how],) = run.errors
         norm_errors[how] = abs(run.norms[0] / run.truth.norm() - 1)
     assert errors[attach] < 2.5e-3  # one rounding to bfloat16
@@ -130,20 +130,20 @@ def test_bf16_gradients_and_norms_are_nearer_to_fp64_than_stock(attach: str) -> 
 @pytest.mark.parametrize("micro_batches", [1, 3, 6, 8], ids="after-{}".format)
 def test_saved_in_the_middle_of_a_window_and_resumed_bit_for_bit(micro_batches: int, tmp_path: Path) -> None:
     whole = Run(torch.bfloat16, "after prepare", examples(22))
-    whole.epoch()
-    whole.epoch()
+    list(whole.epoch())
+    list(whole.epoch())
 
     first = Run(torch.bfloat16, "after prepare", examples(22))
     first.accelerator.register_for_checkpointing(first.accumulator)
-    first.epoch(stop_after=micro_batches)
+    next(n for n in first.epoch() if n == micro_batches)
     first.accelerator.save_state(str(tmp_path))
 
     resumed = Run(torch.bfloat16, "after prepare", examples(22))
     resumed.accelerator.register_for_checkpointing(resumed.accumulator)
     resumed.accelerator.load_state(str(tmp_path))
     resumed.losses, resumed.norms = first.losses, first.norms
-    resumed.epoch(skip=micro_batches)
-    resumed.epoch()
+    list(resumed.epoch(skip=micro_batches))
+    list(resumed.epoch())
     resumed.assert_same(whole)
 
 
@@ -153,7 +153,7 @@ def test_fp16_loss_scaling_trains_as_stock_bit_for_bit() -> None:
     runs = []
     for how in ("before prepare", None):
         run = Run(torch.float32, how, examples(22), mixed_precision="fp16")
-        run.epoch()
-        run.epoch()
+        list(run.epoch())
+        list(run.epoch())
         runs.append(run)
     runs[0].assert_same(runs[1])

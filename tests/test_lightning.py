@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import Classifier, MicroGradients, assert_same_weights, examples
+from tiny import LIGHTNING, Classifier, MicroGradients, assert_same_weights, examples
 from torch.utils.data import DataLoader
 
 import accumkern
 
-# The same code is published as one package and as two.
-LIGHTNING = "lightning" if find_spec("lightning") else "pytorch-lightning"
 L = pytest.importorskip("lightning.pytorch" if LIGHTNING == "lightning" else "pytorch_lightning")
 Fabric = importlib.import_module("lightning.fabric" if LIGHTNING == "lightning" else "lightning_fabric").Fabric
 
@@ -144,8 +141,8 @@ def test_bf16_gradients_and_norms_are_nearer_to_fp64_than_stock(precision: str, 
 class Resumable:
     """A data loader that says where it is and can go on from there, as Lightning asks for."""
 
-    def __init__(self) -> None:
-        self.batches = list(DataLoader(examples(22), batch_size=2))
+    def __init__(self, data: list[Any]) -> None:
+        self.batches = list(DataLoader(data, batch_size=2))
         self.place = 0
 
     def __len__(self) -> int:
@@ -178,16 +175,16 @@ class SaveAndStop(L.Callback):  # type: ignore[name-defined,misc]
 @pytest.mark.parametrize("micro_batches", [1, 3, 4, 6, 8], ids="after-{}".format)
 def test_saved_in_the_middle_of_a_window_and_resumed_bit_for_bit(micro_batches: int, tmp_path: Path) -> None:
     whole = Module(True, torch.bfloat16)
-    trainer(tmp_path).fit(whole, Resumable())
+    trainer(tmp_path).fit(whole, Resumable(examples(22)))
 
     path = tmp_path / "window.ckpt"
     first = Module(True, torch.bfloat16)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        trainer(tmp_path, callbacks=[SaveAndStop(micro_batches, path)]).fit(first, Resumable())
+        trainer(tmp_path, callbacks=[SaveAndStop(micro_batches, path)]).fit(first, Resumable(examples(22)))
 
     resumed = Module(True, torch.bfloat16)
     resumed.losses, resumed.norms = first.losses, first.norms
-    trainer(tmp_path).fit(resumed, Resumable(), ckpt_path=path)
+    trainer(tmp_path).fit(resumed, Resumable(examples(22)), ckpt_path=path)
     assert_same_runs(resumed, whole)
 
 

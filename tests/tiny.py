@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+LIGHTNING = "lightning" if find_spec("lightning") else "pytorch-lightning"  # the same code, published twice
 TOKENS = 1100  # the embedding is too large to wait for the end of a backward pass, the other parameters are not
 
 
