@@ -9,6 +9,7 @@ after that: it folds the new gradient into the one set aside, in FP32, and puts 
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -452,6 +453,7 @@ class GradAccumulator:
             return
         backward = _current_graph_task_id()
         if running is _NOT_CALLED:
+            _refuse_compiled_autograd()
             self._begin_backward(backward)
             self._hook_again(parameter, new)
             running = None
@@ -799,6 +801,16 @@ def _nothing() -> None:
     return None
 
 
+def _refuse_compiled_autograd() -> None:
+    """Raise in a backward pass of compiled autograd, which calls both hooks after it has added the gradient."""
+    compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
+    if compiled_autograd is not None and compiled_autograd.in_compiled_autograd_region:
+        raise RuntimeError(
+            "compiled autograd adds gradients before accumkern sees them; call backward() without it "
+            "(torch._dynamo.config.compiled_autograd = False), which torch.compile of the model does not need"
+        )
+
+
 def _is_plain(grad: Tensor, dtype: torch.dtype | None) -> bool:
     """Return whether the kernels take a gradient as it is; sparse tensors are not contiguous."""
     return grad.dtype is dtype and grad.is_contiguous() and not grad.is_neg()
@@ -811,6 +823,7 @@ def _hooks(reference: weakref.ref[_Parameter]) -> tuple[Any, Any]:
     """
 
     def set_aside(_grad_outputs: tuple[Tensor, ...]) -> None:
+        _refuse_compiled_autograd()
         parameter = reference()
         if parameter is not None:
             grad = parameter.param.grad

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from compatibility import Recorder
 
 # Without a GPU the triton kernels run in triton's interpreter, which must be chosen before triton is imported.
 if not torch.cuda.is_available():
@@ -13,6 +14,19 @@ if not torch.cuda.is_available():
 warnings.filterwarnings("ignore", message="overflow encountered in cast", category=RuntimeWarning)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-compatibility",
+        action="store_true",
+        help="write what the tests marked integration show to docs/compatibility.json and the README",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--write-compatibility"):
+        config.pluginmanager.register(Recorder())
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by -m
