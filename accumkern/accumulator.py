@@ -9,7 +9,9 @@ after that: it folds the new gradient into the one set aside, in FP32, and puts 
 from __future__ import annotations
 
 import math
+import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,11 +117,15 @@ class GradAccumulator:
         self._kinds: dict[tuple[torch.device, torch.dtype], int] = {}
         self._optimizer = optimizer
         self._parameters: dict[Tensor, _Parameter] = {}
-        self._waiting: list[_Parameter] = []  # whose small gradients wait for the end of the backward pass
+        # Autograd calls the hooks of each device from a thread of its own. What they share is a deque, whose append and
+        # popleft cannot be torn apart, and flags that are set under a lock when a backward pass begins.
+        self._waiting: deque[_Parameter] = deque()  # whose small gradients wait for the end of the backward pass
         self._waiting_numel = 0
+        self._lock = threading.RLock()
         self._backward = -1  # autograd's number of the backward pass that is under way
-        self._keeps_graph = False  # whether it was called with create_graph=True
-        self._may_wait = False  # whether small gradients may wait for its end
+        self._in_group = False  # whether there is a process group
+        self._may_wait = False  # whether small gradients may wait for the end of the backward pass
+        self._versions: dict[int, int] = {}  # of memory that gradients are views of, when the backward pass came there
         self._finished = False  # finish() was called since the last backward pass
         self._measures = stats  # whether folds leave partial sums; finish() turns it on too
         self._squares = WindowSquares() if stats else None
@@ -212,7 +218,7 @@ class GradAccumulator:
         if self._squares is not None:
             self._squares.reduce()
         self._finished = True
-        self._measures = True
+        self._measures |= not _is_in_group()
         return Finished(norm, coefficient, nonfinite)
 
     def noise_scale(
@@ -475,12 +481,12 @@ class GradAccumulator:
             running, start = new, Start.FROM_ZERO
             version = new._version
         else:
-            version = running._version
+            version = self._version_before(running) if self._in_group else running._version
             is_ours = running is parameter.written() and version == parameter.version
             start = Start.CONTINUE if is_ours else Start.FROM_SUM
         # .grad.data may have been given another layout or dtype, which no version tells.
         plain = _is_plain(new, parameter.dtype) and (running is new or _is_plain(running, parameter.dtype))
-        if not plain or self._keeps_graph:
+        if not plain or torch.is_grad_enabled():  # create_graph=True
             self._accumulate_any(parameter, param, running, new, start)
             return
 
@@ -504,7 +510,7 @@ class GradAccumulator:
     def _accumulate_any(self, parameter: _Parameter, param: Tensor, running: Tensor, new: Tensor, start: Start) -> None:
         """Fold at once a gradient of any layout, or leave it to torch's own addition."""
         if (
-            self._keeps_graph
+            torch.is_grad_enabled()
             or new.dtype not in _FOLDED_DTYPES
             or running.dtype is not new.dtype
             or new.layout is not torch.strided
@@ -538,7 +544,7 @@ class GradAccumulator:
             new = new * self._scale
         if first:
             param.grad = new
-        elif self._keeps_graph:
+        elif torch.is_grad_enabled():
             param.grad = running + new
         elif running.is_sparse and not new.is_sparse:
             param.grad = new + running
@@ -547,19 +553,30 @@ class GradAccumulator:
 
     def _begin_backward(self, backward: int) -> None:
         """Fold what waits. Then, if another backward pass has begun (a nested one too, or its end), prepare for it."""
-        same = backward == self._backward
-        self._fold_waiting(of_this_backward=same)
-        if self._squares is not None:
-            self._squares.reduce()
-        if same:
-            return
-        self._backward = backward
-        self._finished = False
-        self._keeps_graph = torch.is_grad_enabled()  # create_graph=True
-        # DistributedDataParallel sends .grad on right after the hook.
-        self._may_wait = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        if self._may_wait or self._squares is not None:
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+        with self._lock:
+            same = backward == self._backward
+            self._fold_waiting(of_this_backward=same)
+            if self._squares is not None:
+                self._squares.reduce()
+            if same:
+                return
+            self._finished = False
+            self._in_group = _is_in_group()
+            self._may_wait = not self._in_group  # DistributedDataParallel sends .grad on right after the hook
+            self._versions.clear()
+            if self._may_wait or self._squares is not None:
+                torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+            self._backward = backward  # last: other threads look at it without the lock
+
+    def _version_before(self, grad: Tensor) -> int:
+        """Return the version of a gradient, or what it was when this backward pass came to the memory that it views.
+
+        DistributedDataParallel divides the gradients of a bucket one after another, each after its hook. If they are
+        views of the bucket, they share a counter, and the division of one looks like a change of those to come.
+        """
+        if not grad._is_view():
+            return grad._version
+        return self._versions.setdefault(grad.untyped_storage().data_ptr(), grad._version)
 
     def _end_backward(self) -> None:
         self._fold_waiting()
@@ -579,10 +596,13 @@ class GradAccumulator:
         """
         if not self._waiting:
             return
-        waiting, self._waiting = self._waiting, []
         self._waiting_numel = 0
         groups: dict[int, tuple[list[_Parameter], list[Tensor], list[Tensor], Start]] = {}
-        for parameter in waiting:
+        while True:
+            try:
+                parameter = self._waiting.popleft()
+            except IndexError:
+                break
             new, running, start = parameter.waiting, parameter.running, parameter.start
             parameter.waiting = parameter.running = None
             grad: Any = parameter.param.grad
@@ -633,8 +653,9 @@ class GradAccumulator:
             else None
         )
         if self._squares is not None and partials is not None:
-            for parameter, total, rows in zip(parameters, sums, partials, strict=True):
-                self._squares.fold(parameter.share, total, start, rows, scale)
+            with self._lock:
+                for parameter, total, rows in zip(parameters, sums, partials, strict=True):
+                    self._squares.fold(parameter.share, total, start, rows, scale)
         backends.fold_function(self._backend_on(device))(format_, start, grads, sums, residuals, scale, partials)
         if start is Start.FROM_ZERO:
             for parameter, total in zip(parameters, sums, strict=True):
@@ -769,10 +790,9 @@ class _Parameter:
         format_ = BUFFERS[buffer].get(grad.dtype)
         if format_ is None or grad.layout is not torch.strided or grad.is_neg() or not ops.is_dense(grad):
             return Gradient(grad, None, None, None)
-        owned = self.owns(grad)
-        return Gradient(
-            grad, format_, self.valid_residual(grad, buffer), self.partials if owned and self.is_measured else None
-        )
+        # A collective that has written to .grad since leaves no trace in its version.
+        is_measured = self.is_measured and self.owns(grad) and not _is_in_group()
+        return Gradient(grad, format_, self.valid_residual(grad, buffer), self.partials if is_measured else None)
 
     def partials_of(self, grad: Tensor) -> Tensor:
         """Return the rows for partial sums, made when they are needed first and kept."""
@@ -797,6 +817,11 @@ _current_graph_task_id = torch._C._current_graph_task_id
 
 def _nothing() -> None:
     return None
+
+
+def _is_in_group() -> bool:
+    """Return whether this process has a process group, so that others may read and write ``.grad`` at any moment."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _is_plain(grad: Tensor, dtype: torch.dtype | None) -> bool:
