@@ -483,6 +483,8 @@ class GradAccumulator:
         else:
             version = self._version_before(running) if self._in_group else running._version
             is_ours = running is parameter.written() and version == parameter.version
+            if is_ours and self._in_group:
+                parameter.version = running._version
             start = Start.CONTINUE if is_ours else Start.FROM_SUM
         # .grad.data may have been given another layout or dtype, which no version tells.
         plain = _is_plain(new, parameter.dtype) and (running is new or _is_plain(running, parameter.dtype))
