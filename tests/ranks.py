@@ -8,8 +8,9 @@ import os
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -17,6 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 _TIMEOUT = timedelta(seconds=30)  # of a collective
 
@@ -29,13 +32,15 @@ class Ranks:
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
 
-    def run(self, function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, ranks: int = 2, at_least: int = 1) -> list[Any]:
         """Return what ``function(*args)`` returns on each rank; fail with the tracebacks of those where it raised.
 
-        With NCCL every rank has a GPU of its own: where there are fewer, there are fewer ranks.
+        With NCCL every rank has a GPU of its own: where there are fewer, there are fewer ranks, but at least so many.
         """
         if self.backend == "nccl":
             ranks = min(ranks, torch.cuda.device_count())
+        if ranks < at_least:
+            pytest.skip(f"needs {at_least} GPUs; torch finds {ranks}")
         outcomes = self.outcomes(function, *args, ranks=ranks)
         failures = [f"rank {rank}: {outcome}" for rank, (ok, outcome) in enumerate(outcomes) if not ok]
         if failures:
@@ -80,6 +85,31 @@ class Ranks:
 def device() -> torch.device:
     """Return where the tensors of this rank are."""
     return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def full(tensor: Tensor | None) -> Tensor:
+    """Return the whole of a tensor that may be spread over the ranks."""
+    assert tensor is not None
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def fp64_sums(params: Iterable[Tensor]) -> list[Tensor]:
+    """Return the sums of the gradients that arrive at parameters from now on."""
+    sums = []
+    for p in params:
+        sums.append(torch.zeros(p.shape, dtype=torch.float64, device=p.device))
+        p.register_hook(partial(_add, sums[-1]))
+    return sums
+
+
+def _add(total: Tensor, grad: Tensor) -> None:
+    total += full(grad)
+
+
+def relative_error(found: Iterable[Tensor], truth: Iterable[Tensor]) -> float:
+    """Return the relative L2 error of all tensors together."""
+    a, b = (torch.cat([tensor.flatten().double() for tensor in tensors]) for tensors in (found, truth))
+    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
 
 
 def _serve(connection: Connection) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks, device
+from ranks import Ranks, device, fp64_sums, relative_error
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -112,10 +111,6 @@ def test_float32_gradients_have_the_bits_of_stock(
 # ---- bfloat16: closer to FP64 -------------------------------------------------------------------------------------
 
 
-def add(total: Tensor, grad: Tensor) -> None:
-    total += grad
-
-
 def errors(way: dict[str, Any], no_sync: bool, set_to_none: bool, hook: str | None) -> tuple[float, float]:
     """Return the relative L2 error of ``.grad``, stock and attached, after the second window of 64 micro-batches."""
     found = []
@@ -125,24 +120,18 @@ def errors(way: dict[str, Any], no_sync: bool, set_to_none: bool, hook: str | No
         optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
         if attached:
             accumkern.attach(optimizer)
-        truth = {p: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for p in module.parameters()}
-        for p, total in truth.items():
-            p.register_hook(partial(add, total))
+        truth = fp64_sums(module.parameters())
         for window in range(2):
             optimizer.zero_grad(set_to_none=set_to_none)
-            for total in truth.values():
+            for total in truth:
                 total.zero_()
             run_window(model, module, window, 64, no_sync)
-        square = error = 0.0
-        for p, total in truth.items():
+        grads = []
+        for p, total in zip(module.parameters(), truth, strict=True):
             dist.all_reduce(total)
             total /= dist.get_world_size()
-            if p.grad is None:
-                assert not total.any()
-                continue
-            error += float((p.grad.double() - total).square().sum())
-            square += float(total.square().sum())
-        found.append((error / square) ** 0.5)
+            grads.append(torch.zeros_like(total) if p.grad is None else p.grad)
+        found.append(relative_error(grads, truth))
     return found[0], found[1]
 
 
