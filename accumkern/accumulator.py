@@ -123,7 +123,7 @@ class GradAccumulator:
         self._waiting: deque[_Parameter] = deque()  # whose small gradients wait for the end of the backward pass
         self._waiting_numel = 0
         self._lock = threading.RLock()
-        self._backward = -1  # autograd's number of the backward pass that is under way
+        self._backward = _NO_BACKWARD  # autograd's number of the backward pass that is under way
         self._in_group = False  # whether there is a process group
         self._may_wait = False  # whether small gradients may wait for the end of the backward pass
         self._versions: dict[int, int] = {}  # of memory that gradients are views of, when the backward pass came there
@@ -548,7 +548,7 @@ class GradAccumulator:
             param.grad = None if running is _NOT_CALLED else running
             return
         backward = _current_graph_task_id()
-        if backward != self._backward:
+        if backward != self._backward or backward == _NO_BACKWARD:
             self._begin_backward(backward)
         if running is not _NOT_CALLED:
             if running is None:
@@ -566,16 +566,21 @@ class GradAccumulator:
         if is_ours and is_folded:
             return
         was_added, parameter.last = parameter.last() is new, weakref.ref(new)
-        node = parameter.node
+        if is_ours and parameter.is_fully_sharded:
+            raise RuntimeError(
+                f"fully_shard has added to the gradient of a parameter of shape {tuple(param.shape)}, and it was not "
+                "folded: "
+                + (
+                    f"torch {torch.__version__} does it in a way that accumkern does not know; detach()"
+                    if _current_graph_task_id() != _NO_BACKWARD
+                    else "outside of a backward pass, where pipeline schedules do so, average_over and scale do not "
+                    "reach; divide in finish()"
+                )
+            )
         if was_added:
             self._hook_again(new, was_added)
         elif not parameter.is_fully_sharded:
             parameter.hook_node()  # it may have been moved before its first gradient
-        if is_ours and parameter.node is node:
-            raise RuntimeError(
-                f"fully_shard of torch {torch.__version__} adds gradients in a way that accumkern does not know, and "
-                f"that of a parameter of shape {tuple(param.shape)} was added in its own dtype; detach()"
-            )
         parameter.is_fully_sharded = True
         parameter.forget()
         if self._scales:
@@ -594,10 +599,17 @@ class GradAccumulator:
         param.grad = running
         self._fold([parameter], [local], [total], start)
 
+    def _takes_shard(self) -> bool:
+        """Return whether what is added to a shard is folded.
+
+        Outside of a backward pass it may be an edit, which must not be multiplied by ``scale``.
+        """
+        return _current_graph_task_id() != _NO_BACKWARD or not self._scales
+
     def _fold_shard(self, parameter: _Parameter, total: Tensor, new: Tensor) -> None:
         """Fold what fully_shard adds to a shard."""
         backward = _current_graph_task_id()
-        if backward != self._backward:
+        if backward != self._backward or backward == _NO_BACKWARD:
             self._begin_backward(backward)
         parameter.is_folded = True
         if not _is_plain(new, parameter.dtype) or not _is_plain(total, parameter.dtype) or new.shape != total.shape:
@@ -656,7 +668,7 @@ class GradAccumulator:
     def _begin_backward(self, backward: int) -> None:
         """Fold what waits. Then, if another backward pass has begun (a nested one too, or its end), prepare for it."""
         with self._lock:
-            same = backward == self._backward
+            same = backward == self._backward != _NO_BACKWARD
             self._fold_waiting(of_this_backward=same)
             if self._squares is not None:
                 self._squares.reduce()
@@ -935,6 +947,7 @@ class _Parameter:
 
 _FOLDED_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 _NOT_CALLED: Any = object()
+_NO_BACKWARD = -1  # as autograd counts: pipeline schedules let fully_shard reduce after their backward passes
 _current_graph_task_id = torch._C._current_graph_task_id
 
 

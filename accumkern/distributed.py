@@ -20,7 +20,7 @@ class RunningShard(Tensor):
     """This rank's shard of a running gradient, where ``fully_shard`` adds to it.
 
     fully_shard calls the hooks of a parameter after it has added: it computes ``param.grad._local_tensor += new``. This
-    tensor is as any other but for that addition, which folds inside a backward pass. Copies of it are plain tensors.
+    tensor is as any other but for that addition, which is a fold. Copies of it are plain tensors.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -35,7 +35,7 @@ class RunningShard(Tensor):
 
     def __iadd__(self, new: Any) -> RunningShard:  # type: ignore[misc]
         parameter = self.parameter()
-        if parameter is None or not isinstance(new, Tensor) or torch._C._current_graph_task_id() == -1:
+        if parameter is None or not isinstance(new, Tensor) or not parameter.accumulator._takes_shard():
             return self.add_(new)  # type: ignore[return-value]
         parameter.accumulator._fold_shard(parameter, self, new)
         return self
