@@ -1,11 +1,18 @@
 """What all tests share: a fixed seed, triton's interpreter where there is no GPU, and who skips with which reason."""
 
+from __future__ import annotations
+
 import os
 import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from compatibility import Recorder
+
+if TYPE_CHECKING:
+    from ranks import Ranks
 
 # Without a GPU the triton kernels run in triton's interpreter, which must be chosen before triton is imported.
 if not torch.cuda.is_available():
@@ -72,3 +79,17 @@ def backend(request: pytest.FixtureRequest) -> str:
 def device(backend: str) -> torch.device:
     """Where the backend's tensors are."""
     return torch.device("cpu" if backend == "cpu" else DEVICE)
+
+
+@pytest.fixture(scope="session", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    """Processes that can be the ranks of a process group."""
+    from ranks import Ranks
+
+    if not torch.distributed.is_available():
+        pytest.skip("torch is built without torch.distributed")
+    if request.param == "nccl" and not torch.distributed.is_nccl_available():
+        pytest.skip("torch is built without NCCL")
+    processes = Ranks(request.param)
+    yield processes
+    processes.stop()
