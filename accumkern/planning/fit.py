@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
+from accumkern.planning import ranks
 from accumkern.planning.memory import MemoryMeter, format_bytes, held_tensors, is_out_of_memory, storage_bytes
 from accumkern.planning.preserve import Preserved
 from accumkern.planning.protocol import Setup, make_batch
@@ -94,7 +93,7 @@ def find_fit(
     trials: list[Trial] = []
 
     def fits(micro_batch: int, windows: int = _TRIAL_WINDOWS, micro_batches: int = _TRIAL_MICRO_BATCHES) -> bool:
-        trial, _ = _try(setup, preserved, micro_batch, buffer, windows, micro_batches, held, limit_bytes)
+        trial, _ = _try(setup, preserved, micro_batch, buffer, windows, micro_batches, limit_bytes)
         trials.append(trial)
         progress(trial)
         return trial.fits
@@ -105,7 +104,7 @@ def find_fit(
             f"(model and optimizer held {format_bytes(held)}; it ran out at {format_bytes(trials[-1].peak_bytes)}); "
             "raise the limit, use activation checkpointing, shorter samples, or an optimizer with smaller states"
         )
-    _check_leaks(setup, preserved, buffer, held, limit_bytes)
+    _check_leaks(setup, preserved, buffer, limit_bytes)
     largest = _largest(fits, at_most)
     is_limited = largest < at_most
     while not fits(largest, _VERIFY_WINDOWS, _VERIFY_MICRO_BATCHES):
@@ -117,6 +116,18 @@ def find_fit(
             )
         largest -= max(1, largest // 16)
     return Fit(largest, is_limited, limit_bytes, held, tuple(trials), trials[-1])
+
+
+def try_window(
+    setup: Setup, preserved: Preserved, micro_batch: int, micro_batches: int, buffer: str | None, limit_bytes: int
+) -> Trial:
+    """Train as for verification, with windows of up to ``micro_batches``; return what happened.
+
+    Raises:
+        RuntimeError: another rank failed. What the setup itself raises is passed on.
+    """
+    count = min(micro_batches, _VERIFY_MICRO_BATCHES)
+    return _try(setup, preserved, micro_batch, buffer, _VERIFY_WINDOWS, count, limit_bytes)[0]
 
 
 def _largest(fits: Callable[[int], bool], at_most: int) -> int:
@@ -142,10 +153,10 @@ def _try(
     buffer: str | None,
     windows: int,
     micro_batches: int,
-    held_bytes: int,
     limit_bytes: int,
 ) -> tuple[Trial, int]:
     """Train some windows; return what happened, and the bytes that were still there after the rewind."""
+    held_bytes = storage_bytes(held_tensors(setup.model, setup.optimizer))
     failure: Exception | None = None
     fits = True
     with MemoryMeter(setup.device, held_bytes, limit_bytes) as meter:
@@ -161,16 +172,16 @@ def _try(
         preserved.rewind()
     fits = fits and meter.peak_bytes <= limit_bytes
     outcome = -1.0 if failure is not None else float(fits)
-    lowest = _over_ranks(outcome, setup.device, "min")
+    lowest = ranks.lowest(outcome, setup.device)
     if failure is not None:
         raise failure
     if lowest < 0:
         raise RuntimeError(f"a micro-batch of {micro_batch} failed on another rank; see the error there")
-    peak = int(_over_ranks(float(meter.peak_bytes), setup.device, "max"))
+    peak = int(ranks.highest(float(meter.peak_bytes), setup.device))
     return Trial(micro_batch, lowest > 0, peak), meter.left_bytes
 
 
-def _check_leaks(setup: Setup, preserved: Preserved, buffer: str | None, held: int, limit: int) -> None:
+def _check_leaks(setup: Setup, preserved: Preserved, buffer: str | None, limit_bytes: int) -> None:
     """Try one sample several times more: caches may grow at first, but not again and again.
 
     Raises:
@@ -178,27 +189,12 @@ def _check_leaks(setup: Setup, preserved: Preserved, buffer: str | None, held: i
     """
     left = []
     for _ in range(_LEAK_TRIALS):
-        trial, left_bytes = _try(setup, preserved, 1, buffer, _TRIAL_WINDOWS, _TRIAL_MICRO_BATCHES, held, limit)
+        trial, left_bytes = _try(setup, preserved, 1, buffer, _TRIAL_WINDOWS, _TRIAL_MICRO_BATCHES, limit_bytes)
         left.append(left_bytes)
-        least = _LEAK_FRACTION * max(trial.peak_bytes - held, 1)
+    held = storage_bytes(held_tensors(setup.model, setup.optimizer))
+    least = _LEAK_FRACTION * (trial.peak_bytes - held)
     if min(left[1:]) > least:
         raise RuntimeError(
             f"setup() leaks memory: each of {_LEAK_TRIALS} equal trials left {format_bytes(min(left[1:]))} or more "
             "behind; look for losses or outputs that are kept without detach(), or batches kept in a list"
         )
-
-
-def agree_on_limit(limit_bytes: int, device: torch.device) -> int:
-    """Return the lowest limit of all ranks."""
-    return int(_over_ranks(float(limit_bytes), device, "min"))
-
-
-def _over_ranks(value: float, device: torch.device, operation: str) -> float:
-    """Return the lowest or highest value of all ranks, or the value itself without a process group."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64, device=device)
-    op = distributed.ReduceOp.MIN if operation == "min" else distributed.ReduceOp.MAX
-    distributed.all_reduce(tensor, op)
-    return tensor.item()

@@ -38,8 +38,8 @@ def accumulation(setup: Setup, buffer: str | None, micro_batches: int) -> Abstra
     return attach(setup.optimizer, buffer, average_over=micro_batches)
 
 
-def train_window(setup: Setup, batches: Iterable[Any], micro_batches: int, accumulator: object) -> list[torch.Tensor]:
-    """Train one window; return the loss of each micro-batch, on the device.
+def accumulate(setup: Setup, batches: Iterable[Any], micro_batches: int, accumulator: object) -> list[torch.Tensor]:
+    """Run forward and backward over the batches of a window; return the loss of each, on the device.
 
     Args:
         setup: what to train.
@@ -53,6 +53,12 @@ def train_window(setup: Setup, batches: Iterable[Any], micro_batches: int, accum
         losses.append(loss.detach())
         (loss if isinstance(accumulator, GradAccumulator) else loss / micro_batches).backward()
         del loss, batch
+    return losses
+
+
+def train_window(setup: Setup, batches: Iterable[Any], micro_batches: int, accumulator: object) -> list[torch.Tensor]:
+    """Accumulate a window, step, and begin a new one; return the losses."""
+    losses = accumulate(setup, batches, micro_batches, accumulator)
     setup.optimizer.step()
     setup.optimizer.zero_grad()
     return losses
