@@ -105,17 +105,17 @@ def find_fit(
             "raise the limit, use activation checkpointing, shorter samples, or an optimizer with smaller states"
         )
     _check_leaks(setup, preserved, buffer, limit_bytes)
-    largest = _largest(fits, at_most)
-    is_limited = largest < at_most
-    while not fits(largest, _VERIFY_WINDOWS, _VERIFY_MICRO_BATCHES):
+    found = largest(fits, at_most)
+    is_limited = found < at_most
+    while not fits(found, _VERIFY_WINDOWS, _VERIFY_MICRO_BATCHES):
         is_limited = True
-        if largest == 1:
+        if found == 1:
             raise RuntimeError(
                 f"no micro-batch fits: one sample trained for {_TRIAL_WINDOWS} windows, but not for {_VERIFY_WINDOWS}; "
                 "memory grows or fragments while it trains"
             )
-        largest -= max(1, largest // 16)
-    return Fit(largest, is_limited, limit_bytes, held, tuple(trials), trials[-1])
+        found -= max(1, found // 16)
+    return Fit(found, is_limited, limit_bytes, held, tuple(trials), trials[-1])
 
 
 def try_window(
@@ -130,7 +130,7 @@ def try_window(
     return _try(setup, preserved, micro_batch, buffer, _VERIFY_WINDOWS, count, limit_bytes)[0]
 
 
-def _largest(fits: Callable[[int], bool], at_most: int) -> int:
+def largest(fits: Callable[[int], bool], at_most: int) -> int:
     """Return the largest size up to ``at_most`` that fits; 1 is known to."""
     fitting, size = 1, min(2, at_most)
     while size > fitting and fits(size):

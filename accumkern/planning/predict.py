@@ -14,7 +14,7 @@ from accumkern import backends
 from accumkern.accumulator import GradAccumulator
 from accumkern.planning.preserve import RandomState
 from accumkern.planning.protocol import Setup, SetupFunction, make_batch, run_setup
-from accumkern.planning.window import choose_buffer, train_window
+from accumkern.planning.window import train_window
 
 
 class PredictionError(RuntimeError):
@@ -45,29 +45,19 @@ class Memory:
         return self.parameters + self.gradients + self.residuals + self.optimizer_state + self.activations
 
 
-def predict_memory(function: SetupFunction, micro_batch: int, buffer: str | None, micro_batches: int = 2) -> Memory:
-    """Return the peak memory of training with a micro-batch, without having that memory.
-
-    ``function`` is called anew, and everything that it makes is fake. Two windows run, with the optimizer's step; the
-    peak is of the second. Tensors on a GPU count as its allocator rounds them, to 512 bytes. What a kernel needs inside
-    itself, and what CUDA keeps apart from tensors, is not in it.
-
-    Args:
-        function: the ``setup()`` of :mod:`accumkern.planning.protocol`.
-        micro_batch: samples in a micro-batch, of the longest.
-        buffer: of :func:`accumkern.attach`; None chooses, as the plan does.
-        micro_batches: in a window; 1 accumulates nothing.
+@contextmanager
+def fake_setup(function: SetupFunction) -> Iterator[Setup]:
+    """Call ``setup()`` so that everything it makes is fake, and stay in that mode for the block.
 
     Raises:
-        PredictionError: the script needs values of tensors (``item()``, shapes that depend on data, data in files read
-            by torch), or something else that fake tensors don't have.
-        TypeError, ValueError: ``setup()`` does not follow the protocol, or ``buffer`` is unknown.
+        PredictionError: in ``setup()`` or in the block something needed values of tensors (``item()``, shapes that
+            depend on data), or something else that fake tensors don't have.
+        TypeError, ValueError: ``setup()`` does not follow the protocol.
     """
     random_state = RandomState(torch.device("cpu"))
     try:
         with _fake_mode():
-            setup = run_setup(function)
-            return _second_window(setup, micro_batch, choose_buffer(setup, buffer), micro_batches)
+            yield run_setup(function)
     except RuntimeError as error:
         raise PredictionError(
             f"memory cannot be predicted, because the script does not run on fake tensors: {error}; measure it on the "
@@ -77,7 +67,18 @@ def predict_memory(function: SetupFunction, micro_batch: int, buffer: str | None
         random_state.put_back()
 
 
-def _second_window(setup: Setup, micro_batch: int, buffer: str | None, micro_batches: int) -> Memory:
+def predict_memory(setup: Setup, micro_batch: int, buffer: str | None, micro_batches: int = 2) -> Memory:
+    """Return the peak memory of training with a micro-batch, without having that memory.
+
+    Two windows run, with the optimizer's step; the peak is of the second. Tensors on a GPU count as its allocator
+    rounds them, to 512 bytes. What a kernel needs inside itself, and what CUDA keeps apart from tensors, is not in it.
+
+    Args:
+        setup: of the block of :func:`fake_setup`, and inside it.
+        micro_batch: samples in a micro-batch, of the longest.
+        buffer: of :func:`accumkern.attach`; None accumulates as stock PyTorch does.
+        micro_batches: in a window; 1 accumulates nothing.
+    """
     accumulates = buffer is not None and micro_batches > 1
     attached = (
         _FakeAccumulator(setup.optimizer, buffer or "", average_over=micro_batches, backend="eager")
