@@ -227,3 +227,7 @@ class Sweep:
         if len({run.seed for run in self.runs}) == 1:
             findings.append("There was one seed: small differences may be chance.")
         return findings
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

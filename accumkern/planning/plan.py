@@ -21,12 +21,13 @@ from accumkern.planning.noise import Noise, measure_noise
 from accumkern.planning.predict import PredictionError, fake_setup, predict_memory
 from accumkern.planning.preserve import Preserved
 from accumkern.planning.protocol import Setup, SetupFunction, run_setup
-from accumkern.planning.result import Choice, Plan, Prediction
+from accumkern.planning.result import Batch, Choice, Plan, Prediction
 from accumkern.planning.throughput import knee, measure_speeds
 from accumkern.planning.window import choose_buffer
 
 _RANKS = (1, 2, 4, 8)
 _NOISE_MICRO_BATCH = 4
+_SHOWN = 4  # times the larger of chosen batch and noise scale
 _PAYS = 0.95  # of the time to train without accumulation
 
 Progress = Callable[[str, str], None]  # of (what is being done, what came of it)
@@ -181,6 +182,7 @@ def _measured_plan(
             speeds=tuple(speeds),
             knee=knee(speeds).micro_batch,
             noise=noise,
+            batches=_batches(way, sizes, rate, noise),
             tokens_per_sample=setup.tokens_per_sample,
             gradient_bytes=gradient_bytes,
             adam=_is_adam(setup),
@@ -255,6 +257,7 @@ def _predicted_plan(
                 speeds=(),
                 knee=None,
                 noise=None,
+                batches=(),
                 tokens_per_sample=setup.tokens_per_sample,
                 gradient_bytes=gradient_bytes,
                 adam=_is_adam(setup),
@@ -288,6 +291,21 @@ def _sizes(most: int, per_rank: int | None) -> list[int]:
         parts = [size for size in range(1, most + 1) if per_rank % size == 0]
         sizes |= set(parts[-3:])
     return sorted(sizes)
+
+
+def _batches(way: Split, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> tuple[Batch, ...]:
+    """Return what powers of two per rank cost, up to well beyond the chosen batch and the noise scale."""
+    if noise is None or noise.noise_scale in (0, math.inf):
+        return ()
+    most = _SHOWN * max(way.effective_batch, noise.noise_scale)
+    sizes_of_batches = [way.ranks * 2**i for i in range(64) if i < 4 or way.ranks * 2**i <= most]
+    columns = []
+    for noise_scale in (noise.noise_scale, noise.low, noise.high):
+        times = [relative_time(batch, way.ranks, sizes, rate, noise_scale) for batch in sizes_of_batches]
+        columns.append([time / min(times) for time in times])
+    ways = [split(batch, way.ranks, sizes, rate) for batch in sizes_of_batches]
+    speeds = [way.ranks * rate(way.micro_batch, way.accumulation_steps) for way in ways]
+    return tuple(map(Batch, sizes_of_batches, speeds, *columns))
 
 
 def _pays(way: Split, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> bool | None:

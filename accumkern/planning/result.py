@@ -40,6 +40,25 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """What an effective batch costs, by speed and noise scale, on the ranks there are.
+
+    Attributes:
+        effective_batch: samples between two optimizer steps.
+        samples_per_second: of all ranks.
+        time: to train, over the least of all batches.
+        time_low: the same with the lower end of the noise scale's interval.
+        time_high: with the upper end.
+    """
+
+    effective_batch: int
+    samples_per_second: float
+    time: float
+    time_low: float
+    time_high: float
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What a micro-batch needs, from fake tensors.
 
@@ -76,6 +95,7 @@ class Plan:
         speeds: by micro-batch.
         knee: the smallest micro-batch that is about as fast as any; None where speed was not measured.
         noise: the gradient noise scale; None where it was not measured.
+        batches: what effective batches cost; none where noise or speed were not measured.
         tokens_per_sample: of the setup.
         gradient_bytes: of all parameters together, in their own dtypes.
         adam: whether the optimizer's settings have Adam's betas.
@@ -100,6 +120,7 @@ class Plan:
     speeds: tuple[Speed, ...]
     knee: int | None
     noise: Noise | None
+    batches: tuple[Batch, ...]
     tokens_per_sample: float | None
     gradient_bytes: int
     adam: bool
