@@ -82,7 +82,7 @@ def _target(plan: Plan) -> list[str]:
         return [f"Effective batch: the {plan.target} that was asked for is kept exactly."]
     return [
         f"Effective batch: {choice.effective_batch}, the nearest to the {plan.target} that was asked for. No "
-        f"micro-batch on {choice.ranks} rank(s) divides {plan.target} at a good speed; if it has to be exact, take a "
+        f"micro-batch on {_count(choice.ranks)} divides {plan.target} at a good speed; if it has to be exact, take a "
         "micro-batch that divides it and accept the time, or make the last micro-batch of the window smaller and "
         "weigh it with acc.scale."
     ]
@@ -127,7 +127,7 @@ def _noise(plan: Plan) -> list[str]:
     if low is not None and most is not None:
         upper = "no upper end in sight" if math.isinf(most) else f"to {most:.0f}"
         reasons.append(
-            f"Useful effective batches on {plan.choice.ranks} rank(s): from {low:.0f} {upper}, where time to train is "
+            f"Useful effective batches on {_count(plan.choice.ranks)}: from {low:.0f} {upper}, where time to train is "
             "within 10% of the best. This is an order of magnitude: the noise scale grows while the model trains, its "
             "model is of plain gradient steps, and it is disputed (arXiv 2505.23971). A sweep is the proof."
         )
@@ -180,3 +180,7 @@ def _ranks(plan: Plan) -> list[str]:
         f"{format_bytes(plan.gradient_bytes)} of gradients per step, and memory on several ranks has that much for the "
         "buckets of DistributedDataParallel, where the model was not wrapped yet."
     ]
+
+
+def _count(ranks: int) -> str:
+    return "one rank" if ranks == 1 else f"{ranks} ranks"

@@ -63,9 +63,9 @@ def available_bytes(device: torch.device) -> int:
 
     On the CPU it is what the system says is available, or what is left of the control group's limit if that is less.
     """
-    if device.type != "cpu":
-        free, _ = torch.accelerator.get_memory_info(device)
-        return free + torch.accelerator.memory_reserved(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():

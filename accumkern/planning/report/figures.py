@@ -28,10 +28,10 @@ _MOST_BARS = 10
 def plan_figures(plan: dict[str, Any]) -> dict[str, Figure]:
     """Return the figures of a plan's ``to_dict()`` by file name."""
     figures = {"memory": memory(plan)}
-    if plan["speeds"]:
-        figures["throughput"] = throughput(plan)
     if plan["batches"]:
         figures["batches"] = batches(plan)
+    if plan["speeds"]:
+        figures["throughput"] = throughput(plan)
     return figures
 
 
@@ -101,16 +101,8 @@ def throughput(plan: dict[str, Any]) -> Figure:
     values = [speed["samples_per_second"] * factor for speed in speeds]
     left.plot(sizes, values, "o-", color=_BLUE)
     left.axvline(plan["knee"], color=_GREY, ls=":", lw=1.5, label=f"knee: {plan['knee']}")
-    ring: Any = {
-        "marker": "o",
-        "ms": 11,
-        "mfc": "none",
-        "mec": _RED,
-        "mew": 2,
-        "ls": "none",
-        "label": f"plan: {chosen}",
-    }
-    left.plot([chosen], [values[sizes.index(chosen)]], **ring)
+    ring: Any = {"marker": "o", "ms": 11, "mfc": "none", "mec": _RED, "mew": 2, "ls": "none"}
+    left.plot([chosen], [values[sizes.index(chosen)]], label=f"plan: {chosen}", **ring)
     left.set_ylabel(f"{unit} per second and rank")
     left.set_title("Speed of forward and backward", loc="left")
 
@@ -119,7 +111,7 @@ def throughput(plan: dict[str, Any]) -> Figure:
     fitting = [(size, window) for size, window in zip(sizes, windows, strict=True) if size <= per_rank]
     scale, seconds = (1e3, "ms") if max(window for _, window in fitting) < 1 else (1.0, "s")
     right.plot([size for size, _ in fitting], [window * scale for _, window in fitting], "o-", color="#2a9d8f")
-    right.plot([chosen], [windows[sizes.index(chosen)] * scale], **ring)
+    right.plot([chosen], [windows[sizes.index(chosen)] * scale], label=f"plan: {chosen}", **ring)
     right.set_ylabel(f"time of a window ({seconds})")
     right.set_title(f"Cost of accumulation: {per_rank:,} samples", loc="left")
     for axes in (left, right):
@@ -144,7 +136,7 @@ def batches(plan: dict[str, Any]) -> Figure:
     batch = plan["choice"]["effective_batch"]
     axes.axvline(batch, color=_RED, lw=1.5, label=f"plan: {batch:,}")
     axes.axvline(plan["noise"]["noise_scale"], color=_GREY, ls=":", lw=1.5, label="noise scale")
-    axes.set_xlabel(f"effective batch (samples), {plan['choice']['ranks']} rank(s)")
+    axes.set_xlabel(f"effective batch (samples), ranks: {plan['choice']['ranks']}")
     axes.set_ylabel("time to train / least")
     axes.set_ylim(0.8, min(8.2, max(3.0, *(entry["time"] for entry in shown)) * 1.05))
     _log2(axes, sizes)
