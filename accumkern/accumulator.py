@@ -772,7 +772,7 @@ class GradAccumulator:
             with self._lock:
                 for parameter, total, rows in zip(parameters, sums, partials, strict=True):
                     self._squares.fold(parameter.share, total, start, rows, scale)
-        backends.fold_function(self._backend_on(device))(format_, start, grads, sums, residuals, scale, partials)
+        self._kernel_on(device)(format_, start, grads, sums, residuals, scale, partials)
         if start is Start.FROM_ZERO:
             for parameter, total in zip(parameters, sums, strict=True):
                 parameter.put(total)
@@ -783,6 +783,9 @@ class GradAccumulator:
     def _kind_of(self, device: torch.device, dtype: torch.dtype) -> int:
         """Return a number for a device and dtype, to which a Start can be added: cheaper to group by than the pair."""
         return self._kinds.setdefault((device, dtype), len(Start) * len(self._kinds))
+
+    def _kernel_on(self, device: torch.device) -> backends.FoldFunction:
+        return backends.fold_function(self._backend_on(device))
 
     def _backend_on(self, device: torch.device) -> str:
         chosen = self._backend_of_device.get(device)
