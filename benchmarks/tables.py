@@ -6,6 +6,7 @@ section here, its schema in ``schemas/``, and a figure in ``figures.py`` if it h
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -284,6 +285,185 @@ def _errors(results: list[Result], key: str, counts: list[int], corner: str = "a
     return table([corner, *(f"N = {count}" for count in counts)], rows)
 
 
+# ---- training ----------------------------------------------------------------------------------------------------
+
+SURE = 0.9  # intervals of less confidence prove nothing
+OVER = {"stock_bf16": "time / stock bf16", "stock_fp32_masters": "time / stock fp32 + masters"}
+
+
+def training_tables(content: Content) -> list[str]:
+    """Return, for each regime, a table of time and one of memory, error and loss, and what the times prove."""
+    lines = paragraph(
+        "A GPT with bf16 weights, trained with every way of accumulating in one run, by turns. Designs with masters "
+        "step FP32 copies of the weights: compare them with one another, and the others with one another. A window is "
+        "all micro-batches and the step; its ratio to the window of another design in the same round is a median, "
+        "with an interval that holds it with 95 % confidence where there were enough rounds. MB is everything that is "
+        "allocated at the peak, bytes per weight are the gradients' share of it. In *error*, first the sum that is "
+        "kept, then what AdamW reads."
+    )
+    for regime, results in grouped(content["results"], "regime").items():
+        first = results[0]
+        lines += paragraph(
+            f"**{regime}**: {first['what']}. {first['parameters']:,} weights in {first['tensors']} tensors, "
+            f"{first['micro_batches']} micro-batches of {first['batch_size']} x {first['context']} tokens."
+        )
+        measured = [r for r in results if "error" not in r]
+        over = [key for key in OVER if any(key in r["window_over"] for r in measured)]
+        time_rows, other_rows = [], []
+        for result in sorted(results, key=lambda r: bool(r["masters"])):
+            name = _design(result)
+            if "error" in result:
+                time_rows.append([name, result["error"], "", *("" for _ in over)])
+                continue
+            ratios = (_interval(result["window_over"].get(key)) for key in over)
+            time_rows.append([name, spread(result["micro_batch"]), spread(result["window"]), *ratios])
+            size, error = result["gradient_bytes_per_parameter"], result["relative_error"]
+            losses = result["validation_loss"]
+            other_rows.append(
+                [
+                    name,
+                    f"{result['peak_bytes'] / 1e6:,.0f}",
+                    *(f"{size[key]:.2f}" for key in ("held", "peak", "in_step")),
+                    f"{error['sum']:.0e}, {error['optimizer']:.0e}" if error else "keeps no gradient",
+                    f"{statistics.median(losses):.4f} ({min(losses):.4f}-{max(losses):.4f})",
+                ]
+            )
+        lines += table(["design", "micro-batch", "window", *(OVER[key] for key in over)], time_rows)
+        for key in over:
+            lines += _verdict(measured, key)
+        lines += table(
+            ["design", "MB", "bytes / weight, held", "at the peak", "in the step", "error", "validation loss"],
+            other_rows,
+        )
+    return lines
+
+
+def training_summary(content: Content) -> list[str]:
+    """Return the regime of the closest comparison: time over stock, memory and error."""
+    by_regime = grouped(content["results"], "regime")
+    results = [r for r in by_regime.get("paired", []) if "error" not in r]
+    if not results:
+        return []
+    first = results[0]
+    tokens = first["batch_size"] * first["context"]
+    rows = [
+        [
+            _design(result),
+            _interval(result["window_over"].get("stock_bf16")),
+            f"{result['gradient_bytes_per_parameter']['peak']:.1f}",
+            f"{result['peak_bytes'] / 1e6:,.0f}",
+            f"{result['relative_error']['sum']:.0e}",
+        ]
+        for result in results
+    ]
+    return [
+        *paragraph(
+            f"Training a GPT with {first['parameters']:,} bf16 weights, {first['micro_batches']} micro-batches of "
+            f"{tokens:,} tokens and a step, by turns. Ratios are medians over {first['window']['n']} windows:"
+        ),
+        *table(["design", "time / stock bf16", "gradient bytes / weight at the peak", "MB in all", "error"], rows),
+    ]
+
+
+def _design(result: Result) -> str:
+    return f"**{result['label']}**" if result["label"].startswith("accumkern") else str(result["label"])
+
+
+def _interval(found: Result | None) -> str:
+    return f"{found['median']:.3f} ({found['low']:.3f}-{found['high']:.3f})" if found else ""
+
+
+def _verdict(results: list[Result], reference: str) -> list[str]:
+    """Say which designs of accumkern are slower than another design, which are faster, and which cannot be told."""
+    told: dict[str, list[str]] = {"slower than": [], "faster than": [], "not to be told from": []}
+    for result in results:
+        found = result["window_over"].get(reference)
+        if found and _design(result).startswith("**"):
+            sure = found["confidence"] >= SURE
+            which = (
+                "slower than"
+                if sure and found["low"] > 1
+                else "faster than"
+                if sure and found["high"] < 1
+                else "not to be told from"
+            )
+            told[which].append(str(result["label"]))
+    to = next(r["label"] for r in results if r["design"] == reference)
+    return [
+        line for which, labels in told.items() if labels for line in paragraph(f"{', '.join(labels)}: {which} {to}.")
+    ]
+
+
+# ---- convergence -------------------------------------------------------------------------------------------------
+
+
+def convergence_tables(content: Content) -> list[str]:
+    """Return a table of the losses, and say where they differ."""
+    return [
+        *paragraph(
+            "Validation loss after the same number of tokens, from the same weights on the same text. *Less fp32's* is "
+            "the difference to fp32 accumulation with the same seed: its median over the seeds, and the interval from "
+            "the least to the greatest."
+        ),
+        *_losses(content),
+        *_differences(content),
+    ]
+
+
+def convergence_summary(content: Content) -> list[str]:
+    """Return the losses and what they show."""
+    first = content["results"][0]
+    seeds = max(len(r.get("validation_loss", [])) for r in content["results"])
+    return [
+        *paragraph(
+            f"Validation loss of a small GPT after {first['tokens']:,} tokens with N micro-batches in a window, median "
+            f"of {seeds} seeds, and its difference to fp32 accumulation with the same seed:"
+        ),
+        *_losses(content),
+        *_differences(content),
+    ]
+
+
+def _losses(content: Content) -> list[str]:
+    rows = []
+    for count, results in grouped(content["results"], "micro_batches").items():
+        for result in results:
+            name = f"N = {count}, {result['steps']} steps: {_design(result)}"
+            if "error" in result:
+                rows.append([name, result["error"], ""])
+                continue
+            losses, found = result["validation_loss"], result.get("difference")
+            rows.append(
+                [
+                    name,
+                    f"{result['median_loss']:.4f} ({min(losses):.4f}-{max(losses):.4f})",
+                    f"{found['median']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})" if found else "",
+                ]
+            )
+    return table(["accumulation", "validation loss", "less fp32's"], rows)
+
+
+def _differences(content: Content) -> list[str]:
+    """Say plainly for which N the loss differs visibly from that of FP32 accumulation, and for which it does not."""
+    lines = []
+    for label, results in grouped([r for r in content["results"] if "difference" in r], "label").items():
+        told: dict[str, list[str]] = {"higher than": [], "lower than": [], "not visibly different from": []}
+        for result in results:
+            found = result["difference"]
+            which = (
+                "higher than"
+                if found["low"] > 0
+                else "lower than"
+                if found["high"] < 0
+                else "not visibly different from"
+            )
+            told[which].append(f"{result['micro_batches']}")
+        confidence = results[0]["difference"]["confidence"]
+        said = "; ".join(f"at N = {', '.join(counts)} {which} fp32's" for which, counts in told.items() if counts)
+        lines += paragraph(f"{label}: the loss is {said} ({confidence:.0%} confidence).")
+    return lines
+
+
 # ---- registers ---------------------------------------------------------------------------------------------------
 
 
@@ -311,5 +491,7 @@ SECTIONS = {
     "accuracy": Section("Error of the sum", accuracy_tables, accuracy_summary),
     "finish": Section("The end of a window", finish_tables, finish_summary),
     "overhead": Section("Host time of the hook", overhead_tables, overhead_summary),
+    "training": Section("Training", training_tables, training_summary),
+    "convergence": Section("Convergence", convergence_tables, convergence_summary),
     "registers": Section("Registers of the GPU kernels", registers_tables),
 }

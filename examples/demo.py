@@ -10,7 +10,6 @@ else the machine does slows down all of them.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -21,9 +20,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 START = time.perf_counter()
@@ -49,151 +47,19 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
     from torch import Tensor
-    from train_gpt import CONTEXT, GPT, random_batch, read_text
 
     import accumkern
     from accumkern.backends import choose
+    from designs import Split24, Split32, StockBF16, StockFP32, StockFP32Masters
+    from measure import Memory, measure_error, measure_memory, run_micro_batches
+    from train_gpt import CONTEXT, GPT, random_batch, read_text
 except ModuleNotFoundError as error:
     sys.exit(f"demo: {error.name} is not installed; install what the demo needs with: pip install accumkern[demo]")
 signal.signal(signal.SIGINT, ctrl_c)
 
-LEARNING_RATE = 1e-3
-ERROR_WINDOWS = 4  # the error is followed over so many times the micro-batches of a step
-MEMORY_MICRO_BATCHES = 3  # the first keeps the gradient, the second allocates what is missing, the third is like all
-
-
-# ---- the designs -------------------------------------------------------------------------------------------------
-
-
-class StockBF16:
-    """What PyTorch does by itself: ``.grad += gradient`` in bfloat16."""
-
-    key = "stock_bf16"
-    label = "stock bf16"
-    color = "#d1495b"
-
-    def __init__(self, model: GPT) -> None:
-        self.model = model
-        self.params = list(model.parameters())
-        self.optimizer = torch.optim.AdamW(self.stepped(), lr=LEARNING_RATE, fused=True)
-
-    def stepped(self) -> list[torch.nn.Parameter]:
-        """Return the parameters that AdamW steps."""
-        return self.params
-
-    def begin(self) -> None:
-        """Make ready to accumulate; called once, when there is no gradient yet."""
-
-    def sums(self) -> list[Tensor]:
-        """Return the accumulated gradients."""
-        return self.gradients_for_step()
-
-    def gradients_for_step(self) -> list[Tensor]:
-        """Return the gradients that AdamW would read now."""
-        return [grad for param in self.params if (grad := param.grad) is not None]
-
-    def step(self) -> None:
-        """Update the weights and begin a new window."""
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
-class StockFP32(StockBF16):
-    """The strongest that stock PyTorch can do: autograd adds to an FP32 ``.grad``, in place.
-
-    AdamW refuses an FP32 gradient of a bfloat16 weight, so it gets the sum rounded to bfloat16.
-    """
-
-    key = "stock_fp32"
-    label = "stock fp32"
-    color = "#30343f"
-
-    def begin(self) -> None:
-        """Make the FP32 buffer, and have autograd add to it."""
-        sizes = [param.numel() for param in self.params]
-        self.flat = torch.zeros(sum(sizes), device=self.params[0].device)
-        self.buffers = [v.view_as(p) for v, p in zip(self.flat.split(sizes), self.params, strict=True)]
-        for param in self.params:
-            param.grad_dtype = None  # .grad may have any dtype
-        self.put(self.buffers)
-
-    def put(self, grads: list[Tensor]) -> None:
-        """Make these the ``.grad`` of the weights."""
-        for param, grad in zip(self.params, grads, strict=True):
-            param.grad = grad
-
-    def sums(self) -> list[Tensor]:
-        """Return the FP32 buffers."""
-        return self.buffers
-
-    def gradients_for_step(self) -> list[Tensor]:
-        """Return the sums in bfloat16."""
-        return [buffer.to(param.dtype) for buffer, param in zip(self.buffers, self.params, strict=True)]
-
-    def step(self) -> None:
-        """Lend AdamW the sums in bfloat16, and begin a new window."""
-        self.put(self.gradients_for_step())
-        self.optimizer.step()
-        self.put(self.buffers)
-        self.flat.zero_()
-
-
-class StockFP32Masters(StockFP32):
-    """The same with FP32 copies of the weights ("masters"), which AdamW steps with the FP32 sums as they are."""
-
-    key = "stock_fp32_masters"
-    label = "stock fp32 + masters"
-    color = "#a5a9b4"
-
-    def stepped(self) -> list[torch.nn.Parameter]:
-        """Return FP32 copies of the weights."""
-        self.masters = [torch.nn.Parameter(param.detach().float()) for param in self.params]
-        return self.masters
-
-    def begin(self) -> None:
-        """Let the FP32 buffers be the gradients of the masters too."""
-        super().begin()
-        for master, buffer in zip(self.masters, self.buffers, strict=True):
-            master.grad = buffer
-
-    def gradients_for_step(self) -> list[Tensor]:
-        """Return the FP32 buffers."""
-        return self.buffers
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Step the masters, round them to the weights, and begin a new window."""
-        self.optimizer.step()
-        for param, master in zip(self.params, self.masters, strict=True):
-            param.copy_(master)
-        self.flat.zero_()
-
-
-class Split24(StockBF16):
-    """Stock PyTorch and one line."""
-
-    key = buffer = "split24"
-    label = "accumkern split24"
-    color = "#1f77b4"
-
-    def begin(self) -> None:
-        """Attach."""
-        self.accumulator = accumkern.attach(self.optimizer, self.buffer)
-
-    def sums(self) -> list[Tensor]:
-        """Return ``.grad`` and residual, put together in FP32."""
-        return [grad for param in self.params if (grad := self.accumulator.gradient(param)) is not None]
-
-
-class Split32(Split24):
-    """The same with a wider residual."""
-
-    key = buffer = "split32"
-    label = "accumkern split32"
-    color = "#2a9d8f"
-
-
 DESIGNS: tuple[type[StockBF16], ...] = (StockBF16, StockFP32, StockFP32Masters, Split24, Split32)
+ERROR_WINDOWS = 4  # the error is followed over so many times the micro-batches of a step
+MEMORY_MICRO_BATCHES = 2  # the first keeps the gradient, the second allocates what is missing
 
 
 def new_model(device: torch.device, seed: int) -> GPT:
@@ -202,177 +68,11 @@ def new_model(device: torch.device, seed: int) -> GPT:
     return GPT().to(device, torch.bfloat16)
 
 
-# ---- measuring ---------------------------------------------------------------------------------------------------
-
-
-class AllocatorMeter:
-    """What a piece of code allocates on a device, as the device's allocator reports it.
-
-    On a GPU these are the counters of torch's caching allocator; on the CPU every single allocation and release, from
-    the memory events of torch.profiler.
-
-    Attributes:
-        held_bytes: allocated when :meth:`mark` was called, less what was allocated at the beginning.
-        peak_bytes: the most that was allocated at any time, less what was allocated at the beginning.
-        peak_after_mark_bytes: the same after :meth:`mark`.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.held_bytes = self.peak_bytes = self.peak_after_mark_bytes = 0
-
-    def __enter__(self) -> AllocatorMeter:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
-        else:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its start and end to stderr otherwise
-            self._profile = torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-            )
-            self._profile.__enter__()
-        return self
-
-    def mark(self) -> None:
-        """Note what is allocated now."""
-        if self.device.type == "cuda":
-            self.held_bytes = torch.cuda.memory_allocated(self.device) - self._before
-            self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self._before
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            with torch.profiler.record_function("AllocatorMeter.mark"):
-                pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self.device.type == "cuda":
-            self.peak_after_mark_bytes = torch.cuda.max_memory_allocated(self.device) - self._before
-            self.peak_bytes = max(self.peak_bytes, self.peak_after_mark_bytes)
-            return
-        self._profile.__exit__(kind, value, traceback)
-        if kind is not None:
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "trace.json")
-            self._profile.export_chrome_trace(str(path))
-            events = json.loads(path.read_text())["traceEvents"]
-        marked = min(event["ts"] for event in events if event["name"] == "AllocatorMeter.mark")
-        changes = sorted(
-            (event["ts"], event["args"]["Bytes"])
-            for event in events
-            if event["name"] == "[memory]" and event["args"]["Device Type"] == 0
-        )
-        totals = list(accumulate((size for _, size in changes), initial=0))
-        at_mark = sum(ts <= marked for ts, _ in changes)
-        self.held_bytes = totals[at_mark]
-        self.peak_bytes = max(totals)
-        self.peak_after_mark_bytes = max(totals[at_mark:])
-
-
-def measure_bytes(
-    design_type: type[StockBF16], batches: list[Tensor], device: torch.device, seed: int, keep: bool = True
-) -> AllocatorMeter:
-    """Run one window in a fresh state, step included, and return what it allocated.
-
-    Weights, the state of AdamW and FP32 masters are there before. The mark is set after the last backward pass, when
-    all activations are gone.
-
-    Args:
-        design_type: how gradients are accumulated.
-        batches: the micro-batches.
-        device: where to run.
-        seed: of the weights.
-        keep: False throws every gradient away as soon as it is there.
-    """
-    design = design_type(new_model(device, seed))
-    design.model(batches[0]).backward()  # libraries allocate their workspaces on first use
-    for param in design.params:
-        param.grad = None
-    for stepped in design.optimizer.param_groups[0]["params"]:
-        stepped.grad = torch.zeros_like(stepped)
-    design.optimizer.step()  # makes the state of AdamW
-    design.optimizer.zero_grad()
-    if not keep:
-        for param in design.params:
-            param.register_post_accumulate_grad_hook(_throw_away)
-    with AllocatorMeter(device) as meter:
-        design.begin()
-        for batch in batches:
-            (design.model(batch) / len(batches)).backward()
-        meter.mark()
-        design.step()
-    return meter
-
-
-def _throw_away(param: Tensor) -> None:
-    param.grad = None
-
-
-@torch.no_grad()
-def relative_error(tensors: list[Tensor], truths: list[Tensor]) -> float:
-    """Return ``||tensors - truths|| / ||truths||``, over all elements of all tensors, in FP64."""
-    difference = sum((t.double() - s).square().sum().item() for t, s in zip(tensors, truths, strict=True))
-    total = sum(s.square().sum().item() for s in truths)
-    return float((difference / total) ** 0.5)
-
-
-def measure_error(design: StockBF16, batches: list[Tensor], micro_batches: int) -> tuple[dict[str, Any], list[Tensor]]:
-    """Accumulate all of ``batches``, and compare with an FP64 sum of the very gradients that autograd handed over.
-
-    Returns:
-        ``sum``: relative error of the sum after ``micro_batches``; ``optimizer``: that of what AdamW would read then;
-        ``by_micro_batches``: the error of the sum after 2, 4, 8, ... micro-batches. And the FP64 sums.
-    """
-    truths = [torch.zeros_like(param, dtype=torch.float64) for param in design.params]
-    for param, truth in zip(design.params, truths, strict=True):
-        param.register_hook(_add_to(truth))  # a tensor's hook sees its new gradient before it is accumulated
-    design.begin()
-    errors: dict[str, Any] = {"by_micro_batches": {}}
-    for count, batch in enumerate(batches, start=1):
-        (design.model(batch) / micro_batches).backward()
-        if count == micro_batches:
-            errors["sum"] = relative_error(design.sums(), truths)
-            errors["optimizer"] = relative_error(design.gradients_for_step(), truths)
-        if count == micro_batches or (count > 1 and count & (count - 1) == 0):
-            errors["by_micro_batches"][count] = relative_error(design.sums(), truths)
-    return errors, truths
-
-
-def _add_to(truth: Tensor) -> Callable[[Tensor], None]:
-    def hook(grad: Tensor) -> None:
-        truth.add_(grad)
-
-    return hook
-
-
-def train_step(design: StockBF16, batches: list[Tensor], device: torch.device) -> tuple[float, list[float]]:
-    """Train one step; return its mean loss and the milliseconds that micro-batches took, forward and backward.
-
-    On a GPU, which works behind the program's back, the time of the whole window is divided by its micro-batches.
-    """
-    losses, times = [], []
-    _synchronize(device)
-    begin = time.perf_counter()
-    for batch in batches:
-        loss = design.model(batch)
-        (loss / len(batches)).backward()
-        losses.append(loss.detach())
-        if device.type == "cpu":
-            end = time.perf_counter()
-            times.append((end - begin) * 1e3)
-            begin = end
-    if device.type != "cpu":
-        _synchronize(device)
-        times.append((time.perf_counter() - begin) * 1e3 / len(batches))
+def train_step(design: StockBF16, batches: list[Tensor]) -> tuple[float, list[float]]:
+    """Train one step; return its mean loss and the milliseconds that micro-batches took, forward and backward."""
+    losses, times = run_micro_batches(design, batches, range(len(batches)))
     design.step()
     return torch.stack(losses).mean().item(), times
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------------
@@ -401,12 +101,14 @@ def compare(args: argparse.Namespace, text: Tensor, console: Console) -> dict[st
         # Memory first, in a fresh process.
         memory_batches = draw(MEMORY_MICRO_BATCHES)
         task = progress.add_task("measuring memory", total=len(DESIGNS) + 1, loss="")
-        without = measure_bytes(StockBF16, memory_batches, device, args.seed, keep=False)
-        progress.advance(task)
-        meters = []
-        for design_type in DESIGNS:
-            meters.append(measure_bytes(design_type, memory_batches, device, args.seed))
+
+        def memory_of(design_type: type[StockBF16], keep: bool = True) -> Memory:
+            memory = measure_memory(lambda: design_type(new_model(device, args.seed)), memory_batches, device, keep)
             progress.advance(task)
+            return memory
+
+        without = memory_of(StockBF16, keep=False)
+        memories = [memory_of(design_type) for design_type in DESIGNS]
         progress.remove_task(task)
 
         designs = [design_type(new_model(device, args.seed)) for design_type in DESIGNS]
@@ -421,7 +123,7 @@ def compare(args: argparse.Namespace, text: Tensor, console: Console) -> dict[st
             batches = draw(count)
             for turn in range(len(designs)):
                 i = (step + turn) % len(designs)
-                loss, milliseconds = train_step(designs[i], batches, device)
+                loss, milliseconds = train_step(designs[i], batches)
                 losses[i].append(loss)
                 times[i] += milliseconds
                 progress.update(task, advance=1, loss=f"loss {loss:.3f}")
@@ -453,15 +155,15 @@ def compare(args: argparse.Namespace, text: Tensor, console: Console) -> dict[st
         "parameters": numel,
         "steps": len(losses[0]),
         "same_micro_gradients": same,
-        "peak_bytes_per_parameter_without_gradients": without.peak_bytes / numel,
+        "peak_bytes_per_parameter_without_gradients": (without.peak - without.resident) / numel,
         "designs": {
             design.key: {
                 "label": design.label,
                 "relative_error": error,
                 "gradient_bytes_per_parameter": {
-                    "held": meter.held_bytes / numel,
-                    "peak": (meter.peak_bytes - without.peak_bytes) / numel,
-                    "in_step": meter.peak_after_mark_bytes / numel,
+                    "held": memory.held / numel,
+                    "peak": (memory.peak - memory.resident - without.peak + without.resident) / numel,
+                    "in_step": memory.peak_in_step / numel,
                 },
                 "ms_per_micro_batch": {
                     "median": statistics.median(milliseconds),
@@ -470,7 +172,7 @@ def compare(args: argparse.Namespace, text: Tensor, console: Console) -> dict[st
                 "loss": loss,
                 "final_loss": statistics.fmean(loss[-5:]),
             }
-            for design, error, meter, milliseconds, loss in zip(DESIGNS, errors, meters, times, losses, strict=True)
+            for design, error, memory, milliseconds, loss in zip(DESIGNS, errors, memories, times, losses, strict=True)
         },
     }
 

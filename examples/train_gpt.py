@@ -45,10 +45,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only transformer over bytes."""
 
-    def __init__(self, width: int = 192, layers: int = 2, heads: int = 4) -> None:
+    def __init__(self, width: int = 192, layers: int = 2, heads: int = 4, context: int = CONTEXT) -> None:
         super().__init__()
         self.bytes = nn.Embedding(256, width)
-        self.positions = nn.Embedding(CONTEXT, width)
+        self.positions = nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 256, bias=False)
@@ -57,7 +57,7 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, batch: Tensor) -> Tensor:
-        """batch: (batch, CONTEXT + 1) bytes as int64; returns the mean loss of predicting each next byte."""
+        """batch: (batch, context + 1) bytes as int64; returns the mean loss of predicting each next byte."""
         inputs, targets = batch[:, :-1], batch[:, 1:]
         x = self.blocks(self.bytes(inputs) + self.positions.weight)
         return F.cross_entropy(self.head(self.norm(x)).float().flatten(0, 1), targets.flatten())
@@ -106,10 +106,10 @@ def read_text(path: str | None = None) -> Tensor:
     return torch.frombuffer(text, dtype=torch.uint8)
 
 
-def random_batch(text: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
-    """Return (batch_size, CONTEXT + 1) bytes as int64: pieces of ``text`` from random places."""
-    starts = torch.randint(len(text) - CONTEXT, (batch_size, 1), generator=generator)
-    return text[starts + torch.arange(CONTEXT + 1)].long()
+def random_batch(text: Tensor, batch_size: int, generator: torch.Generator, context: int = CONTEXT) -> Tensor:
+    """Return (batch_size, context + 1) bytes as int64: pieces of ``text`` from random places."""
+    starts = torch.randint(len(text) - context, (batch_size, 1), generator=generator)
+    return text[starts + torch.arange(context + 1)].long()
 
 
 def main() -> None:
