@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
+BENCHMARKS := $(wildcard $(patsubst %,benchmarks/bench_%.py,kernels finish overhead training accuracy convergence registers))
 SOURCES := $(wildcard csrc/*) setup.py accumkern/__init__.py
 
 help:
@@ -46,7 +47,7 @@ test: $(BUILT) lint
 
 # Each script writes one result file; one that fails does not keep the others from running, but make says so.
 bench: $(BUILT)
-	failed=; for script in benchmarks/bench_*.py; do \
+	failed=; for script in $(BENCHMARKS); do \
 		$(BIN)/python $$script --device cpu || failed="$$failed $$script"; \
 	done; $(BIN)/python benchmarks/report.py && test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
@@ -55,7 +56,7 @@ gpu:
 	ACCUMKERN_BUILD=cuda $(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m accumkern doctor
 	$(PYTHON) -m pytest -m gpu --override-ini addopts= -q
-	failed=; for script in benchmarks/bench_*.py; do \
+	failed=; for script in $(BENCHMARKS); do \
 		$(PYTHON) $$script --device cuda || failed="$$failed $$script"; \
 	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 

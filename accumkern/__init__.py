@@ -2,6 +2,9 @@
 
 __version__ = "0.1.0"
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from accumkern.accumulator import GradAccumulator, attach
 from accumkern.backends import available_backends
 from accumkern.finish import Finished
@@ -17,4 +20,17 @@ __all__ = [
     "LostBitsReport",
     "accumulate_",
     "available_backends",
+    "plan",
+    "sweep",
 ]
+
+if TYPE_CHECKING:
+    from accumkern.planning.plan import plan
+    from accumkern.planning.sweep import sweep
+else:
+
+    def __getattr__(name: str) -> Any:
+        # Planning is imported when it is asked for: training needs none of it.
+        if name in ("plan", "sweep"):
+            return getattr(import_module(f"accumkern.planning.{name}"), name)
+        raise AttributeError(f"module 'accumkern' has no attribute {name!r}")

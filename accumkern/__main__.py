@@ -1,91 +1,71 @@
-"""``python -m accumkern doctor``: what is installed, which backends can run here, and why the others cannot."""
+"""The command line: ``accumkern doctor``, ``accumkern plan script.py:setup``, ``accumkern sweep script.py:setup``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
-import os
-import platform
 import sys
+from pathlib import Path
 
-import torch
-
-from accumkern import __version__, available_backends, backends
+_SETUP = "a script and a function in it that returns model, optimizer, make_batch and loss, such as train.py:setup"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m accumkern", description="FP32-exact gradient accumulation.")
+    args = _parser().parse_args(arguments)
+    if args.command == "doctor":
+        from accumkern.doctor import doctor
+
+        return doctor()
+    try:
+        from accumkern.planning import cli
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("accumkern"):
+            raise
+        print(f"accumkern {args.command} needs {error.name}: pip install 'accumkern[plan]'", file=sys.stderr)
+        return 2
+    return cli.run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="accumkern", description="FP32-exact gradient accumulation.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="print versions, devices and backends, for people and for bug reports")
-    parser.parse_args(arguments)
-    return doctor()
+
+    plan = commands.add_parser("plan", help="find the micro-batch and accumulation steps to train with, and say why")
+    plan.add_argument("setup", metavar="SCRIPT:FUNCTION", help=_SETUP)
+    plan.add_argument("--effective-batch", type=int, metavar="N", help="samples per optimizer step, over all ranks")
+    plan.add_argument("--predict", action="store_true", help="predict what would fit into --memory, and run nothing")
+    plan.add_argument("--largest-micro-batch", type=int, default=1024, metavar="N", help="to try (default: 1024)")
+    plan.add_argument("--noise-windows", type=int, default=32, metavar="N", help="to train (default: 32)")
+    plan.add_argument("--output", type=Path, metavar="FOLDER", help="write report.html, figures, JSON and CSV there")
+
+    sweep = commands.add_parser("sweep", help="train at several effective batch sizes, and compare")
+    sweep.add_argument("setup", metavar="SCRIPT:FUNCTION", help=_SETUP)
+    sweep.add_argument("--effective-batches", type=_numbers, required=True, metavar="N,N,…", help="to train with")
+    sweep.add_argument("--samples", type=int, required=True, metavar="N", help="to train with in each run")
+    sweep.add_argument("--rules", type=_words, default=["sqrt"], metavar="RULE,…", help="none, sqrt (default), linear")
+    sweep.add_argument("--seeds", type=_numbers, default=[0], metavar="N,N,…", help="of random numbers (default: 0)")
+    sweep.add_argument("--base-batch", type=int, metavar="N", help="that the script's learning rate is for")
+    sweep.add_argument("--micro-batch", type=int, metavar="N", help="the largest to use (default: what fits)")
+    sweep.add_argument("--target-loss", type=float, metavar="X", help="to reach (default: what all runs reach)")
+    sweep.add_argument("--evaluations", type=int, default=20, metavar="N", help="of the loss in a run (default: 20)")
+    sweep.add_argument("--validation-samples", type=int, default=256, metavar="N", help="for it (default: 256)")
+    sweep.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="of results; continues it")
+
+    for command in (plan, sweep):
+        command.add_argument("--memory", metavar="SIZE", help="limit, such as 24GB (default: what is available)")
+        command.add_argument("--margin", type=float, default=0.1, metavar="X", help="to leave free (default: 0.1)")
+        command.add_argument("--buffer", metavar="NAME", help="split24, split32 or fp32 (default: by dtype)")
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
 
 
-def doctor() -> int:
-    """Print versions, devices and backends; return 0, or 1 where the backend that is set cannot run."""
-    print(f"accumkern   {__version__}")
-    print(f"python      {platform.python_version()} on {platform.platform()}")
-    print(f"torch       {torch.__version__}, {_torch_build()}, {torch.get_num_threads()} CPU threads")
-    print(f"triton      {_version_of('triton')}")
-    print(f"extension   {_extension()}")
-    for device in _devices():
-        print(f"device      {device}")
-    print("\nbackends")
-    for name, reason in available_backends().items():
-        print(f"  {name:8s}  {'ok' if reason is None else 'no'}   {reason or backends.BACKENDS[name]}")
-    print()
-    failed = False
-    for kind in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        try:
-            chosen = backends.choose(None, torch.device(kind))
-        except (RuntimeError, ValueError) as error:
-            print(f"{kind} tensors: {error}")
-            failed = True
-        else:
-            because = " (set by ACCUMKERN_BACKEND)" if os.environ.get("ACCUMKERN_BACKEND") else ""
-            print(f"{kind} tensors are folded by backend {chosen!r}{because}")
-    return int(failed)
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
-def _torch_build() -> str:
-    if torch.version.hip is not None:
-        return f"ROCm {torch.version.hip}"
-    return f"CUDA {torch.version.cuda}" if torch.version.cuda is not None else "CPU build"
-
-
-def _version_of(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _extension() -> str:
-    problem = backends._extension_problem()
-    if problem is not None:
-        return problem
-    from accumkern import _C  # type: ignore[attr-defined]
-
-    parts = [
-        f"built with {_C.compiler}",
-        "OpenMP" if _C.openmp else "no OpenMP",
-        f"{_C.cpu_instruction_set()} chosen on this CPU",
-        f"CUDA for {_C.cuda_targets}" if _C.cuda_targets else "no CUDA",
-    ]
-    return ", ".join(parts)
-
-
-def _devices() -> list[str]:
-    if not torch.cuda.is_available():
-        return ["CPU only: torch finds no GPU"]
-    found = []
-    for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        capability = f"sm_{properties.major}{properties.minor}"
-        found.append(f"cuda:{i} {properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB")
-    return found
+def _words(text: str) -> list[str]:
+    return text.split(",")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,10 @@ after that: it folds the new gradient into the one set aside, in FP32, and puts 
 from __future__ import annotations
 
 import math
+import sys
+import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
-from accumkern import backends, ops
+from accumkern import backends, distributed, ops
 from accumkern.finish import Finished, Gradient, check_divide_by, check_max_norm, total_norm, write
 from accumkern.formats import BUFFERS, PARTIALS, Start, decode, partial_rows
 from accumkern.lost_bits import LostBitsMeter, LostBitsReport
@@ -66,7 +69,8 @@ def attach(
 
     Raises:
         TypeError: ``optimizer`` has no ``param_groups``, a parameter's dtype does not take ``buffer``, or a parameter
-            is a tensor subclass whose gradients cannot be folded in place (DTensor).
+            is of a kind whose gradients cannot be folded: wrapped by the older FullyShardedDataParallel, a tensor
+            subclass other than DTensor, or a DTensor together with ``stats`` or ``report``.
         ValueError: ``buffer`` or ``backend`` is unknown, ``average_over`` is not a positive number, or a parameter is
             attached already.
         RuntimeError: ``backend`` cannot run here, or not on the device of a parameter.
@@ -115,11 +119,15 @@ class GradAccumulator:
         self._kinds: dict[tuple[torch.device, torch.dtype], int] = {}
         self._optimizer = optimizer
         self._parameters: dict[Tensor, _Parameter] = {}
-        self._waiting: list[_Parameter] = []  # whose small gradients wait for the end of the backward pass
+        # Autograd calls the hooks of each device from a thread of its own. What they share is a deque, whose append and
+        # popleft cannot be torn apart, and flags that are set under a lock when a backward pass begins.
+        self._waiting: deque[_Parameter] = deque()  # whose small gradients wait for the end of the backward pass
         self._waiting_numel = 0
-        self._backward = -1  # autograd's number of the backward pass that is under way
-        self._keeps_graph = False  # whether it was called with create_graph=True
-        self._may_wait = False  # whether small gradients may wait for its end
+        self._lock = threading.RLock()
+        self._backward = _NO_BACKWARD  # autograd's number of the backward pass that is under way
+        self._in_group = False  # whether there is a process group
+        self._may_wait = False  # whether small gradients may wait for the end of the backward pass
+        self._versions: dict[int, int] = {}  # of memory that gradients are views of, when the backward pass came there
         self._finished = False  # finish() was called since the last backward pass
         self._measures = stats  # whether folds leave partial sums; finish() turns it on too
         self._squares = WindowSquares() if stats else None
@@ -212,7 +220,7 @@ class GradAccumulator:
         if self._squares is not None:
             self._squares.reduce()
         self._finished = True
-        self._measures = True
+        self._measures |= not _is_in_group()
         return Finished(norm, coefficient, nonfinite)
 
     def noise_scale(
@@ -296,6 +304,10 @@ class GradAccumulator:
             return grad.clone()
         if residual is None:
             return grad.to(torch.float32, copy=True).resolve_neg()
+        if parameter.is_dtensor:
+            local = distributed.shard(grad)
+            residual = residual.as_strided(local.shape, local.stride())
+            return distributed.with_shard(decode(BUFFERS[self.buffer][grad.dtype], local, residual), grad)
         residual = residual.as_strided(grad.shape, _memory_strides(grad))
         return decode(BUFFERS[self.buffer][grad.dtype], grad.resolve_neg(), residual)
 
@@ -313,7 +325,10 @@ class GradAccumulator:
             parameter = self._parameters.get(param)
             grad = None if parameter is None else param.grad
             sums.append(None if grad is None else grad.detach())
-            residuals.append(None if grad is None or parameter is None else parameter.valid_residual(grad, self.buffer))
+            residual = None if grad is None or parameter is None else parameter.valid_residual(grad, self.buffer)
+            if residual is not None and parameter is not None and parameter.is_dtensor:
+                residual = distributed.with_shard(residual.view(distributed.shard(grad).shape), grad)
+            residuals.append(residual)
         return {"buffer": self.buffer, "sums": sums, "residuals": residuals}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -339,9 +354,12 @@ class GradAccumulator:
             grad = total.detach().clone().to(param.device)
             param.grad = grad
             parameter.forget()
+            if parameter.is_dtensor:
+                distributed.RunningShard.put_into(grad, parameter)
+                residual = None if residual is None else distributed.shard(residual).flatten()
             if residual is not None:
                 parameter.residual_of_dtype(residual.dtype).copy_(residual)
-                parameter.remember(grad)
+                parameter.remember()
                 parameter.is_measured = False  # the partial sums are of what was there before
 
     def detach(self) -> None:
@@ -378,8 +396,11 @@ class GradAccumulator:
             if _is_attached(param):
                 raise ValueError(f"{name} is attached already; detach() the other accumulator first")
             if is_traceable_wrapper_subclass(param):
+                self._check_subclass(name, param)
+            if getattr(param, "_fsdp_flattened", False):
                 raise TypeError(
-                    f"{name} is a {type(param).__name__}; its gradient is not one tensor that can be folded in place"
+                    f"{name} is of a FullyShardedDataParallel module, which keeps the gradient apart from .grad in its "
+                    "own buffers; use torch.distributed.fsdp.fully_shard"
                 )
             if param.dtype is torch.float16 and param.dtype not in BUFFERS[self.buffer]:
                 raise TypeError(
@@ -389,6 +410,16 @@ class GradAccumulator:
             self._backend_on(param.device)
             found.append(param)
         return found
+
+    def _check_subclass(self, name: str, param: Tensor) -> None:
+        """Raise unless the gradient of a tensor subclass can be folded: of a DTensor, shard by shard."""
+        if not distributed.is_dtensor(param):
+            raise TypeError(
+                f"{name} is a {type(param).__name__}; its gradient is not one tensor that can be folded in place"
+            )
+        for asked, argument in ((self._squares, "stats"), (self._lost_bits, "report")):
+            if asked is not None:
+                raise TypeError(f"{name} is a DTensor, of which this rank sees a part; attach without {argument}=True")
 
     def _hook(self, params: list[Tensor]) -> None:
         group_of = {p: i for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
@@ -401,13 +432,16 @@ class GradAccumulator:
             if frozen:
                 param.requires_grad_(False)
 
-    def _hook_again(self, parameter: _Parameter, grad: Tensor) -> None:
+    def _hook_again(self, grad: Tensor, was_added: bool) -> None:
         """Hook the new nodes of parameters that were moved or cast after attach: the first hook was not called.
+
+        Args:
+            grad: the ``.grad`` that was noticed first.
+            was_added: whether torch has added to it.
 
         Raises:
             RuntimeError: torch added this gradient to others, which have been multiplied by ``scale`` already.
         """
-        was_added = parameter.last() is grad
         for other in self._parameters.values():
             if other.param.requires_grad:
                 other.hook_node()
@@ -452,8 +486,9 @@ class GradAccumulator:
             return
         backward = _current_graph_task_id()
         if running is _NOT_CALLED:
+            _refuse_compiled_autograd()
             self._begin_backward(backward)
-            self._hook_again(parameter, new)
+            self._hook_again(new, parameter.last() is new)
             running = None
         elif backward != self._backward:
             param.grad = running  # as it was before this gradient came
@@ -475,12 +510,14 @@ class GradAccumulator:
             running, start = new, Start.FROM_ZERO
             version = new._version
         else:
-            version = running._version
+            version = self._version_before(running) if self._in_group else running._version
             is_ours = running is parameter.written() and version == parameter.version
+            if is_ours and self._in_group:
+                parameter.version = running._version
             start = Start.CONTINUE if is_ours else Start.FROM_SUM
         # .grad.data may have been given another layout or dtype, which no version tells.
         plain = _is_plain(new, parameter.dtype) and (running is new or _is_plain(running, parameter.dtype))
-        if not plain or self._keeps_graph:
+        if not plain or torch.is_grad_enabled():  # create_graph=True
             self._accumulate_any(parameter, param, running, new, start)
             return
 
@@ -501,10 +538,93 @@ class GradAccumulator:
         else:
             self._fold([parameter], [new], [running], start)
 
+    def _accumulate_shard(self, parameter: _Parameter, param: Tensor) -> None:
+        """Fold the gradient of a DTensor, on the shard of this rank.
+
+        Where autograd accumulates it (tensor parallel), both hooks are called, as with other parameters. fully_shard
+        adds to ``.grad`` itself and calls this hook alone; then a RunningShard has folded already.
+        """
+        running, parameter.set_aside = parameter.set_aside, _NOT_CALLED
+        new: Any = param.grad
+        if new is None:  # somebody's hook took it
+            param.grad = None if running is _NOT_CALLED else running
+            return
+        backward = _current_graph_task_id()
+        if backward != self._backward or backward == _NO_BACKWARD:
+            self._begin_backward(backward)
+        if running is not _NOT_CALLED:
+            if running is None:
+                parameter.forget()
+                parameter.last = weakref.ref(new)
+                if not self._scales:
+                    return
+                self._fold_dtensor(parameter, param, new, new, Start.FROM_ZERO)
+            else:
+                start = Start.CONTINUE if parameter.owns(running) else Start.FROM_SUM
+                self._fold_dtensor(parameter, param, running, new, start)
+            return
+        is_ours = isinstance(distributed.shard(new), distributed.RunningShard)
+        is_folded, parameter.is_folded = parameter.is_folded, False
+        if is_ours and is_folded:
+            return
+        was_added, parameter.last = parameter.last() is new, weakref.ref(new)
+        if is_ours and parameter.is_fully_sharded:
+            raise RuntimeError(
+                f"fully_shard has added to the gradient of a parameter of shape {tuple(param.shape)}, and it was not "
+                "folded: "
+                + (
+                    f"torch {torch.__version__} does it in a way that accumkern does not know; detach()"
+                    if _current_graph_task_id() != _NO_BACKWARD
+                    else "outside of a backward pass, where pipeline schedules do so, average_over and scale do not "
+                    "reach; divide in finish()"
+                )
+            )
+        if was_added:
+            self._hook_again(new, was_added)
+        elif not parameter.is_fully_sharded:
+            parameter.hook_node()  # it may have been moved before its first gradient
+        parameter.is_fully_sharded = True
+        parameter.forget()
+        if self._scales:
+            self._fold_dtensor(parameter, param, new, new, Start.FROM_ZERO)
+        distributed.RunningShard.put_into(param.grad, parameter)
+
+    def _fold_dtensor(self, parameter: _Parameter, param: Tensor, running: Any, new: Any, start: Start) -> None:
+        """Fold the shard of one DTensor into that of another, or leave it to torch where they are laid out apart."""
+        local = distributed.shard(new)
+        total = local if running is new else distributed.shard(running)
+        alike = running.placements == new.placements and running.device_mesh == new.device_mesh
+        plain = _is_plain(local, parameter.dtype) and _is_plain(total, parameter.dtype)
+        if not alike or not plain or local.shape != total.shape or torch.is_grad_enabled():
+            self._add_as_torch_does(parameter, param, running, new)
+            return
+        param.grad = running
+        self._fold([parameter], [local], [total], start)
+
+    def _takes_shard(self) -> bool:
+        """Return whether what is added to a shard is folded.
+
+        Outside of a backward pass it may be an edit, which must not be multiplied by ``scale``.
+        """
+        return _current_graph_task_id() != _NO_BACKWARD or not self._scales
+
+    def _fold_shard(self, parameter: _Parameter, total: Tensor, new: Tensor) -> None:
+        """Fold what fully_shard adds to a shard."""
+        backward = _current_graph_task_id()
+        if backward != self._backward or backward == _NO_BACKWARD:
+            self._begin_backward(backward)
+        parameter.is_folded = True
+        if not _is_plain(new, parameter.dtype) or not _is_plain(total, parameter.dtype) or new.shape != total.shape:
+            parameter.forget()
+            total.add_(new * self._scale if self._scales else new)
+            return
+        start = Start.CONTINUE if parameter.owns(parameter.param.grad) else Start.FROM_SUM
+        self._fold([parameter], [new], [total], start)
+
     def _accumulate_any(self, parameter: _Parameter, param: Tensor, running: Tensor, new: Tensor, start: Start) -> None:
         """Fold at once a gradient of any layout, or leave it to torch's own addition."""
         if (
-            self._keeps_graph
+            torch.is_grad_enabled()
             or new.dtype not in _FOLDED_DTYPES
             or running.dtype is not new.dtype
             or new.layout is not torch.strided
@@ -528,17 +648,19 @@ class GradAccumulator:
         self._fold([parameter], [new], [total], start)
         if total is not running:
             running.data.copy_(total)  # gradients that are views of one tensor share a version counter: leave it alone
-            parameter.remember(running)
+            parameter.remember()
 
     def _add_as_torch_does(self, parameter: _Parameter, param: Tensor, running: Tensor, new: Tensor) -> None:
         """Do what AccumulateGrad does: for sparse, complex and float64 gradients, and for create_graph."""
         parameter.forget()
         first = running is new
-        if self._scales:
+        if self._scales and parameter.is_dtensor:
+            new = distributed.with_shard(distributed.shard(new) * self._scale, new)
+        elif self._scales:
             new = new * self._scale
         if first:
             param.grad = new
-        elif self._keeps_graph:
+        elif torch.is_grad_enabled():
             param.grad = running + new
         elif running.is_sparse and not new.is_sparse:
             param.grad = new + running
@@ -547,19 +669,30 @@ class GradAccumulator:
 
     def _begin_backward(self, backward: int) -> None:
         """Fold what waits. Then, if another backward pass has begun (a nested one too, or its end), prepare for it."""
-        same = backward == self._backward
-        self._fold_waiting(of_this_backward=same)
-        if self._squares is not None:
-            self._squares.reduce()
-        if same:
-            return
-        self._backward = backward
-        self._finished = False
-        self._keeps_graph = torch.is_grad_enabled()  # create_graph=True
-        # DistributedDataParallel sends .grad on right after the hook.
-        self._may_wait = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        if self._may_wait or self._squares is not None:
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+        with self._lock:
+            same = backward == self._backward != _NO_BACKWARD
+            self._fold_waiting(of_this_backward=same)
+            if self._squares is not None:
+                self._squares.reduce()
+            if same:
+                return
+            self._finished = False
+            self._in_group = _is_in_group()
+            self._may_wait = not self._in_group  # DistributedDataParallel sends .grad on right after the hook
+            self._versions.clear()
+            if self._may_wait or self._squares is not None:
+                torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+            self._backward = backward  # last: other threads look at it without the lock
+
+    def _version_before(self, grad: Tensor) -> int:
+        """Return the version of a gradient, or what it was when this backward pass came to the memory that it views.
+
+        DistributedDataParallel divides the gradients of a bucket one after another, each after its hook. If they are
+        views of the bucket, they share a counter, and the division of one looks like a change of those to come.
+        """
+        if not grad._is_view():
+            return grad._version
+        return self._versions.setdefault(grad.untyped_storage().data_ptr(), grad._version)
 
     def _end_backward(self) -> None:
         self._fold_waiting()
@@ -579,10 +712,13 @@ class GradAccumulator:
         """
         if not self._waiting:
             return
-        waiting, self._waiting = self._waiting, []
         self._waiting_numel = 0
         groups: dict[int, tuple[list[_Parameter], list[Tensor], list[Tensor], Start]] = {}
-        for parameter in waiting:
+        while True:
+            try:
+                parameter = self._waiting.popleft()
+            except IndexError:
+                break
             new, running, start = parameter.waiting, parameter.running, parameter.start
             parameter.waiting = parameter.running = None
             grad: Any = parameter.param.grad
@@ -633,19 +769,23 @@ class GradAccumulator:
             else None
         )
         if self._squares is not None and partials is not None:
-            for parameter, total, rows in zip(parameters, sums, partials, strict=True):
-                self._squares.fold(parameter.share, total, start, rows, scale)
-        backends.fold_function(self._backend_on(device))(format_, start, grads, sums, residuals, scale, partials)
+            with self._lock:
+                for parameter, total, rows in zip(parameters, sums, partials, strict=True):
+                    self._squares.fold(parameter.share, total, start, rows, scale)
+        self._kernel_on(device)(format_, start, grads, sums, residuals, scale, partials)
         if start is Start.FROM_ZERO:
             for parameter, total in zip(parameters, sums, strict=True):
-                parameter.param.grad = total
+                parameter.put(total)
         if start is not Start.CONTINUE:
-            for parameter, total in zip(parameters, sums, strict=True):
-                parameter.remember(total)
+            for parameter in parameters:
+                parameter.remember()
 
     def _kind_of(self, device: torch.device, dtype: torch.dtype) -> int:
         """Return a number for a device and dtype, to which a Start can be added: cheaper to group by than the pair."""
         return self._kinds.setdefault((device, dtype), len(Start) * len(self._kinds))
+
+    def _kernel_on(self, device: torch.device) -> backends.FoldFunction:
+        return backends.fold_function(self._backend_on(device))
 
     def _backend_on(self, device: torch.device) -> str:
         chosen = self._backend_of_device.get(device)
@@ -671,6 +811,9 @@ class _Parameter:
         "dtype",
         "handle",
         "is_cuda",
+        "is_dtensor",
+        "is_folded",
+        "is_fully_sharded",
         "is_measured",
         "is_small",
         "kind",
@@ -696,7 +839,11 @@ class _Parameter:
         self.param = param
         self.share = Share(param, group)
         self.accumulator = accumulator
-        self.numel = param.numel()
+        self.is_dtensor = distributed.is_dtensor(param)
+        self.is_fully_sharded = False  # whether fully_shard accumulates the gradient, and autograd does not
+        self.is_folded = False  # whether what fully_shard has added is folded, and its hook still to come
+        local: Any = param
+        self.numel = distributed.shard(local).numel() if self.is_dtensor else param.numel()
         self.is_small = self.numel <= _SMALL_NUMEL
         self.set_aside: Any = _NOT_CALLED  # a tensor, or None where there was no gradient
         self.last: Callable[[], Any] = _nothing  # .grad as the last window or fold left it
@@ -706,7 +853,7 @@ class _Parameter:
         self.running_version = 0
         self.start = Start.FROM_ZERO
         self.stream = 0
-        self.before, self.after = _hooks(weakref.ref(self))
+        self.before, self.after = _hooks(weakref.ref(self), self.is_dtensor)
         self.node: Node | None = None
         self.node_handle: RemovableHandle | None = None
         self.hook_node()
@@ -746,14 +893,24 @@ class _Parameter:
         self.written: Callable[[], Any] = _nothing
         self.version = -1
 
-    def remember(self, grad: Tensor) -> None:
-        """Note that the residual belongs to ``grad`` as it is now."""
+    def put(self, total: Tensor) -> None:
+        """Make ``total`` the gradient, or this rank's shard of it."""
+        grad: Any = self.param.grad
+        self.param.grad = distributed.with_shard(total, grad) if self.is_dtensor else total
+
+    def remember(self) -> None:
+        """Note that the residual belongs to ``.grad`` as it is now."""
+        grad: Any = self.param.grad
         self.written = self.last = weakref.ref(grad)
-        self.version = grad._version
+        self.version = self.version_of(grad)
+
+    def version_of(self, grad: Any) -> int:
+        """Return a number that grows with every change of ``grad``. A DTensor and its shard count their own."""
+        return grad._version + distributed.shard(grad)._version if self.is_dtensor else grad._version
 
     def owns(self, grad: Tensor | None) -> bool:
         """Return whether ``grad`` is what was written last, unchanged since: the residual belongs to it."""
-        return grad is not None and self.written() is grad and grad._version == self.version
+        return grad is not None and self.written() is grad and self.version_of(grad) == self.version
 
     def valid_residual(self, grad: Tensor, buffer: str) -> Tensor | None:
         """Return the residual that belongs to ``grad``, if there is one."""
@@ -764,15 +921,18 @@ class _Parameter:
 
     def gradient(self, buffer: str) -> Gradient:
         """Return ``.grad`` and what belongs to it."""
-        grad = self.param.grad
-        assert grad is not None
+        grad: Any = self.param.grad
         format_ = BUFFERS[buffer].get(grad.dtype)
+        if self.is_dtensor:
+            local = distributed.shard(grad)
+            foldable = format_ is not None and not local.is_neg() and ops.is_dense(local)
+            residual = self.valid_residual(grad, buffer) if foldable else None
+            return Gradient(local, format_ if foldable else None, residual, None, grad)
         if format_ is None or grad.layout is not torch.strided or grad.is_neg() or not ops.is_dense(grad):
             return Gradient(grad, None, None, None)
-        owned = self.owns(grad)
-        return Gradient(
-            grad, format_, self.valid_residual(grad, buffer), self.partials if owned and self.is_measured else None
-        )
+        # A collective that has written to .grad since leaves no trace in its version.
+        is_measured = self.is_measured and self.owns(grad) and not _is_in_group()
+        return Gradient(grad, format_, self.valid_residual(grad, buffer), self.partials if is_measured else None)
 
     def partials_of(self, grad: Tensor) -> Tensor:
         """Return the rows for partial sums, made when they are needed first and kept."""
@@ -784,7 +944,7 @@ class _Parameter:
     def residual_of_dtype(self, dtype: torch.dtype) -> Tensor:
         """Return the residual, made when it is needed first and kept: its address is stable."""
         if self.residual is None or self.residual.dtype is not dtype:
-            self.residual = torch.empty(self.param.numel(), dtype=dtype, device=self.device)
+            self.residual = torch.empty(self.numel, dtype=dtype, device=self.device)
         return self.residual
 
 
@@ -792,6 +952,7 @@ class _Parameter:
 
 _FOLDED_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 _NOT_CALLED: Any = object()
+_NO_BACKWARD = -1  # as autograd counts: pipeline schedules let fully_shard reduce after their backward passes
 _current_graph_task_id = torch._C._current_graph_task_id
 
 
@@ -799,18 +960,34 @@ def _nothing() -> None:
     return None
 
 
+def _refuse_compiled_autograd() -> None:
+    """Raise in a backward pass of compiled autograd, which calls both hooks after it has added the gradient."""
+    compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
+    if compiled_autograd is not None and compiled_autograd.in_compiled_autograd_region:
+        raise RuntimeError(
+            "compiled autograd adds gradients before accumkern sees them; call backward() without it "
+            "(torch._dynamo.config.compiled_autograd = False), which torch.compile of the model does not need"
+        )
+
+
+def _is_in_group() -> bool:
+    """Return whether this process has a process group, so that others may read and write ``.grad`` at any moment."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _is_plain(grad: Tensor, dtype: torch.dtype | None) -> bool:
     """Return whether the kernels take a gradient as it is; sparse tensors are not contiguous."""
     return grad.dtype is dtype and grad.is_contiguous() and not grad.is_neg()
 
 
-def _hooks(reference: weakref.ref[_Parameter]) -> tuple[Any, Any]:
+def _hooks(reference: weakref.ref[_Parameter], is_dtensor: bool) -> tuple[Any, Any]:
     """Return the two hooks of a parameter.
 
     They hold it weakly: a cycle through autograd's own objects would never be collected.
     """
 
     def set_aside(_grad_outputs: tuple[Tensor, ...]) -> None:
+        _refuse_compiled_autograd()
         parameter = reference()
         if parameter is not None:
             grad = parameter.param.grad
@@ -823,8 +1000,14 @@ def _hooks(reference: weakref.ref[_Parameter]) -> tuple[Any, Any]:
         if parameter is not None:
             parameter.accumulator._accumulate(parameter, param)
 
-    fold.accumkern_parameter = reference  # type: ignore[attr-defined]
-    return set_aside, fold
+    def fold_shard(param: Tensor) -> None:
+        parameter = reference()
+        if parameter is not None:
+            parameter.accumulator._accumulate_shard(parameter, param)
+
+    after: Any = fold_shard if is_dtensor else fold
+    after.accumkern_parameter = reference
+    return set_aside, after
 
 
 def _drop_dead_hooks(param: Tensor) -> list[tuple[int, Any]]:

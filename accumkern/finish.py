@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from accumkern import backends
+from accumkern import backends, distributed
 from accumkern.formats import Format, Start, decode
 
 _PART_NUMEL = 2**22
@@ -32,10 +32,11 @@ class Finished(NamedTuple):
 class Gradient(NamedTuple):
     """One gradient as it lies in memory at the end of a window."""
 
-    grad: Tensor
+    grad: Tensor  # of a DTensor, this rank's shard
     format_: Format | None  # None: not folded by a kernel (complex, sparse, float64, or with holes in memory)
     residual: Tensor | None  # flat, in the memory order of grad; None counts as zero
     partials: Tensor | None  # left by the last fold, if nobody changed the gradient since
+    dtensor: Any = None  # what the gradient is a shard of
 
 
 def check_divide_by(divide_by: object, gradients: list[Gradient]) -> None:
@@ -74,19 +75,30 @@ def check_max_norm(max_norm: object, norm_type: object) -> None:
 def total_norm(gradients: list[Gradient], norm_type: float) -> Tensor:
     """Return the norm of all accumulated values as one vector: FP32, 0-dim, on the device of the first gradient.
 
-    The 2-norm of a gradient whose last fold left partial sums is read from them; the others cost a pass.
+    The 2-norm of a gradient whose last fold left partial sums is read from them; the others cost a pass. Norms of
+    shards are combined over the ranks that hold the others.
     """
     norms: list[Tensor] = []
     measured: dict[torch.device, list[Tensor]] = {}
+    shards: dict[tuple[Any, ...], list[Tensor]] = {}
     for gradient in gradients:
-        if norm_type == 2 and gradient.partials is not None:
+        if gradient.dtensor is not None:
+            of_groups = shards.setdefault(distributed.groups_of_shards(gradient.dtensor), [])
+            of_groups += [gradient.grad.new_zeros((), dtype=torch.float32), *_norms(gradient, norm_type)]
+        elif norm_type == 2 and gradient.partials is not None:
             measured.setdefault(gradient.grad.device, []).append(gradient.partials)
         else:
             norms += _norms(gradient, norm_type)
+    for groups, of_groups in shards.items():
+        norms.append(distributed.norm_over(groups, _norm_of(of_groups, of_groups[0].device, norm_type), norm_type))
     norms += [torch.cat(rows)[:, 1].sum(dtype=torch.float64).sqrt().float() for rows in measured.values()]
     device = gradients[0].grad.device
     if not norms:
         return torch.zeros((), device=device)
+    return _norm_of(norms, device, norm_type)
+
+
+def _norm_of(norms: list[Tensor], device: torch.device, norm_type: float) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([norm.to(device, non_blocking=True) for norm in norms]), norm_type)
 
 
@@ -120,6 +132,10 @@ def _on(scalar: float | Tensor, device: torch.device) -> float | Tensor:
 def _norms(gradient: Gradient, norm_type: float) -> list[Tensor]:
     """Return norms of parts of a gradient's accumulated values, FP32; what decodes is only as large as a part."""
     grad, residual = gradient.grad, gradient.residual
+    if gradient.dtensor is not None and distributed.is_pending(gradient.dtensor):
+        value = grad.float() if gradient.format_ is None else decode(gradient.format_, grad, _like(residual, grad))
+        value = distributed.reduced(value, gradient.dtensor)
+        return [torch.linalg.vector_norm(value, norm_type)] if value.numel() else []
     if grad.numel() == 0:  # which has no maximum
         return []
     if gradient.format_ is None or residual is None:
@@ -130,3 +146,8 @@ def _norms(gradient: Gradient, norm_type: float) -> list[Tensor]:
     flat = grad.as_strided((grad.numel(),), (1,))
     parts = zip(flat.split(_PART_NUMEL), residual.split(_PART_NUMEL), strict=True)
     return [torch.linalg.vector_norm(decode(gradient.format_, *part), norm_type) for part in parts]
+
+
+def _like(residual: Tensor | None, grad: Tensor) -> Tensor | None:
+    """Return a flat residual with the shape of its gradient."""
+    return None if residual is None else residual.as_strided(grad.shape, grad.stride())

@@ -119,7 +119,7 @@ def main() -> None:
     arguments = options.parse_args()
     device = torch.device(arguments.device)
     counts = [int(text) for text in arguments.parameters.split(",")] if arguments.parameters else list(PARAMETERS)
-    work = 600 if arguments.quick else 6_000  # parameters that a variant sees in all rounds
+    work = 300 if arguments.quick else 3_000  # parameters that a variant sees in all rounds
 
     results = []
     for model in MODELS:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from PIL import Image
 from tables import README_CASES, Content, Result, grouped
 
@@ -55,11 +56,12 @@ def roofline(machine: str, content: Content) -> Figure | None:
     axes = figure.subplots()
     values = [r["fraction_of_copy"] for r in results]
     bars = axes.barh([r["variant"] for r in results], values, color=[COLORS[_kind(r)] for r in results], height=0.7)
-    axes.bar_label(bars, [f"{r['fraction_of_copy']:.2f}   {_ms(r)}" for r in results], padding=4, fontsize=8)
+    labels = [f"{r['fraction_of_copy']:.2f}   {r['median_ms']:.3g} ms" for r in results]
+    axes.bar_label(bars, labels, padding=4, fontsize=8, bbox={"color": "white", "pad": 1})
     axes.axvline(1.0, color=COLORS["roof"], linestyle="--", linewidth=1, zorder=0)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * max(*values, 1.0))
-    axes.set_xlabel("bytes that must move per second, as a fraction of copy_'s; beside it the time")
+    axes.set_xlabel("bytes moved per second, as a fraction of copy_'s; beside it the time")
     _finish(axes, f"One fold of {results[0]['numel']:,} elements\n{machine}", "x")
     return figure
 
@@ -88,10 +90,12 @@ def sizes(machine: str, content: Content) -> Figure | None:
         axes.plot(*zip(*points, strict=True), style, color=COLORS[kind], label=variant, marker="o", markersize=3)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("elements of the tensor")
-    axes.set_ylabel("time / split24")
+    axes.set_ylabel("time / split24's")
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    _finish(axes, f"One fold, over split24\n{machine}", "both")
+    _finish(axes, f"Time of one fold over split24's\n{machine}", "both")
     return figure
 
 
@@ -204,10 +208,6 @@ def _kind(result: Result) -> str:
     if result["buffer"] is not None:
         return str(result["buffer"])
     return "roof" if "copy_" in result["variant"] else "stock"
-
-
-def _ms(result: Result) -> str:
-    return f"{result['median_ms']:.3g} ms"
 
 
 def _finish(axes: Axes, title: str, grid: Literal["both", "x", "y"]) -> None:

@@ -64,7 +64,7 @@ def _cpu_model() -> str:
     if information.exists():
         found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.MULTILINE)
         if found:
-            return found.group(1).strip()
+            return re.sub(r"\((R|TM)\)|\bProcessor\b", "", found.group(1)).strip()
     return platform.processor() or platform.machine()
 
 

@@ -41,9 +41,9 @@ def load_results(folder: Path = ROOT / "benchmarks" / "results") -> Results:
         if path.stem not in SECTIONS:
             raise ValueError(f"{where} is of no benchmark; there are {', '.join(SECTIONS)}")
         content = json.loads(path.read_text())
-        _check(content, "file", where)
+        check(content, "file", where)
         for i, result in enumerate(content["results"]):
-            _check(result, path.stem, f"{where}: results[{i}]")
+            check(result, path.stem, f"{where}: results[{i}]")
         machine = content["provenance"]["machine"]
         if path.parent.name != folder_name(machine):
             raise ValueError(f"{where} was measured on {machine!r} and belongs in {folder_name(machine)}/")
@@ -54,7 +54,8 @@ def load_results(folder: Path = ROOT / "benchmarks" / "results") -> Results:
     }
 
 
-def _check(value: Any, schema: str, where: str) -> None:
+def check(value: Any, schema: str, where: str) -> None:
+    """Raise ValueError, which says where and why, unless a value keeps to ``schemas/<schema>.json``."""
     validator = Draft202012Validator(json.loads((SCHEMAS / f"{schema}.json").read_text()))
     error = best_match(validator.iter_errors(value))
     if error is not None:

@@ -133,7 +133,8 @@ def kernels_summary(content: Content) -> list[str]:
             f"A split24 fold of {split24['numel']:,} elements is **{number(_ratio(stock_fp32, split24))} times** as "
             "fast as stock PyTorch's addition to an FP32 sum, takes "
             f"{number(_ratio(split24, stock_bf16))} times as long as its addition in bf16, and reaches "
-            f"**{_of_copy(split24)}** of `copy_` bandwidth. Time over split24's, below 1 is faster:"
+            f"**{_of_copy(split24)}** of `copy_` bandwidth. The table has times over split24's: above 1 is slower than "
+            "split24, below 1 is faster."
         )
     rows = [
         [name, *(_over_split24(found) for found in by_case.values()), _of_copy(by_case[largest])]
@@ -197,9 +198,9 @@ def finish_summary(content: Content) -> list[str]:
 # ---- host overhead -----------------------------------------------------------------------------------------------
 
 MODELS = {
-    "bare": "bare: one autograd node makes all gradients",
-    "eager": "transformer blocks of ten parameters",
-    "compiled": "transformer blocks of ten parameters, `torch.compile`d",
+    "bare": "gradients by one autograd node",
+    "eager": "transformer",
+    "compiled": "transformer, `torch.compile`d",
 }
 
 

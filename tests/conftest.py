@@ -1,10 +1,18 @@
 """What all tests share: a fixed seed, triton's interpreter where there is no GPU, and who skips with which reason."""
 
+from __future__ import annotations
+
 import os
 import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from compatibility import Recorder
+
+if TYPE_CHECKING:
+    from ranks import Ranks
 
 # Without a GPU the triton kernels run in triton's interpreter, which must be chosen before triton is imported.
 if not torch.cuda.is_available():
@@ -15,8 +23,26 @@ warnings.filterwarnings("ignore", message="overflow encountered in cast", catego
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-compatibility",
+        action="store_true",
+        help="write what the tests marked integration show to docs/compatibility.json and the README",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--write-compatibility"):
+        config.pluginmanager.register(Recorder())
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
+        for item in items:  # what runs in triton's interpreter elsewhere is a test of the GPU here
+            params = getattr(item, "callspec", None)
+            if params and params.params.get("backend") in ("triton", "cuda"):
+                item.add_marker(pytest.mark.gpu)
         return
     from accumkern import available_backends
 
@@ -53,3 +79,17 @@ def backend(request: pytest.FixtureRequest) -> str:
 def device(backend: str) -> torch.device:
     """Where the backend's tensors are."""
     return torch.device("cpu" if backend == "cpu" else DEVICE)
+
+
+@pytest.fixture(scope="session", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    """Processes that can be the ranks of a process group."""
+    from ranks import Ranks
+
+    if not torch.distributed.is_available():
+        pytest.skip("torch is built without torch.distributed")
+    if request.param == "nccl" and not torch.distributed.is_nccl_available():
+        pytest.skip("torch is built without NCCL")
+    processes = Ranks(request.param)
+    yield processes
+    processes.stop()

@@ -839,6 +839,7 @@ def test_tensor_hook_that_raises(set_to_none: bool) -> None:
 # ---- several optimizers ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration("Several models and optimizers: a GAN loop")
 def test_two_accumulators_in_a_gan_loop() -> None:
     """The generator's loss sends gradients through the discriminator, whose optimizer zeroes them."""
     generator = torch.nn.Linear(4, 6, dtype=BF16)

@@ -1,0 +1,118 @@
+"""Gradients that are spread over processes: the shards of a DTensor, and sums over ranks."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from accumkern.accumulator import _Parameter
+
+
+class RunningShard(Tensor):
+    """This rank's shard of a running gradient, where ``fully_shard`` adds to it.
+
+    fully_shard calls the hooks of a parameter after it has added: it computes ``param.grad._local_tensor += new``. This
+    tensor is as any other but for that addition, which is a fold. Copies of it are plain tensors.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    parameter: weakref.ref[_Parameter]
+
+    @staticmethod
+    def put_into(grad: Any, parameter: _Parameter) -> None:
+        """Let the shard of ``grad`` fold what is added to it."""
+        running = shard(grad).as_subclass(RunningShard)
+        running.parameter = weakref.ref(parameter)
+        grad._local_tensor = running
+
+    def __iadd__(self, new: Any) -> RunningShard:  # type: ignore[misc]
+        parameter = self.parameter()
+        if parameter is None or not isinstance(new, Tensor) or not parameter.accumulator._takes_shard():
+            return self.add_(new)  # type: ignore[return-value]
+        parameter.accumulator._fold_shard(parameter, self, new)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.as_subclass(Tensor), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Return whether ``tensor`` is a DTensor."""
+    if not is_traceable_wrapper_subclass(tensor) or not torch.distributed.is_available():
+        return False  # without an import that takes its time
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+@torch.no_grad()
+def shard(grad: Any) -> Tensor:
+    """Return the very tensor that holds this rank's part of a DTensor, once a collective that writes it is done."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    local = grad.to_local()
+    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+
+
+@torch.no_grad()
+def with_shard(local: Tensor, like: Any) -> Any:
+    """Return a DTensor laid out over ranks as ``like`` is, of which this rank holds ``local``."""
+    from torch.distributed.tensor import DTensor
+
+    shape, stride = like.shape, like.stride()
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+
+
+def is_pending(grad: Any) -> bool:
+    """Return whether the value of a DTensor is the sum of what its ranks hold."""
+    return any(placement.is_partial() for placement in grad.placements)
+
+
+@torch.no_grad()
+def reduced(local: Tensor, like: Any) -> Tensor:
+    """Return this rank's part of the sum that ``local`` is a term of, where ``like`` is such a sum."""
+    from torch.distributed.tensor import Replicate
+
+    placements = [Replicate() if placement.is_partial() else placement for placement in like.placements]
+    return shard(with_shard(local, like).redistribute(placements=placements))
+
+
+def groups_of_shards(grad: Any) -> tuple[ProcessGroup, ...]:
+    """Return the groups of ranks that hold different elements of a DTensor."""
+    return tuple(
+        grad.device_mesh.get_group(dim)
+        for dim, placement in enumerate(grad.placements)
+        if not placement.is_replicate() and not placement.is_partial()
+    )
+
+
+def norm_over(groups: tuple[ProcessGroup, ...], norm: Tensor, norm_type: float) -> Tensor:
+    """Return the norm of a vector of which each rank holds some elements.
+
+    Args:
+        groups: of ranks that hold different elements; those of one group after the other are combined.
+        norm: of the elements of this rank, 0-dim.
+        norm_type: a positive number, or infinity.
+    """
+    if not groups:
+        return norm
+    if norm_type == float("inf"):  # the greatest of numbers and NaN may be either
+        both = torch.stack([norm.nan_to_num(0.0, posinf=torch.inf), norm.isnan().to(norm.dtype)])
+        for group in groups:
+            torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=group)
+        return torch.where(both[1] > 0, torch.nan, both[0])
+    power = norm.double() ** norm_type
+    for group in groups:
+        torch.distributed.all_reduce(power, group=group)
+    return (power ** (1 / norm_type)).to(norm.dtype)

@@ -1,0 +1,77 @@
+"""What is installed, which backends can run here, and why the others cannot."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+
+import torch
+
+from accumkern import __version__, available_backends, backends
+
+
+def doctor() -> int:
+    """Print versions, devices and backends; return 0, or 1 where the backend that is set cannot run."""
+    print(f"accumkern   {__version__}")
+    print(f"python      {platform.python_version()} on {platform.platform()}")
+    print(f"torch       {torch.__version__}, {_torch_build()}, {torch.get_num_threads()} CPU threads")
+    print(f"triton      {_version_of('triton')}")
+    print(f"extension   {_extension()}")
+    for device in _devices():
+        print(f"device      {device}")
+    print("\nbackends")
+    for name, reason in available_backends().items():
+        print(f"  {name:8s}  {'ok' if reason is None else 'no'}   {reason or backends.BACKENDS[name]}")
+    print()
+    failed = False
+    for kind in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        try:
+            chosen = backends.choose(None, torch.device(kind))
+        except (RuntimeError, ValueError) as error:
+            print(f"{kind} tensors: {error}")
+            failed = True
+        else:
+            because = " (set by ACCUMKERN_BACKEND)" if os.environ.get("ACCUMKERN_BACKEND") else ""
+            print(f"{kind} tensors are folded by backend {chosen!r}{because}")
+    return int(failed)
+
+
+def _torch_build() -> str:
+    if torch.version.hip is not None:
+        return f"ROCm {torch.version.hip}"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda is not None else "CPU build"
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _extension() -> str:
+    problem = backends._extension_problem()
+    if problem is not None:
+        return problem
+    from accumkern import _C  # type: ignore[attr-defined]
+
+    parts = [
+        f"built with {_C.compiler}",
+        "OpenMP" if _C.openmp else "no OpenMP",
+        f"{_C.cpu_instruction_set()} chosen on this CPU",
+        f"CUDA for {_C.cuda_targets}" if _C.cuda_targets else "no CUDA",
+    ]
+    return ", ".join(parts)
+
+
+def _devices() -> list[str]:
+    if not torch.cuda.is_available():
+        return ["CPU only: torch finds no GPU"]
+    found = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        capability = f"sm_{properties.major}{properties.minor}"
+        found.append(f"cuda:{i} {properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB")
+    return found

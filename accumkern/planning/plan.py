@@ -1,0 +1,379 @@
+"""``accumkern.plan``: measure what fits, what is fast and what helps training, and decide."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from accumkern import __version__
+from accumkern.planning import ranks
+from accumkern.planning.decide import Rate, Split, best_batch, relative_time, split, useful_batches
+from accumkern.planning.explain import explain
+from accumkern.planning.fit import Trial, find_fit, largest, try_window
+from accumkern.planning.memory import available_bytes, format_bytes, parse_bytes
+from accumkern.planning.noise import Noise, measure_noise
+from accumkern.planning.predict import PredictionError, fake_setup, predict_memory
+from accumkern.planning.preserve import Preserved
+from accumkern.planning.protocol import Setup, SetupFunction, run_setup
+from accumkern.planning.result import Batch, Choice, Plan, Prediction
+from accumkern.planning.throughput import knee, measure_speeds
+from accumkern.planning.window import choose_buffer
+
+_RANKS = (1, 2, 4, 8)
+_NOISE_MICRO_BATCH = 4
+_SHOWN = 4  # times the larger of chosen batch and noise scale
+_PAYS = 0.95  # of the time to train without accumulation
+
+Progress = Callable[[str, str], None]  # of (what is being done, what came of it)
+
+
+def plan(
+    setup: SetupFunction,
+    *,
+    effective_batch: int | None = None,
+    memory: int | str | None = None,
+    margin: float = 0.1,
+    buffer: str | None = None,
+    largest_micro_batch: int = 1024,
+    noise_windows: int = 32,
+    measure: bool = True,
+    progress: Progress = lambda stage, detail: None,
+) -> Plan:
+    """Find the micro-batch and the accumulation steps to train with, and say why.
+
+    It tries what fits, times what fits, estimates the gradient noise scale, and predicts memory without using it; see
+    ``docs/batch-size.md`` for how, and for what can be relied on. The setup's model, optimizer and gradients, and all
+    random numbers, are afterwards as ``setup()`` made them. With a process group, call it on every rank: they agree.
+
+    Args:
+        setup: a function that returns model, optimizer, make_batch and loss; see
+            :class:`accumkern.planning.protocol.Setup`.
+        effective_batch: samples between two optimizer steps, over all ranks. None chooses from speed and noise.
+        memory: of the device, in bytes or as text such as ``"24GB"``. None takes what is available now.
+        margin: the part of it to leave free, 0 to 1 (excluded).
+        buffer: of :func:`accumkern.attach`; None chooses by the parameters' dtype.
+        largest_micro_batch: not to be exceeded, if memory allows more.
+        noise_windows: windows to train for the noise scale, 4 or more, or 0 to leave it out.
+        measure: False predicts what fits on fake tensors, and uses neither the device nor its memory.
+        progress: is called with what is being done and with what came of it.
+
+    Raises:
+        TypeError, ValueError: an argument or what ``setup()`` returned is wrong, or the limit is less than the
+            parameters take.
+        RuntimeError: ``setup()`` or one of its functions failed, memory leaks, or no micro-batch fits.
+        PredictionError: with ``measure=False``, the script does not run on fake tensors.
+    """
+    _check_arguments(effective_batch, margin, largest_micro_batch, noise_windows)
+    limit = None if memory is None else parse_bytes(memory)
+    if not measure:
+        if limit is None:
+            raise ValueError("memory is None; a prediction (measure=False) needs it, such as memory='24GB'")
+        return _predicted_plan(setup, effective_batch, limit, margin, buffer, largest_micro_batch, progress)
+    made = run_setup(setup)
+    if isinstance(made.model, DistributedDataParallel):
+        made = made._replace(model=made.model.module)  # whose backward pass waits for no other rank
+    buffer = choose_buffer(made, buffer)
+    limit = int(ranks.lowest(float(limit or available_bytes(made.device)), made.device))
+    world = ranks.world_size()
+    at_most = largest_micro_batch
+    if effective_batch is not None:
+        at_most = min(at_most, max(1, math.ceil(effective_batch / world)))
+    with Preserved(made) as preserved:
+        return _measured_plan(
+            setup, made, preserved, effective_batch, limit, margin, buffer, at_most, noise_windows, progress
+        )
+
+
+def _measured_plan(
+    function: SetupFunction,
+    setup: Setup,
+    preserved: Preserved,
+    target: int | None,
+    limit: int,
+    margin: float,
+    buffer: str | None,
+    at_most: int,
+    noise_windows: int,
+    progress: Progress,
+) -> Plan:
+    allowed = int(limit * (1 - margin))
+
+    def tell(trial: Trial) -> None:
+        outcome = "fits" if trial.fits else "does not fit"
+        progress("what fits", f"micro-batch {trial.micro_batch}: {format_bytes(trial.peak_bytes)}, {outcome}")
+
+    fit = find_fit(setup, preserved, allowed, at_most, buffer, tell)
+    world = ranks.world_size()
+    speeds = measure_speeds(
+        setup,
+        preserved,
+        _sizes(fit.micro_batch, None if target is None else target // world),
+        buffer,
+        lambda speed: progress(
+            "what is fast", f"micro-batch {speed.micro_batch}: {speed.limit_per_second:.4g} samples per second"
+        ),
+    )
+    noise = None
+    if noise_windows:
+        progress("what helps training", f"gradient noise over {noise_windows} windows")
+        noise = measure_noise(setup, preserved, min(fit.micro_batch, _NOISE_MICRO_BATCH), noise_windows)
+        progress("what helps training", f"gradient noise scale {noise.noise_scale:.3g} samples")
+    fitting = sorted({trial.micro_batch for trial in fit.trials if trial.fits})
+    powers = [size for size in fitting if size & (size - 1) == 0 or size == fitting[-1]]
+    predictions, problem = _predictions(function, powers, buffer, progress)
+
+    by_size = {speed.micro_batch: speed for speed in speeds}
+
+    def rate(micro_batch: int, accumulation_steps: int) -> float:
+        return by_size[micro_batch].samples_per_second(accumulation_steps)
+
+    sizes = list(by_size)
+    if target is not None:
+        batch = target
+    else:
+        batch = best_batch(world, sizes, rate, math.inf if noise is None else noise.noise_scale)
+    way = split(batch, world, sizes, rate)
+    progress("the plan", f"micro-batch {way.micro_batch}, {way.accumulation_steps} accumulation steps")
+    verified = try_window(setup, preserved, way.micro_batch, way.accumulation_steps, buffer, allowed)
+    if not verified.fits:
+        raise RuntimeError(
+            f"a micro-batch of {way.micro_batch} fitted before and does not now ({format_bytes(verified.peak_bytes)}); "
+            "other programs take memory, or the setup's use of it changes: leave a larger margin"
+        )
+    peaks = {trial.micro_batch: trial.peak_bytes for trial in fit.trials if trial.fits}
+    peaks[verified.micro_batch] = verified.peak_bytes
+    gradient_bytes = _gradient_bytes(setup)
+
+    def choice(way: Split) -> Choice:
+        buckets = gradient_bytes if way.ranks > world == 1 else 0  # of DistributedDataParallel
+        memory = _interpolated(peaks, way.micro_batch) + buckets
+        useful: tuple[float | None, float | None] = (None, None)
+        if noise is not None:
+            useful = useful_batches(way.ranks, sizes, rate, (noise.low, noise.noise_scale, noise.high))
+        speed = way.ranks * rate(way.micro_batch, way.accumulation_steps)
+        return Choice(way.ranks, way.micro_batch, way.accumulation_steps, way.effective_batch, memory, speed, *useful)
+
+    return explain(
+        Plan(
+            choice=choice(way),
+            by_ranks=tuple(
+                choice(way if n == world else split(way.effective_batch, n, sizes, rate))
+                for n in sorted({*_RANKS, world})
+            ),
+            target=target,
+            buffer=buffer,
+            attach=buffer is not None and way.accumulation_steps > 1,
+            accumulation_pays=_pays(way, sizes, rate, noise),
+            reasons=(),
+            warnings=_warnings(setup, way.micro_batch),
+            memory_limit_bytes=limit,
+            margin=margin,
+            largest_micro_batch=fit.micro_batch,
+            is_limited_by_memory=fit.is_limited_by_memory,
+            fit=fit,
+            predictions=predictions,
+            prediction_problem=problem,
+            speeds=tuple(speeds),
+            knee=knee(speeds).micro_batch,
+            noise=noise,
+            batches=_batches(way, sizes, rate, noise),
+            tokens_per_sample=setup.tokens_per_sample,
+            gradient_bytes=gradient_bytes,
+            adam=_is_adam(setup),
+            machine=_machine(setup.device),
+        )
+    )
+
+
+def _predicted_plan(
+    function: SetupFunction,
+    target: int | None,
+    limit: int,
+    margin: float,
+    buffer: str | None,
+    at_most: int,
+    progress: Progress,
+) -> Plan:
+    """Plan from memory alone, without running anything."""
+    allowed = int(limit * (1 - margin))
+    at_most = at_most if target is None else min(at_most, target)
+    found: dict[int, Prediction] = {}
+    with fake_setup(function) as setup:
+        buffer = choose_buffer(setup, buffer)
+
+        def fits(micro_batch: int) -> bool:
+            prediction = found[micro_batch] = Prediction(micro_batch, predict_memory(setup, micro_batch, buffer))
+            total = prediction.memory.total
+            progress("what would fit", f"micro-batch {micro_batch}: {format_bytes(total)} predicted")
+            return total <= allowed
+
+        if not fits(1):
+            memory = found[1].memory
+            raise ValueError(
+                f"no micro-batch would fit into {format_bytes(limit)} with a margin of {margin:.0%}: one sample needs "
+                f"{format_bytes(memory.total)}, of which parameters {format_bytes(memory.parameters)}, gradients and "
+                f"residuals {format_bytes(memory.gradients + memory.residuals)}, optimizer state "
+                f"{format_bytes(memory.optimizer_state)}; take more memory, a smaller model, or activation "
+                "checkpointing"
+            )
+        most = largest(fits, at_most)
+        # A larger micro-batch is hardly ever slower: without measured speeds, size stands for it.
+        sizes = range(1, most + 1)
+        way = split(target or most, 1, sizes, _size)
+        peak = predict_memory(setup, way.micro_batch, buffer, min(2, way.accumulation_steps)).total
+        peaks = {size: prediction.memory.total for size, prediction in found.items()} | {way.micro_batch: peak}
+        gradient_bytes = _gradient_bytes(setup)
+
+        def choice(way: Split) -> Choice:
+            buckets = gradient_bytes if way.ranks > 1 else 0
+            memory = _interpolated(peaks, way.micro_batch) + buckets
+            return Choice(
+                way.ranks, way.micro_batch, way.accumulation_steps, way.effective_batch, memory, None, None, None
+            )
+
+        return explain(
+            Plan(
+                choice=choice(way),
+                by_ranks=tuple(choice(split(way.effective_batch, n, sizes, _size)) for n in _RANKS),
+                target=target,
+                buffer=buffer,
+                attach=buffer is not None and way.accumulation_steps > 1,
+                accumulation_pays=None,
+                reasons=(),
+                warnings=_warnings(setup, way.micro_batch),
+                memory_limit_bytes=limit,
+                margin=margin,
+                largest_micro_batch=most,
+                is_limited_by_memory=most < at_most,
+                fit=None,
+                predictions=tuple(found[size] for size in sorted(found)),
+                prediction_problem=None,
+                speeds=(),
+                knee=None,
+                noise=None,
+                batches=(),
+                tokens_per_sample=setup.tokens_per_sample,
+                gradient_bytes=gradient_bytes,
+                adam=_is_adam(setup),
+                machine=_machine(setup.device) | {"device": "none: predicted on fake tensors"},
+            )
+        )
+
+
+def _size(micro_batch: int, accumulation_steps: int) -> float:
+    return float(micro_batch)
+
+
+def _predictions(
+    function: SetupFunction, sizes: Sequence[int], buffer: str | None, progress: Progress
+) -> tuple[tuple[Prediction, ...], str | None]:
+    """Return predictions for the sizes, and why there are none."""
+    try:
+        with fake_setup(function) as setup:
+            predictions = tuple(Prediction(size, predict_memory(setup, size, buffer)) for size in sizes)
+    except PredictionError as error:
+        progress("what would fit elsewhere", str(error))
+        return (), str(error)
+    progress("what would fit elsewhere", f"{format_bytes(predictions[-1].memory.total)} predicted for {sizes[-1]}")
+    return predictions, None
+
+
+def _sizes(most: int, per_rank: int | None) -> list[int]:
+    """Return the micro-batches to time: powers of two, the largest, and the largest parts of a rank's batch."""
+    sizes = {2**i for i in range(most.bit_length())} | {most}
+    if per_rank is not None:
+        parts = [size for size in range(1, most + 1) if per_rank % size == 0]
+        sizes |= set(parts[-3:])
+    return sorted(sizes)
+
+
+def _batches(way: Split, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> tuple[Batch, ...]:
+    """Return what powers of two per rank cost, up to well beyond the chosen batch and the noise scale."""
+    if noise is None or noise.noise_scale in (0, math.inf):
+        return ()
+    most = _SHOWN * max(way.effective_batch, noise.noise_scale)
+    sizes_of_batches = [way.ranks * 2**i for i in range(64) if i < 4 or way.ranks * 2**i <= most]
+    columns = []
+    for noise_scale in (noise.noise_scale, noise.low, noise.high):
+        times = [relative_time(batch, way.ranks, sizes, rate, noise_scale) for batch in sizes_of_batches]
+        columns.append([time / min(times) for time in times])
+    ways = [split(batch, way.ranks, sizes, rate) for batch in sizes_of_batches]
+    speeds = [way.ranks * rate(way.micro_batch, way.accumulation_steps) for way in ways]
+    return tuple(map(Batch, sizes_of_batches, speeds, *columns))
+
+
+def _pays(way: Split, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> bool | None:
+    """Return whether training takes less time than with the best effective batch of one micro-batch."""
+    if noise is None or way.accumulation_steps == 1 or noise.noise_scale == 0:
+        return None
+    alone = min(relative_time(way.ranks * size, way.ranks, [size], rate, noise.noise_scale) for size in sizes)
+    own = relative_time(way.effective_batch, way.ranks, [way.micro_batch], rate, noise.noise_scale)
+    return own <= _PAYS * alone
+
+
+def _interpolated(peaks: dict[int, int], micro_batch: int) -> int:
+    """Return the peak of a size: memory grows in a straight line between those that are known."""
+    if micro_batch in peaks:
+        return peaks[micro_batch]
+    low = max(size for size in peaks if size < micro_batch)
+    high = min(size for size in peaks if size > micro_batch)
+    part = (micro_batch - low) / (high - low)
+    return round(peaks[low] + part * (peaks[high] - peaks[low]))
+
+
+def _warnings(setup: Setup, micro_batch: int) -> tuple[str, ...]:
+    names = [name for name, module in setup.model.named_modules() if isinstance(module, _BatchNorm) and module.training]
+    if not names:
+        return ()
+    return (
+        f"the model has BatchNorm ({names[0] or 'the model itself'}{' and others' if len(names) > 1 else ''}): its "
+        f"statistics are those of a micro-batch of {micro_batch}, not of the effective batch, however many are "
+        "accumulated; keep the micro-batch that it was tuned for, or use GroupNorm or LayerNorm, or SyncBatchNorm over "
+        "ranks",
+    )
+
+
+def _gradient_bytes(setup: Setup) -> int:
+    return sum(param.numel() * param.element_size() for param in setup.model.parameters() if param.requires_grad)
+
+
+def _is_adam(setup: Setup) -> bool:
+    return "betas" in setup.optimizer.param_groups[0]
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "device": name,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accumkern": __version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _check_arguments(effective_batch: int | None, margin: float, largest_micro_batch: int, noise_windows: int) -> None:
+    for name, value, least in (
+        ("effective_batch", effective_batch, 1),
+        ("largest_micro_batch", largest_micro_batch, 1),
+        ("noise_windows", noise_windows, 0),
+    ):
+        if value is None and name == "effective_batch":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} is a {type(value).__name__}; it must be an int")
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if 0 < noise_windows < 4:
+        raise ValueError(f"noise_windows is {noise_windows}; it must be at least 4, or 0 to leave the noise scale out")
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+        raise TypeError(f"margin is a {type(margin).__name__}; it must be a number")
+    if not 0 <= margin < 1:
+        raise ValueError(f"margin is {margin}; it must be at least 0 and less than 1")

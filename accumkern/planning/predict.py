@@ -1,0 +1,130 @@
+"""What would fit elsewhere: peak memory by category, from a window on fake tensors, which have shapes but no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
+
+from accumkern import backends
+from accumkern.accumulator import GradAccumulator
+from accumkern.planning.preserve import RandomState
+from accumkern.planning.protocol import Setup, SetupFunction, make_batch, run_setup
+from accumkern.planning.window import train_window
+
+
+class PredictionError(RuntimeError):
+    """A script cannot be run on fake tensors; measuring on the device still works."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the moment of the peak, by what they are for.
+
+    Attributes:
+        parameters: with buffers.
+        gradients: ``.grad``, and a new gradient that is just being folded.
+        residuals: what accumkern keeps beside ``.grad``.
+        optimizer_state: with what its step needs for a moment.
+        activations: with the batch, gradients of activations, and what operations need for a moment.
+    """
+
+    parameters: int
+    gradients: int
+    residuals: int
+    optimizer_state: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.parameters + self.gradients + self.residuals + self.optimizer_state + self.activations
+
+
+@contextmanager
+def fake_setup(function: SetupFunction) -> Iterator[Setup]:
+    """Call ``setup()`` so that everything it makes is fake, and stay in that mode for the block.
+
+    Raises:
+        PredictionError: in ``setup()`` or in the block something needed values of tensors (``item()``, shapes that
+            depend on data), or something else that fake tensors don't have.
+        TypeError, ValueError: ``setup()`` does not follow the protocol.
+    """
+    random_state = RandomState(torch.device("cpu"))
+    try:
+        with _fake_mode():
+            yield run_setup(function)
+    except RuntimeError as error:
+        raise PredictionError(
+            f"memory cannot be predicted, because the script does not run on fake tensors: {error}; measure it on the "
+            "device instead"
+        ) from error
+    finally:
+        random_state.put_back()
+
+
+def predict_memory(setup: Setup, micro_batch: int, buffer: str | None, micro_batches: int = 2) -> Memory:
+    """Return the peak memory of training with a micro-batch, without having that memory.
+
+    Two windows run, with the optimizer's step; the peak is of the second. Tensors on a GPU count as its allocator
+    rounds them, to 512 bytes. What a kernel needs inside itself, and what CUDA keeps apart from tensors, is not in it.
+
+    Args:
+        setup: of the block of :func:`fake_setup`, and inside it.
+        micro_batch: samples in a micro-batch, of the longest.
+        buffer: of :func:`accumkern.attach`; None accumulates as stock PyTorch does.
+        micro_batches: in a window; 1 accumulates nothing.
+    """
+    accumulates = buffer is not None and micro_batches > 1
+    attached = (
+        _FakeAccumulator(setup.optimizer, buffer or "", average_over=micro_batches, backend="eager")
+        if accumulates
+        else nullcontext()
+    )
+    with attached as accumulator:
+
+        def batches() -> Iterator[object]:
+            for _ in range(micro_batches):
+                tracker.reset_mod_stats()  # it takes a model that is called again for an error otherwise
+                yield make_batch(setup, micro_batch, "longest_batch")
+
+        tracker = MemTracker()
+        train_window(setup, batches(), micro_batches, accumulator)
+        tracker.track_external(setup.model, setup.optimizer)
+        if isinstance(accumulator, _FakeAccumulator):
+            tracker.track_external(*accumulator.residuals())
+        with tracker:
+            train_window(setup, batches(), micro_batches, accumulator)
+    peak = tracker.get_tracker_snapshot("peak").get(setup.device, {})
+    return Memory(
+        parameters=peak[_MemRefType.PARAM] + peak[_MemRefType.BUFFER],
+        gradients=peak[_MemRefType.GRAD],
+        residuals=peak[_MemRefType.OTH],
+        optimizer_state=peak[_MemRefType.OPT],
+        activations=peak[_MemRefType.ACT] + peak[_MemRefType.TEMP],
+    )
+
+
+class _FakeAccumulator(GradAccumulator):
+    """The hooks and the memory of accumkern without its kernels: fake tensors have nothing that they could read."""
+
+    def _kernel_on(self, device: torch.device) -> backends.FoldFunction:
+        return lambda *arguments: None
+
+    def residuals(self) -> list[torch.Tensor]:
+        """Return what is kept beside ``.grad``."""
+        return [entry.residual for entry in self._parameters.values() if entry.residual is not None]
+
+
+@contextmanager
+def _fake_mode() -> Iterator[None]:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # Its memo holds weak references, and module.to(...) refuses to swap a parameter that has any
+    # (https://github.com/pytorch/pytorch/pull/184976). Nothing here is converted twice.
+    mode.fake_tensor_converter.set_tensor_memo = lambda tensor, fake: None  # type: ignore[assignment,method-assign]
+    with mode:
+        yield

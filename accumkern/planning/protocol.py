@@ -1,0 +1,226 @@
+"""What a script has to provide: ``setup()`` returns a model, its optimizer, a maker of batches and a loss.
+
+A script that can be planned for::
+
+    def setup():
+        model = GPT().to(torch.bfloat16)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        text = read_text()
+
+        def make_batch(size):                  # `size` samples, in the first dimension of the batch's tensors
+            return random_batch(text, size)
+
+        def loss(model, batch):                # the mean loss over the batch, ready for backward()
+            return model(batch)
+
+        return model, optimizer, make_batch, loss
+
+More can be said by returning a :class:`Setup` with its optional fields.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+class Setup(NamedTuple):
+    """What ``setup()`` returns: the first four fields, as a plain tuple if you like; the others are optional.
+
+    Attributes:
+        model: in training mode, on the device to train on.
+        optimizer: of the model's parameters.
+        make_batch: takes a number of samples and returns a batch of so many, on the model's device: a tensor, or
+            tensors in tuples, lists and dicts. The samples lie in their first dimension. It draws from torch's random
+            numbers, or from a generator that was seeded with ``torch.initial_seed()``.
+        loss: takes the model and a batch, and returns the mean loss of the batch: a floating 0-dim tensor.
+        longest_batch: as ``make_batch``, with every sample as long as samples can get. What fits is tried with it. None
+            says that ``make_batch`` makes such batches already.
+        validation_batch: as ``make_batch``, with samples that are never trained on. A sweep measures the loss on it.
+            None lets it draw other samples with ``make_batch``.
+        tokens_per_sample: lets speed and progress be told in tokens too; a positive number.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    make_batch: Callable[[int], Any]
+    loss: Callable[[nn.Module, Any], Tensor]
+    longest_batch: Callable[[int], Any] | None = None
+    validation_batch: Callable[[int], Any] | None = None
+    tokens_per_sample: float | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model's first parameter."""
+        return next(self.model.parameters()).device
+
+
+SetupFunction = Callable[[], Any]
+
+
+def load_setup(target: str) -> SetupFunction:
+    """Return the function that ``"script.py:function"`` names. The script runs, with its folder in ``sys.path``.
+
+    Raises:
+        ValueError: ``target`` is not of that form.
+        FileNotFoundError: there is no such script.
+        AttributeError: the script has no such function.
+        TypeError: what it has under that name is not a function.
+        RuntimeError: the script raised an error of its own.
+    """
+    path_text, colon, name = target.rpartition(":")
+    if not colon or not path_text or not name.isidentifier():
+        raise ValueError(f"target is {target!r}; it must be a script and a function in it, such as 'train.py:setup'")
+    path = Path(path_text).expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no script {path_text!r}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path_text!r} is not a Python script; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses and pickle look a class's module up there
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[path.stem]
+        raise RuntimeError(f"{path_text} raised {_describe(error)} while it was imported") from error
+    if not hasattr(module, name):
+        raise AttributeError(f"{path_text} has no function {name!r}; write one that returns {_WANTED}")
+    function = getattr(module, name)
+    if not callable(function):
+        raise TypeError(f"{name} in {path_text} is a {type(function).__name__}; it must be a function")
+    setup: SetupFunction = function
+    return setup
+
+
+def run_setup(function: SetupFunction) -> Setup:
+    """Call ``function`` and return what it returned, checked.
+
+    Raises:
+        TypeError: a part is of the wrong kind, or ``function`` is not one.
+        ValueError: there are not four parts, a parameter of the optimizer is not of the model, or nothing is trained.
+        RuntimeError: ``function`` raised an error of its own.
+    """
+    if not callable(function):
+        raise TypeError(f"setup is a {type(function).__name__}; it must be a function that returns {_WANTED}")
+    try:
+        returned = function()
+    except (Exception, SystemExit) as error:
+        raise RuntimeError(f"setup() raised {_describe(error)}; run it by itself to see where") from error
+    return check_setup(returned)
+
+
+def check_setup(returned: Any) -> Setup:
+    """Return what ``setup()`` returned as a :class:`Setup`, or raise as :func:`run_setup` says."""
+    if not isinstance(returned, tuple):
+        raise TypeError(f"setup() returned a {type(returned).__name__}; it must return {_WANTED}, as a tuple")
+    if not isinstance(returned, Setup):
+        if len(returned) != 4:
+            raise ValueError(f"setup() returned {len(returned)} things; it must return {_WANTED}")
+        returned = Setup(*returned)
+    setup: Setup = returned
+    if not isinstance(setup.model, nn.Module):
+        raise TypeError(f"model of setup() is a {type(setup.model).__name__}; it must be a torch.nn.Module")
+    if not isinstance(setup.optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer of setup() is a {type(setup.optimizer).__name__}; it must be a torch.optim.Optimizer"
+        )
+    for name in ("make_batch", "loss"):
+        if not callable(getattr(setup, name)):
+            raise TypeError(f"{name} of setup() is a {type(getattr(setup, name)).__name__}; it must be a function")
+    for name in ("longest_batch", "validation_batch"):
+        value = getattr(setup, name)
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} of setup() is a {type(value).__name__}; it must be a function, or None")
+    tokens = setup.tokens_per_sample
+    if tokens is not None:
+        if isinstance(tokens, bool) or not isinstance(tokens, (int, float)):
+            raise TypeError(f"tokens_per_sample of setup() is a {type(tokens).__name__}; it must be a number, or None")
+        if not 0 < tokens < float("inf"):
+            raise ValueError(f"tokens_per_sample of setup() is {tokens}; it must be positive")
+    _check_parameters(setup)
+    return setup
+
+
+def _check_parameters(setup: Setup) -> None:
+    of_model = set(setup.model.parameters())
+    if not any(param.requires_grad for param in of_model):
+        raise ValueError("model of setup() has no parameter that requires a gradient; there is nothing to train")
+    of_optimizer = [param for group in setup.optimizer.param_groups for param in group["params"]]
+    strange = sum(param not in of_model for param in of_optimizer)
+    if strange:
+        raise ValueError(
+            f"{strange} of the optimizer's {len(of_optimizer)} parameters are not the model's; make the optimizer from "
+            "model.parameters(), after the model was moved and cast"
+        )
+    devices = sorted({str(param.device) for param in of_model})
+    if len(devices) > 1:
+        raise ValueError(f"model of setup() is on several devices ({', '.join(devices)}); put it on one")
+
+
+def make_batch(setup: Setup, size: int, kind: str = "make_batch") -> Any:
+    """Return a batch of ``size`` samples from the setup's function of the name ``kind``, checked.
+
+    Raises:
+        RuntimeError: the function raised an error of its own; running out of memory is passed on as it is.
+        ValueError: no tensor of the batch has ``size`` samples in its first dimension.
+        TypeError: there is no tensor in it.
+    """
+    function = getattr(setup, kind) or setup.make_batch
+    name = getattr(function, "__name__", kind)
+    try:
+        batch = function(size)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{name}({size}) of setup() raised {_describe(error)}") from error
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise TypeError(f"{name}({size}) of setup() returned a {type(batch).__name__} without a tensor in it")
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    if not any(shape[:1] == (size,) for shape in shapes):
+        raise ValueError(
+            f"{name}({size}) of setup() made tensors of shape {', '.join(map(str, shapes))}; the first dimension of "
+            f"one of them must be {size}"
+        )
+    return batch
+
+
+def compute_loss(setup: Setup, batch: Any, model: nn.Module | None = None) -> Tensor:
+    """Return the setup's loss of a batch, checked.
+
+    Args:
+        setup: whose loss it is.
+        batch: from :func:`make_batch`.
+        model: to use instead of the setup's own.
+
+    Raises:
+        TypeError: it is not a floating tensor.
+        ValueError: it is not of one element, or has no graph to go backward through.
+
+    What the loss function itself raises is passed on: it may have run out of memory.
+    """
+    loss = setup.loss(setup.model if model is None else model, batch)
+    if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        found = f"{loss.dtype} tensor" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"loss of setup() returned a {found}; it must return a floating tensor of one element")
+    if loss.dim() != 0:
+        raise ValueError(f"loss of setup() returned shape {tuple(loss.shape)}; it must be 0-dim: take the mean")
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise ValueError("loss of setup() returned a tensor without a graph; don't detach it or call item()")
+    return loss
+
+
+_WANTED = "model, optimizer, make_batch and loss"
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

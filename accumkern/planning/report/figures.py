@@ -1,0 +1,219 @@
+"""The figures of a plan and of a sweep, drawn from their plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+CATEGORIES = {
+    "parameters": ("parameters", "#30343f"),
+    "gradients": ("gradients", "#1f77b4"),
+    "residuals": ("residuals", "#7fc8f8"),
+    "optimizer_state": ("optimizer state", "#2a9d8f"),
+    "activations": ("activations and batch", "#f2b134"),
+}
+_BLUE, _RED, _GREY = "#1f77b4", "#d1495b", "#8a8f98"
+_LINES = ("#1f77b4", "#d1495b", "#2a9d8f", "#f2b134", "#6a4c93", "#30343f", "#8a8f98", "#c06c84")
+_STYLES = {"none": ":", "sqrt": "-", "linear": "--"}
+_SIZE = (7.2, 4.2)
+_DPI = 144
+_MOST_BARS = 10
+
+
+def plan_figures(plan: dict[str, Any]) -> dict[str, Figure]:
+    """Return the figures of a plan's ``to_dict()`` by file name."""
+    figures = {"memory": memory(plan)}
+    if plan["batches"]:
+        figures["batches"] = batches(plan)
+    if plan["speeds"]:
+        figures["throughput"] = throughput(plan)
+    return figures
+
+
+def sweep_figures(sweep: dict[str, Any]) -> dict[str, Figure]:
+    """Return the figures of a sweep's ``to_dict()`` by file name."""
+    tokens = sweep["tokens_per_sample"]
+    unit, factor = ("tokens", tokens) if tokens else ("samples", 1)
+    return {
+        "loss-by-samples": losses(sweep, f"{unit} trained", lambda point: point["samples"] * factor),
+        "loss-by-time": losses(sweep, "seconds trained", lambda point: point["seconds"]),
+    }
+
+
+def save(figures: dict[str, Figure], folder: Path) -> None:
+    """Write the figures as PNG files."""
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=_DPI)
+
+
+def memory(plan: dict[str, Any]) -> Figure:
+    """Bars of memory by category, predicted, with what was measured and what is allowed."""
+    figure, axes = _axes("Peak memory by micro-batch")
+    predicted = {entry["micro_batch"]: entry["memory"] for entry in plan["predictions"]}
+    trials = plan["fit"]["trials"] if plan["fit"] else []
+    measured = {trial["micro_batch"]: trial["peak_bytes"] for trial in trials if trial["fits"]}
+    sizes = sorted(predicted or measured)[-_MOST_BARS:]
+    allowed = plan["memory_limit_bytes"] * (1 - plan["margin"])
+    most = max(predicted[size]["total"] if predicted else measured[size] for size in sizes)
+    unit, one = _byte_unit(most)
+    rows = range(len(sizes))
+    if predicted:
+        left = [0.0] * len(sizes)
+        for key, (label, color) in CATEGORIES.items():
+            widths = [predicted[size][key] / one for size in sizes]
+            if any(widths):
+                axes.barh(rows, widths, left=left, color=color, label=f"{label}", height=0.68)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+    else:
+        axes.barh(rows, [measured[size] / one for size in sizes], color=_BLUE, label="measured", height=0.68)
+    if predicted and measured:
+        shown = [(row, measured[size] / one) for row, size in zip(rows, sizes, strict=True) if size in measured]
+        axes.plot(
+            [value for _, value in shown], [row for row, _ in shown], "D", color="black", ms=5, label="measured peak"
+        )
+    if allowed <= 3 * most:
+        axes.axvline(allowed / one, color=_RED, ls="--", lw=1.5, label="limit less margin")
+    axes.set_yticks(rows, [f"{size:,}" for size in sizes])
+    axes.invert_yaxis()
+    axes.set_ylabel("micro-batch (samples)")
+    axes.set_xlabel(f"memory ({unit})" + ("; bars are predicted" if predicted else ""))
+    axes.set_xlim(0, 1.08 * (max(most, allowed) if allowed <= 3 * most else most) / one)
+    axes.grid(axis="y", visible=False)
+    _legend_below(figure, axes)
+    return figure
+
+
+def throughput(plan: dict[str, Any]) -> Figure:
+    """Speed against the micro-batch, and the time of a window of the effective batch."""
+    figure = Figure(figsize=(_SIZE[0] * 1.3, _SIZE[1]), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    speeds = plan["speeds"]
+    sizes = [speed["micro_batch"] for speed in speeds]
+    tokens = plan["tokens_per_sample"]
+    unit, factor = ("tokens", tokens) if tokens else ("samples", 1)
+    chosen = plan["choice"]["micro_batch"]
+
+    values = [speed["samples_per_second"] * factor for speed in speeds]
+    left.plot(sizes, values, "o-", color=_BLUE)
+    left.axvline(plan["knee"], color=_GREY, ls=":", lw=1.5, label=f"knee: {plan['knee']}")
+    ring: Any = {"marker": "o", "ms": 11, "mfc": "none", "mec": _RED, "mew": 2, "ls": "none"}
+    left.plot([chosen], [values[sizes.index(chosen)]], label=f"plan: {chosen}", **ring)
+    left.set_ylabel(f"{unit} per second and rank")
+    left.set_title("Speed of forward and backward", loc="left")
+
+    per_rank = chosen * plan["choice"]["accumulation_steps"]
+    windows = [speed["seconds"] * per_rank / speed["micro_batch"] + speed["step_seconds"] for speed in speeds]
+    fitting = [(size, window) for size, window in zip(sizes, windows, strict=True) if size <= per_rank]
+    scale, seconds = (1e3, "ms") if max(window for _, window in fitting) < 1 else (1.0, "s")
+    right.plot([size for size, _ in fitting], [window * scale for _, window in fitting], "o-", color="#2a9d8f")
+    right.plot([chosen], [windows[sizes.index(chosen)] * scale], label=f"plan: {chosen}", **ring)
+    right.set_ylabel(f"time of a window ({seconds})")
+    right.set_title(f"Cost of accumulation: {per_rank:,} samples", loc="left")
+    for axes in (left, right):
+        _style(axes)
+        axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.05)
+        axes.set_xlabel("micro-batch (samples)")
+        _log2(axes, sizes)
+        axes.legend(frameon=False, loc="lower right" if axes is left else "upper right")
+    return figure
+
+
+def batches(plan: dict[str, Any]) -> Figure:
+    """Time to train against the effective batch, as speed and noise scale have it."""
+    figure, axes = _axes("Time to train, by speed and gradient noise scale")
+    shown = [entry for entry in plan["batches"] if entry["time"] <= 8]
+    sizes = [entry["effective_batch"] for entry in shown]
+    lows, highs = ([min(max(entry[key], 1), 16) for entry in shown] for key in ("time_high", "time_low"))
+    axes.fill_between(sizes, lows, highs, color=_BLUE, alpha=0.18, lw=0, label="80% interval of the noise scale")
+    axes.plot(sizes, [entry["time"] for entry in shown], "o-", color=_BLUE, label="relative time to train")
+    low, high = plan["choice"]["useful_low"], plan["choice"]["useful_high"] or sizes[-1]
+    axes.axvspan(low, max(high, low * 1.1), color="#2a9d8f", alpha=0.15, lw=0, label="useful: within 10% of the best")
+    batch = plan["choice"]["effective_batch"]
+    axes.axvline(batch, color=_RED, lw=1.5, label=f"plan: {batch:,}")
+    axes.axvline(plan["noise"]["noise_scale"], color=_GREY, ls=":", lw=1.5, label="noise scale")
+    axes.set_xlabel(f"effective batch (samples), ranks: {plan['choice']['ranks']}")
+    axes.set_ylabel("time to train / least")
+    axes.set_ylim(0.8, min(8.2, max(3.0, *(entry["time"] for entry in shown)) * 1.05))
+    _log2(axes, sizes)
+    _legend_below(figure, axes)
+    return figure
+
+
+def losses(sweep: dict[str, Any], label: str, x: Any) -> Figure:
+    """Loss of every run, against samples or time; runs that did not finish end with a cross."""
+    figure, axes = _axes(f"Validation loss by {label}")
+    sizes = sorted({run["effective_batch"] for run in sweep["runs"]})
+    color = {size: _LINES[i % len(_LINES)] for i, size in enumerate(sizes)}
+    seen = set()
+    for run in sweep["runs"]:
+        points = [point for point in run["points"] if point["loss"] is not None]
+        size, rule = run["effective_batch"], run["rule"]
+        name = f"{size:,}" if size == sweep["base_batch"] else f"{size:,}, {rule}"
+        axes.plot(
+            [x(point) for point in points],
+            [point["loss"] for point in points],
+            color=color[size],
+            ls="-" if size == sweep["base_batch"] else _STYLES[rule],
+            lw=1.6,
+            alpha=0.85,
+            label=None if name in seen else name,
+        )
+        seen.add(name)
+        if run["status"] != "finished" and points:
+            axes.plot(x(points[-1]), points[-1]["loss"], "x", color=color[size], ms=9, mew=2.5)
+    if sweep["target_loss"] is not None:
+        axes.axhline(sweep["target_loss"], color=_GREY, ls="--", lw=1.2, label=f"target {sweep['target_loss']:.3g}")
+    axes.set_xlabel(label)
+    axes.set_ylabel("validation loss")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+    _legend_below(figure, axes, title="effective batch (samples), learning-rate rule")
+    return figure
+
+
+def _axes(title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left")
+    _style(axes)
+    return figure, axes
+
+
+def _style(axes: Axes) -> None:
+    axes.grid(color="#e4e6ea", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend_below(figure: Figure, axes: Axes, title: str | None = None) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 3 if len(labels) > 4 else max(1, len(labels))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, title=title, fontsize="small"
+    )
+
+
+def _log2(axes: Axes, sizes: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    powers = [size for size in sizes if size & (size - 1) == 0]
+    axes.set_xticks(powers[:: max(1, len(powers) // 7)])
+    axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _plain(value: float, _position: object) -> str:
+    for one, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= one:
+            divisor = 1e3 if letter == "k" else one
+            return f"{value / divisor:g}{letter}"
+    return f"{value:g}"
+
+
+def _byte_unit(size: float) -> tuple[str, float]:
+    return next(((unit, one) for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size >= one), ("B", 1.0))

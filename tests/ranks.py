@@ -1,0 +1,135 @@
+"""Processes that run functions of tests as the ranks of a process group: started once, used by many tests.
+
+A test defines a function at the top of its module and calls ``run(function, *args)``. Every rank calls it inside a
+process group that lives as long as the call, and what they return comes back in the order of the ranks.
+"""
+
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+_TIMEOUT = timedelta(seconds=30)  # of a collective
+
+
+class Ranks:
+    """Processes, as many as some test has asked for; they live until :meth:`stop`."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, ranks: int = 2, at_least: int = 1) -> list[Any]:
+        """Return what ``function(*args)`` returns on each rank; fail with the tracebacks of those where it raised.
+
+        With NCCL every rank has a GPU of its own: where there are fewer, there are fewer ranks, but at least so many.
+        """
+        if self.backend == "nccl":
+            ranks = min(ranks, torch.cuda.device_count())
+        if ranks < at_least:
+            pytest.skip(f"needs {at_least} GPUs; torch finds {ranks}")
+        outcomes = self.outcomes(function, *args, ranks=ranks)
+        failures = [f"rank {rank}: {outcome}" for rank, (ok, outcome) in enumerate(outcomes) if not ok]
+        if failures:
+            pytest.fail("\n".join(failures), pytrace=False)
+        return [outcome for _, outcome in outcomes]
+
+    def outcomes(self, function: Callable[..., Any], *args: Any, ranks: int) -> list[tuple[bool, Any]]:
+        """Return (True, result) or (False, what went wrong) of each rank."""
+        context = torch.multiprocessing.get_context("spawn")
+        while len(self._processes) < ranks:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+        connections = self._connections[:ranks]
+        outcomes: dict[Any, tuple[bool, Any]] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for rank, connection in enumerate(connections):
+                group = {"backend": self.backend, "init_method": f"file://{folder}/store", "rank": rank}
+                connection.send_bytes(pickle.dumps((function, args, {**group, "world_size": ranks})))
+            while len(outcomes) < ranks:
+                for connection in wait([c for c in connections if c not in outcomes]):
+                    try:
+                        outcomes[connection] = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
+                    except EOFError:
+                        outcomes[connection] = False, "the process died"
+        if not all(ok for ok, _ in outcomes.values()):
+            self.stop()  # who knows in which state they are
+        return [outcomes[connection] for connection in connections]
+
+    def stop(self) -> None:
+        """End the processes; the next call starts others."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes.clear()
+        self._connections.clear()
+
+
+def device() -> torch.device:
+    """Return where the tensors of this rank are."""
+    return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def full(tensor: Tensor | None) -> Tensor:
+    """Return the whole of a tensor that may be spread over the ranks."""
+    assert tensor is not None
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def fp64_sums(params: Iterable[Tensor]) -> list[Tensor]:
+    """Return the sums of the gradients that arrive at parameters from now on."""
+    sums = []
+    for p in params:
+        sums.append(torch.zeros(p.shape, dtype=torch.float64, device=p.device))
+        p.register_hook(partial(_add, sums[-1]))
+    return sums
+
+
+def _add(total: Tensor, grad: Tensor) -> None:
+    total += full(grad)
+
+
+def relative_error(found: Iterable[Tensor], truth: Iterable[Tensor]) -> float:
+    """Return the relative L2 error of all tensors together."""
+    a, b = (torch.cat([tensor.flatten().double() for tensor in tensors]) for tensors in (found, truth))
+    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
+
+
+def _serve(connection: Connection) -> None:
+    """Run what comes until the other side is gone."""
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args, group = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        if group["backend"] == "nccl":
+            torch.cuda.set_device(group["rank"])
+        torch.manual_seed(0)
+        dist.init_process_group(**group, timeout=_TIMEOUT)
+        try:
+            outcome = True, function(*args)
+        except BaseException:
+            outcome = False, traceback.format_exc()
+        connection.send_bytes(pickle.dumps(outcome))
+        if not outcome[0]:
+            os._exit(1)  # the group may hang in its end
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,159 @@
+"""Accelerate: attach before or after prepare(), and its loop does not change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import Classifier, MicroGradients, assert_same_weights, examples
+from torch.utils.data import DataLoader
+
+import accumkern
+
+accelerate = pytest.importorskip("accelerate")
+
+ON_CPU = not torch.cuda.is_available()
+
+accelerate_feature = pytest.mark.integration("Accelerate", version_of="accelerate")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The model is tiny: threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _new_state() -> Iterator[None]:
+    yield
+    forget_settings()
+
+
+def forget_settings() -> None:
+    """Accelerate keeps its settings for the whole process."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+
+
+class Run:
+    """The loop of Accelerate's documentation, clipping included."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        attach: str | None,
+        data: list[Any],
+        accumulation_steps: int = 4,
+        max_norm: float = 0.5,
+        mixed_precision: str = "no",
+    ) -> None:
+        forget_settings()
+        self.accelerator = accelerate.Accelerator(
+            gradient_accumulation_steps=accumulation_steps, mixed_precision=mixed_precision, cpu=ON_CPU
+        )
+        self.model = Classifier(dtype)
+        self.truth = MicroGradients(self.model)
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        if attach == "before prepare":
+            self.accumulator = accumkern.attach(optimizer)
+        loader = DataLoader(data, batch_size=2)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        self.prepared, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
+            self.model, optimizer, loader, scheduler
+        )
+        if attach == "after prepare":
+            self.accumulator = accumkern.attach(self.optimizer)
+        self.max_norm = max_norm
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.errors: list[float] = []
+
+    def epoch(self, skip: int = 0) -> Iterator[int]:
+        """Train, and yield the number of micro-batches after each."""
+        loader = accelerate.skip_first_batches(self.loader, skip) if skip else self.loader
+        for n, batch in enumerate(loader, skip + 1):
+            with self.accelerator.accumulate(self.prepared):
+                loss = self.prepared(*batch)
+                self.accelerator.backward(loss)
+                self.losses.append(loss.item())
+                if self.accelerator.sync_gradients:
+                    self.errors.append(self.truth.error())
+                    norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.max_norm)
+                    self.norms.append(float(norm))
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad()
+            yield n
+
+    def assert_same(self, other: Run) -> None:
+        assert self.losses == other.losses
+        assert self.norms == other.norms
+        assert_same_weights(self.model, other.model)
+
+
+@accelerate_feature
+@pytest.mark.parametrize("attach", ["before prepare", "after prepare"])
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_fp32_weights_train_as_stock_bit_for_bit(attach: str, mixed_precision: str) -> None:
+    runs = []
+    for how in (attach, None):
+        run = Run(torch.float32, how, examples(22), mixed_precision=mixed_precision)  # 4, 4 and 3 micro-batches
+        list(run.epoch())
+        list(run.epoch())
+        assert len(run.norms) == 6
+        runs.append(run)
+    runs[0].assert_same(runs[1])
+
+
+@accelerate_feature
+@pytest.mark.parametrize("attach", ["before prepare", "after prepare"])
+def test_bf16_gradients_and_norms_are_nearer_to_fp64_than_stock(attach: str) -> None:
+    errors, norm_errors = {}, {}
+    for how in (attach, None):
+        run = Run(torch.bfloat16, how, examples(4) * 192, accumulation_steps=384, max_norm=torch.inf)
+        list(run.epoch())
+        (errors[how],) = run.errors
+        norm_errors[how] = abs(run.norms[0] / run.truth.norm() - 1)
+    assert errors[attach] < 2.5e-3  # one rounding to bfloat16
+    assert errors[None] > 4 * errors[attach]
+    assert norm_errors[attach] < 2**-7  # torch computes norms of bfloat16 gradients in bfloat16
+    assert norm_errors[None] > 2 * norm_errors[attach]
+
+
+@pytest.mark.integration("Accelerate: save_state in a window", version_of="accelerate")
+@pytest.mark.parametrize("micro_batches", [1, 3, 6, 8], ids="after-{}".format)
+def test_saved_in_the_middle_of_a_window_and_resumed_bit_for_bit(micro_batches: int, tmp_path: Path) -> None:
+    whole = Run(torch.bfloat16, "after prepare", examples(22))
+    list(whole.epoch())
+    list(whole.epoch())
+
+    first = Run(torch.bfloat16, "after prepare", examples(22))
+    first.accelerator.register_for_checkpointing(first.accumulator)
+    next(n for n in first.epoch() if n == micro_batches)
+    first.accelerator.save_state(str(tmp_path))
+
+    resumed = Run(torch.bfloat16, "after prepare", examples(22))
+    resumed.accelerator.register_for_checkpointing(resumed.accumulator)
+    resumed.accelerator.load_state(str(tmp_path))
+    resumed.losses, resumed.norms = first.losses, first.norms
+    list(resumed.epoch(skip=micro_batches))
+    list(resumed.epoch())
+    resumed.assert_same(whole)
+
+
+@pytest.mark.integration("Accelerate: fp16 with its GradScaler", version_of="accelerate")
+@pytest.mark.gpu
+def test_fp16_loss_scaling_trains_as_stock_bit_for_bit() -> None:
+    runs = []
+    for how in ("before prepare", None):
+        run = Run(torch.float32, how, examples(22), mixed_precision="fp16")
+        list(run.epoch())
+        list(run.epoch())
+        runs.append(run)
+    runs[0].assert_same(runs[1])

@@ -1,0 +1,86 @@
+"""Automatic mixed precision: autocast, and a GradScaler with steps that it skips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny import Classifier, MicroGradients, assert_same_weights, examples
+from torch import nn
+
+import accumkern
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WINDOW = 4
+BATCHES = [(tokens.unsqueeze(0), classes.unsqueeze(0)) for tokens, classes in examples(6 * WINDOW)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The model is tiny: threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(attached: bool, dtype: torch.dtype, scaled: bool, overflow_in: int | None) -> tuple[nn.Module, list[float]]:
+    """Train FP32 weights under autocast, as torch's AMP examples do; return the model, and scales and norms."""
+    model = Classifier(torch.float32).to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    if attached:
+        accumkern.attach(optimizer)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**12, growth_interval=2, enabled=scaled)
+    numbers = []
+    for n, (tokens, classes) in enumerate(BATCHES, 1):
+        with torch.autocast(DEVICE, dtype=dtype):
+            loss = model(tokens.to(DEVICE), classes.to(DEVICE)) / WINDOW
+        if n == overflow_in:
+            loss = loss * torch.inf
+        scaler.scale(loss).backward()
+        if n % WINDOW == 0:
+            scaler.unscale_(optimizer)
+            numbers.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+            scaler.step(optimizer)
+            scaler.update()
+            numbers.append(scaler.get_scale())
+            optimizer.zero_grad()
+    return model, numbers
+
+
+@pytest.mark.integration("AMP: autocast, GradScaler")
+@pytest.mark.parametrize(
+    ("dtype", "scaled", "overflow_in"),
+    [(torch.bfloat16, False, None), *((torch.float16, True, n) for n in (None, 5, 7, 8))],
+    ids=["bf16", "fp16", "fp16-overflow-first", "fp16-overflow-third", "fp16-overflow-last"],
+)
+def test_fp32_weights_under_autocast_train_as_stock_bit_for_bit(
+    dtype: torch.dtype, scaled: bool, overflow_in: int | None
+) -> None:
+    (model, numbers), (stock, stock_numbers) = (train(a, dtype, scaled, overflow_in) for a in (True, False))
+    torch.testing.assert_close(numbers, stock_numbers, rtol=0, atol=0, equal_nan=True)
+    assert_same_weights(model, stock)
+    assert all(bool(param.isfinite().all()) for param in model.parameters())
+    if scaled:
+        assert min(numbers[1::2]) == (2.0**11 if overflow_in else 2.0**12)
+
+
+@pytest.mark.integration("AMP: GradScaler with bfloat16 weights")
+def test_bf16_weights_with_a_grad_scaler_are_nearer_to_fp64_than_stock() -> None:
+    errors = {}
+    for attached in (True, False):
+        model = Classifier(torch.bfloat16).to(DEVICE)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        if attached:
+            accumkern.attach(optimizer)
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**12)
+        truth = MicroGradients(model)
+        for tokens, classes in BATCHES[:4] * 64:
+            scaler.scale(model(tokens.to(DEVICE), classes.to(DEVICE))).backward()
+        scaler.unscale_(optimizer)
+        for total in truth.sums.values():
+            total /= 2.0**12
+        errors[attached] = truth.error()
+    assert errors[True] < 2.5e-3  # one rounding to bfloat16
+    assert errors[False] > 2 * errors[True]

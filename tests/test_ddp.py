@@ -1,0 +1,217 @@
+"""DistributedDataParallel, unchanged, with accumulated gradients: every way to set it up, against stock and FP64."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks, device, fp64_sums, relative_error
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import accumkern
+
+BF16 = torch.bfloat16
+WAYS = {
+    "default": {},
+    "bucket views": {"gradient_as_bucket_view": True},
+    "static graph": {"static_graph": True},
+    "static graph, bucket views": {"static_graph": True, "gradient_as_bucket_view": True},
+    "find unused": {"find_unused_parameters": True},
+    "find unused, bucket views": {"find_unused_parameters": True, "gradient_as_bucket_view": True},
+    "small buckets": {"bucket_cap_mb": 0.001},
+    "small buckets, views": {"bucket_cap_mb": 0.001, "gradient_as_bucket_view": True},
+}
+ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+syncs = pytest.mark.parametrize("no_sync", [True, False], ids=["no_sync", "sync each"])
+set_to_none = pytest.mark.parametrize("set_to_none", [True, False], ids=["set to None", "set to zero"])
+
+
+class Net(nn.Module):
+    """Some layers, one of them tied, one that only even micro-batches use, one that none uses."""
+
+    def __init__(self, has_unused: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(12, 24), nn.Linear(24, 24), nn.Linear(24, 3)
+        self.sometimes, self.never = (nn.Linear(24, 24), nn.Linear(2, 2)) if has_unused else (None, None)
+
+    def forward(self, x: Tensor, use: bool = True) -> Tensor:
+        y = self.b(torch.tanh(self.b(torch.tanh(self.a(x)))))
+        if self.sometimes is not None and use:
+            y = y + self.sometimes(y)
+        return self.c(y)
+
+
+def micro_batch(window: int, n: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * dist.get_rank() + 100 * window + n)
+    return (torch.randn(6, 12, generator=generator) + 0.5).to(device())
+
+
+def net(dtype: torch.dtype, way: dict[str, Any]) -> Net:
+    torch.manual_seed(1)
+    return Net("find_unused_parameters" in way).to(device(), dtype)
+
+
+def wrap(module: Net, way: dict[str, Any], hook: str | None = None) -> DistributedDataParallel:
+    """Return the wrapped module; a static graph is learnt in a first backward pass, which has to reduce."""
+    model = DistributedDataParallel(module, **way)
+    register(model, hook)
+    run_window(model, module, 0, 1, no_sync=False)
+    model.zero_grad()
+    return model
+
+
+def run_window(model: nn.Module, module: Net, window: int, micro_batches: int, no_sync: bool) -> None:
+    dtype = module.a.weight.dtype
+    for n in range(micro_batches):
+        with model.no_sync() if no_sync and n < micro_batches - 1 else nullcontext():
+            model(micro_batch(window, n).to(dtype), n % 2 == 0 or module.sometimes is None).float().sum().backward()
+
+
+# ---- float32: the bits of stock -----------------------------------------------------------------------------------
+
+
+def same_bits_as_stock(way: dict[str, Any], no_sync: bool, set_to_none: bool) -> None:
+    results = []
+    for attached in (False, True):
+        module = net(torch.float32, way)
+        model = wrap(module, way)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+        if attached:
+            accumkern.attach(optimizer)
+        grads: list[Tensor | None] = []
+        for window in range(3):
+            run_window(model, module, window, 4, no_sync)
+            grads += [None if p.grad is None else p.grad.clone() for p in module.parameters()]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+        results.append((grads, list(module.parameters())))
+    (stock, stock_params), (ours, params) = results
+    assert any(grad is not None and bool(grad.any()) for grad in stock)
+    for a, b in zip(stock, ours, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+    assert all(map(torch.equal, stock_params, params))
+
+
+@ways
+@syncs
+@set_to_none
+def test_float32_gradients_have_the_bits_of_stock(
+    ranks: Ranks, way: dict[str, Any], no_sync: bool, set_to_none: bool
+) -> None:
+    ranks.run(same_bits_as_stock, way, no_sync, set_to_none)
+
+
+# ---- bfloat16: closer to FP64 -------------------------------------------------------------------------------------
+
+
+def errors(way: dict[str, Any], no_sync: bool, set_to_none: bool, hook: str | None) -> tuple[float, float]:
+    """Return the relative L2 error of ``.grad``, stock and attached, after the second window of 64 micro-batches."""
+    found = []
+    for attached in (False, True):
+        module = net(BF16, way)
+        model = wrap(module, way, hook)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+        if attached:
+            accumkern.attach(optimizer)
+        truth = fp64_sums(module.parameters())
+        for window in range(2):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            for total in truth:
+                total.zero_()
+            run_window(model, module, window, 64, no_sync)
+        grads = []
+        for p, total in zip(module.parameters(), truth, strict=True):
+            dist.all_reduce(total)
+            total /= dist.get_world_size()
+            grads.append(torch.zeros_like(total) if p.grad is None else p.grad)
+        found.append(relative_error(grads, truth))
+    return found[0], found[1]
+
+
+def sum_hook(state, bucket):  # DDP does not take annotations that are strings
+    """Reduce in place by a collective alone, which no tensor's version tells of."""
+    dist.all_reduce(bucket.buffer())
+    bucket.buffer().data.div_(dist.get_world_size())
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def register(model: DistributedDataParallel, hook: str | None) -> None:
+    if hook == "allreduce":
+        model.register_comm_hook(None, default_hooks.allreduce_hook)
+    elif hook == "fp16":
+        model.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    elif hook == "powerSGD":
+        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=1000)
+        model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    elif hook == "in place":
+        model.register_comm_hook(None, sum_hook)
+
+
+@ways
+@set_to_none
+def test_bfloat16_sums_are_at_least_twice_closer_to_fp64(ranks: Ranks, way: dict[str, Any], set_to_none: bool) -> None:
+    for stock, ours in ranks.run(errors, way, True, set_to_none, None):
+        assert stock > 4e-3
+        assert ours * 2 < stock
+
+
+@pytest.mark.parametrize("hook", ["allreduce", "fp16", "powerSGD", "in place"])
+@pytest.mark.parametrize("way", [{}, {"gradient_as_bucket_view": True}], ids=["buckets apart", "bucket views"])
+@set_to_none
+def test_communication_hooks(ranks: Ranks, way: dict[str, Any], hook: str, set_to_none: bool) -> None:
+    for stock, ours in ranks.run(errors, way, True, set_to_none, hook):
+        assert ours * 2 < stock
+
+
+@ways
+def test_a_reduction_after_each_micro_batch_is_no_worse_than_stock(ranks: Ranks, way: dict[str, Any]) -> None:
+    """Then the gradients are rounded to bfloat16 in each reduction, and there is little to gain."""
+    for stock, ours in ranks.run(errors, way, False, True, None):
+        assert ours < 1.1 * stock
+
+
+# ---- what the residual belongs to ---------------------------------------------------------------------------------
+
+
+def sums_up_to_the_reduction(way: dict[str, Any], set_to_none: bool) -> None:
+    module = net(BF16, way)
+    alone = copy.deepcopy(module)
+    model = wrap(module, way)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (module, alone)]
+    acc, acc_alone = (accumkern.attach(optimizer, "split32") for optimizer in optimizers)
+    in_hook: dict[Tensor, tuple[Tensor, Tensor]] = {}
+    for p in module.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: in_hook.update({p: (p.grad.clone(), acc.gradient(p))}))
+    for window in range(3):
+        run_window(model, module, window, 5, True)
+        run_window(alone, alone, window, 5, False)
+        for p, q in zip(module.parameters(), alone.parameters(), strict=True):
+            if p not in in_hook:
+                continue
+            # What DDP got is the exact sum of this rank, rounded; and in FP32 it is exact up to the last micro-batch.
+            assert torch.equal(in_hook[p][0], q.grad)
+            assert torch.equal(in_hook[p][1], acc_alone.gradient(q))
+            # What it has left is the mean of the ranks, and the residual of the sum does not count any more.
+            assert torch.equal(acc.gradient(p), p.grad.float())
+            mean = q.grad.float() / dist.get_world_size()
+            dist.all_reduce(mean)
+            torch.testing.assert_close(p.grad.float(), mean, rtol=2**-7, atol=1e-3 * float(mean.abs().max()))
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+
+@pytest.mark.parametrize("way", [w for w in WAYS.values() if "find_unused_parameters" not in w])
+@set_to_none
+def test_residuals_count_until_the_reduction_and_not_after(
+    ranks: Ranks, way: dict[str, Any], set_to_none: bool
+) -> None:
+    ranks.run(sums_up_to_the_reduction, way, set_to_none)

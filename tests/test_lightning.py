@@ -1,0 +1,323 @@
+"""Lightning and Fabric: one line where the optimizer is made, and nothing else changes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import LIGHTNING, Classifier, MicroGradients, assert_same_weights, examples
+from torch.utils.data import DataLoader
+
+import accumkern
+
+L = pytest.importorskip("lightning.pytorch" if LIGHTNING == "lightning" else "pytorch_lightning")
+Fabric = importlib.import_module("lightning.fabric" if LIGHTNING == "lightning" else "lightning_fabric").Fabric
+
+lightning_feature = pytest.mark.integration("Lightning", version_of=LIGHTNING)
+fabric_feature = pytest.mark.integration("Fabric", version_of=LIGHTNING)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(num_workers|GPU available|TreeSpec)")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The model is tiny: threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- Lightning ---------------------------------------------------------------------------------------------------
+
+
+class Module(L.LightningModule):  # type: ignore[name-defined,misc]
+    """A module as any user writes it, but for the marked lines and what it notes for the tests."""
+
+    def __init__(self, attached: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = Classifier(dtype)
+        self.attached = attached
+        self.window: Any = None
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.errors: list[float] = []
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        if self.attached:
+            self.accumulator = accumkern.attach(optimizer)  # <- accumkern
+        self.truth = MicroGradients(self.model)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_step(self, batch: Any, _batch_idx: int) -> Any:
+        loss = self.model(*batch)
+        self.losses.append(loss.item())
+        return loss
+
+    def on_before_optimizer_step(self, _optimizer: Any) -> None:
+        self.norms.append(float(L.utilities.grad_norm(self, norm_type=2)["grad_2.0_norm_total"]))
+        self.errors.append(self.truth.error())
+
+    # Checkpoints in the middle of a window.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.attached:
+            checkpoint["accumkern"] = self.accumulator.state_dict()  # <- accumkern
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.window = checkpoint["accumkern"]  # <- accumkern; there is no optimizer yet
+
+    def on_train_start(self) -> None:
+        if self.window is not None:
+            self.accumulator.load_state_dict(self.window)  # <- accumkern
+
+
+def trainer(folder: Path, **changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "default_root_dir": folder,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": 2,
+        "accumulate_grad_batches": 4,
+        "gradient_clip_val": 0.05,
+    }
+    return L.Trainer(**settings | changes)
+
+
+def assert_same_runs(found: Module, expected: Module) -> None:
+    assert found.losses == expected.losses
+    assert found.norms == expected.norms
+    assert_same_weights(found.model, expected.model)
+
+
+@lightning_feature
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"precision": "bf16-mixed"}, {"gradient_clip_algorithm": "value"}, {"schedule": {0: 4, 1: 2}}],
+    ids=["fp32", "autocast-bf16", "clip-by-value", "scheduled-windows"],
+)
+def test_fp32_weights_train_as_stock_bit_for_bit(changes: dict[str, Any], tmp_path: Path) -> None:
+    runs = []
+    for attached in (True, False):
+        settings = dict(changes)
+        schedule = settings.pop("schedule", None)
+        if schedule is not None:
+            settings |= {"accumulate_grad_batches": 1}
+            settings |= {"callbacks": [L.callbacks.GradientAccumulationScheduler(schedule)]}
+        module = Module(attached, torch.float32)
+        trainer(tmp_path, **settings).fit(module, DataLoader(examples(22), batch_size=2))
+        assert len(module.norms) == (6 if schedule is None else 9)  # 11 micro-batches an epoch: 4, 4, 3; 2, 2, ..., 1
+        runs.append(module)
+    assert_same_runs(*runs)
+
+
+@lightning_feature
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_bf16_gradients_and_norms_are_nearer_to_fp64_than_stock(precision: str, tmp_path: Path) -> None:
+    errors, norm_errors = {}, {}
+    for attached in (True, False):
+        module = Module(attached, torch.bfloat16 if precision == "32-true" else torch.float32)
+        settings = {"precision": precision, "accumulate_grad_batches": 384, "max_epochs": 1, "gradient_clip_val": None}
+        trainer(tmp_path, **settings).fit(module, DataLoader(examples(4) * 192, batch_size=2))
+        assert module.model.out.weight.dtype is torch.bfloat16
+        (errors[attached],) = module.errors
+        norm_errors[attached] = abs(module.norms[0] / module.truth.norm() - 1)
+    assert errors[True] < 2.5e-3  # one rounding to bfloat16
+    assert errors[False] > 4 * errors[True]
+    assert norm_errors[True] < 2**-7  # torch computes norms of bfloat16 gradients in bfloat16
+    assert norm_errors[False] > 2 * norm_errors[True]
+
+
+class Resumable:
+    """A data loader that says where it is and can go on from there, as Lightning asks for."""
+
+    def __init__(self, data: list[Any]) -> None:
+        self.batches = list(DataLoader(data, batch_size=2))
+        self.place = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.place < len(self.batches):
+            self.place += 1
+            yield self.batches[self.place - 1]
+        self.place = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.place = state["place"]
+
+
+class SaveAndStop(L.Callback):  # type: ignore[name-defined,misc]
+    def __init__(self, micro_batches: int, path: Path) -> None:
+        self.micro_batches, self.path = micro_batches, path
+
+    def on_train_batch_end(self, trainer: Any, _module: Any, _outputs: Any, _batch: Any, batch_idx: int) -> None:
+        if batch_idx + 1 == self.micro_batches:
+            trainer.save_checkpoint(self.path)
+            raise KeyboardInterrupt
+
+
+@pytest.mark.integration("Lightning: checkpoint in a window", version_of=LIGHTNING)
+@pytest.mark.parametrize("micro_batches", [1, 3, 4, 6, 8], ids="after-{}".format)
+def test_saved_in_the_middle_of_a_window_and_resumed_bit_for_bit(micro_batches: int, tmp_path: Path) -> None:
+    whole = Module(True, torch.bfloat16)
+    trainer(tmp_path).fit(whole, Resumable(examples(22)))
+
+    path = tmp_path / "window.ckpt"
+    first = Module(True, torch.bfloat16)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer(tmp_path, callbacks=[SaveAndStop(micro_batches, path)]).fit(first, Resumable(examples(22)))
+
+    resumed = Module(True, torch.bfloat16)
+    resumed.losses, resumed.norms = first.losses, first.norms
+    trainer(tmp_path).fit(resumed, Resumable(examples(22)), ckpt_path=path)
+    assert_same_runs(resumed, whole)
+
+
+class Adversaries(L.LightningModule):  # type: ignore[name-defined,misc]
+    """Two optimizers in turn by hand, each with the other's parameters frozen (toggle_optimizer)."""
+
+    def __init__(self, attached: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        torch.manual_seed(1)
+        self.generator, self.critic = torch.nn.Linear(5, 8), torch.nn.Linear(8, 1)
+        self.attached = attached
+
+    def configure_optimizers(self) -> Any:
+        optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.generator, self.critic)]
+        if self.attached:
+            for optimizer in optimizers:
+                accumkern.attach(optimizer)
+        return optimizers
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        noise = (batch[0] % 7).float()
+        steps = (batch_idx + 1) % 4 == 0
+        for optimizer, sign in zip(self.optimizers(), (1, -1), strict=True):
+            self.toggle_optimizer(optimizer)
+            score = self.critic(torch.tanh(self.generator(noise))).mean()
+            self.manual_backward(sign * score / 4)
+            if steps:
+                self.clip_gradients(optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
+                optimizer.step()
+                optimizer.zero_grad()
+            self.untoggle_optimizer(optimizer)
+
+
+@pytest.mark.integration("Lightning: manual optimization, two optimizers", version_of=LIGHTNING)
+def test_manual_optimization_of_two_optimizers(tmp_path: Path) -> None:
+    runs = []
+    for attached in (True, False):
+        module = Adversaries(attached)
+        settings = {"accumulate_grad_batches": 1, "gradient_clip_val": None}
+        trainer(tmp_path, **settings).fit(module, DataLoader(examples(32), batch_size=2))
+        runs.append(module)
+    assert_same_weights(runs[0], runs[1])
+
+
+# ---- Fabric ------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """The loop of Fabric's documentation, with windows, clipping and checkpoints."""
+
+    def __init__(self, precision: str, attach: str | None, accumulation_steps: int = 4) -> None:
+        self.fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+        self.model = Classifier(torch.float32)
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        if attach == "before setup":
+            self.accumulator = accumkern.attach(optimizer)
+        self.wrapped, self.optimizer = self.fabric.setup(self.model, optimizer)
+        if attach == "after setup":
+            self.accumulator = accumkern.attach(self.optimizer)
+        self.truth = MicroGradients(self.model)
+        self.accumulation_steps = accumulation_steps
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.errors: list[float] = []
+
+    def epoch(self, data: list[Any], skip: int = 0, stop_after: int | None = None) -> None:
+        batches = self.fabric.setup_dataloaders(DataLoader(data, batch_size=2))
+        for n, batch in enumerate(batches, 1):
+            if n <= skip:
+                continue
+            steps = n % self.accumulation_steps == 0 or n == len(batches)
+            with self.fabric.no_backward_sync(self.wrapped, enabled=not steps):
+                loss = self.wrapped(*batch)
+                self.fabric.backward(loss / self.accumulation_steps)
+            self.losses.append(loss.item())
+            if steps:
+                self.errors.append(self.truth.error())
+                norm = self.fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=torch.inf)
+                self.norms.append(float(norm))
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if n == stop_after:
+                return
+
+    def state(self) -> dict[str, Any]:
+        return {"model": self.wrapped, "optimizer": self.optimizer, "accumulator": self.accumulator}
+
+    def assert_same(self, other: Run) -> None:
+        assert self.losses == other.losses
+        assert self.norms == other.norms
+        assert_same_weights(self.model, other.model)
+
+
+@fabric_feature
+@pytest.mark.parametrize("attach", ["before setup", "after setup"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_fabric_fp32_weights_train_as_stock_bit_for_bit(attach: str, precision: str) -> None:
+    runs = []
+    for how in (attach, None):
+        run = Run(precision, how)
+        run.epoch(examples(22))
+        run.epoch(examples(22))
+        assert len(run.norms) == 6
+        runs.append(run)
+    runs[0].assert_same(runs[1])
+
+
+@fabric_feature
+@pytest.mark.parametrize("attach", ["before setup", "after setup"])
+def test_fabric_bf16_gradients_and_norms_are_nearer_to_fp64_than_stock(attach: str) -> None:
+    errors, norm_errors = {}, {}
+    for how in (attach, None):
+        run = Run("bf16-true", how, accumulation_steps=384)
+        run.epoch(examples(4) * 192)
+        (errors[how],) = run.errors
+        norm_errors[how] = abs(run.norms[0] / run.truth.norm() - 1)
+    assert errors[attach] < 2.5e-3  # one rounding to bfloat16
+    assert errors[None] > 4 * errors[attach]
+    assert norm_errors[attach] < 2**-7
+    assert norm_errors[None] > 2 * norm_errors[attach]
+
+
+@pytest.mark.integration("Fabric: save and load in a window", version_of=LIGHTNING)
+@pytest.mark.parametrize("micro_batches", [1, 3, 6, 8], ids="after-{}".format)
+def test_fabric_saved_in_the_middle_of_a_window_and_resumed_bit_for_bit(micro_batches: int, tmp_path: Path) -> None:
+    whole, first, resumed = (Run("bf16-true", "after setup") for _ in range(3))
+    whole.epoch(examples(22))
+    whole.epoch(examples(22))
+    first.epoch(examples(22), stop_after=micro_batches)
+    first.fabric.save(tmp_path / "window.ckpt", first.state())
+    resumed.fabric.load(tmp_path / "window.ckpt", resumed.state())
+    resumed.losses, resumed.norms = first.losses, first.norms
+    resumed.epoch(examples(22), skip=micro_batches)
+    resumed.epoch(examples(22))
+    resumed.assert_same(whole)

@@ -1,0 +1,155 @@
+"""Tensor parallel models, alone and with fully_shard on top: the gradients of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks, device, fp64_sums, full, relative_error
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+import accumkern
+
+BF16 = torch.bfloat16
+MICRO_BATCHES = 32
+
+
+class Block(nn.Module):
+    """The feed-forward half of a transformer block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(self.norm(x))))
+
+
+def block(dtype: torch.dtype) -> Block:
+    torch.manual_seed(1)
+    return Block().to(device(), dtype)
+
+
+def parallel(module: Block, mesh: DeviceMesh, sequence: bool) -> Block:
+    plan: dict[str, Any] = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    if sequence:
+        whole = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1))
+        parallelize_module(module, mesh, whole)
+        plan = {
+            "norm": SequenceParallel(),
+            "up": ColwiseParallel(input_layouts=Shard(1)),
+            "down": RowwiseParallel(),
+        }
+    return parallelize_module(module, mesh, plan)
+
+
+def micro_batch(n: int, dtype: torch.dtype, part: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * part + n)
+    return (torch.randn(2, 4, 16, generator=generator) + 0.5).to(device(), dtype)
+
+
+def run_window(model: nn.Module, dtype: torch.dtype, count: int, part: int = 0) -> None:
+    for n in range(count):
+        (model(micro_batch(n, dtype, part)) ** 2).float().sum().backward()
+
+
+def sums_of_what_arrived(dtype: torch.dtype, sequence: bool, buffer: str) -> None:
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
+    errors = []
+    for attached in (False, True):
+        model = parallel(block(dtype), mesh, sequence)
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        acc = accumkern.attach(optimizer, buffer) if attached else None
+        params = list(model.parameters())
+        run_window(model, dtype, 3)
+        optimizer.zero_grad(set_to_none=False)
+        truth = fp64_sums(params)
+        run_window(model, dtype, MICRO_BATCHES)
+        errors.append(relative_error([full(p.grad) for p in params], truth))
+        if acc is not None:
+            assert relative_error([full(acc.gradient(p)) for p in params], truth) < (
+                1e-4 if buffer == "split24" else 1e-6
+            )
+        optimizer.step()
+    if dtype is BF16:
+        assert errors[1] * 2 < errors[0]
+    else:
+        assert errors[1] == errors[0]
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["tensor", "sequence"])
+@pytest.mark.parametrize(
+    ("dtype", "buffer"), [(BF16, "split24"), (BF16, "split32"), (BF16, "fp32"), (torch.float32, "split24")], ids=str
+)
+def test_tensor_parallel(ranks: Ranks, dtype: torch.dtype, sequence: bool, buffer: str) -> None:
+    ranks.run(sums_of_what_arrived, dtype, sequence, buffer)
+
+
+def gradient_of_one_process(sequence: bool) -> None:
+    """Of one process without any of this, in float32, where the order of additions is all that differs."""
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
+    model, alone = parallel(block(torch.float32), mesh, sequence), block(torch.float32)
+    acc = accumkern.attach(torch.optim.SGD(model.parameters()), average_over=6)
+    run_window(model, torch.float32, 6)
+    run_window(alone, torch.float32, 6)
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(full(p.grad), q.grad / 6, rtol=1e-5, atol=1e-5)
+    norm = torch.nn.utils.get_total_norm([q.grad / 6 for q in alone.parameters()])
+    finished = acc.finish(max_norm=0.5)
+    torch.testing.assert_close(finished.norm, norm, rtol=1e-5, atol=0)
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(full(p.grad), q.grad / 6 * (0.5 / norm), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["tensor", "sequence"])
+def test_gradient_and_norm_are_those_of_one_process(ranks: Ranks, sequence: bool) -> None:
+    ranks.run(gradient_of_one_process, sequence)
+
+
+def with_fully_shard() -> None:
+    """Data parallel by two, tensor parallel by two."""
+    mesh = init_device_mesh(device().type, (2, 2), mesh_dim_names=("dp", "tp"))
+    model = fully_shard(parallel(block(torch.float32), mesh["tp"], True), mesh=mesh["dp"])
+    alone = block(torch.float32)
+    acc = accumkern.attach(torch.optim.AdamW(model.parameters()))
+    for n in range(5):
+        (model(micro_batch(n, torch.float32, mesh.get_local_rank("dp"))) ** 2).sum().backward()
+    for part in range(2):
+        run_window(alone, torch.float32, 5, part)
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(full(p.grad), q.grad / 2, rtol=1e-5, atol=1e-5)
+    norm = torch.nn.utils.get_total_norm([q.grad / 2 for q in alone.parameters()])
+    torch.testing.assert_close(acc.finish().norm, norm, rtol=1e-5, atol=0)
+
+
+def test_tensor_parallel_and_fully_shard_on_a_mesh_of_four(ranks: Ranks) -> None:
+    ranks.run(with_fully_shard, ranks=4, at_least=4)
+
+
+def other_placements() -> None:
+    """A micro-gradient that is laid out otherwise than the sum is added by torch, which redistributes it."""
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
+    param = nn.Parameter(distribute_tensor(torch.zeros(4, 4, dtype=BF16, device=device()), mesh, [Replicate()]))
+    acc = accumkern.attach(torch.optim.SGD([param]), average_over=2)
+    first = distribute_tensor(torch.full((4, 4), 3.0, device=device(), dtype=BF16), mesh, [Replicate()])
+    (param * first).sum().backward()
+    param.grad = param.grad.redistribute(placements=[Shard(0)])
+    (param * first).sum().backward()
+    assert torch.equal(full(param.grad), full(first))
+    assert torch.equal(full(acc.gradient(param)), full(first).float())
+
+
+def test_gradients_of_other_placements_are_added_by_torch(ranks: Ranks) -> None:
+    ranks.run(other_placements)
