@@ -275,7 +275,6 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
             if handle is not None:
                 handle.remove()
         # Each gradient counts or does not: what arrived before the failure may be in, but never half of it.
-        self.unfinished = True
         for entry in self.watched():
             gradient = self.accumulator.gradient(entry.param)
             for grad in entry.arrived:
@@ -414,9 +413,9 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
 
     def backward(self, loss: Tensor, **options: Any) -> None:
         loss.backward(**options)
-        self.unfinished = True
         for entry in self.watched():
             for grad in entry.arrived:
+                self.unfinished = True
                 entry.add(grad, self.accumulator.scale)
                 counted["folds"] += 1
         self.forget_arrivals()
