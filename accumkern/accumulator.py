@@ -222,6 +222,27 @@ class GradAccumulator:
         self._measures |= not _is_in_group()
         return Finished(norm, coefficient, nonfinite)
 
+    def reduce_in_fp32(self, model: torch.nn.parallel.DistributedDataParallel) -> None:
+        """Let DistributedDataParallel take the mean of the accumulated sums in FP32, instead of rounding first.
+
+        Registers a communication hook on ``model``: each bucket is reduced as FP32 numbers, sum and residual together,
+        while the backward pass goes on. ``.grad`` is the mean, rounded once; the residual is what it lacks, so that
+        :meth:`finish` and :meth:`gradient` see the mean to the precision of ``buffer``. Twice the bytes of bfloat16 are
+        sent, and one bucket at a time has a copy of 4 bytes per element. float32 gradients are reduced as always.
+
+        Args:
+            model: the wrapped model, with no other communication hook. Its process group is used.
+
+        Raises:
+            TypeError: ``model`` is not a DistributedDataParallel.
+            RuntimeError: ``model`` has a communication hook already.
+        """
+        if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            raise TypeError(f"model is a {type(model).__name__}; it must be a DistributedDataParallel")
+        reduction = distributed.Fp32Reduction(self, model.process_group)
+        # A lambda, because DDP compares annotations, and takes none that are strings.
+        model.register_comm_hook(None, lambda state, bucket: reduction.start(bucket))
+
     def noise_scale(
         self,
         tokens: Sequence[float] | Tensor | None = None,
