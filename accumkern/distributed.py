@@ -78,6 +78,30 @@ def with_shard(local: Tensor, like: Any) -> Any:
     return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
 
 
+def check_layout(name: str, tensor: Tensor, of: str, param: Tensor) -> None:
+    """Raise unless ``tensor`` is spread over ranks as ``param`` is: both alike, or neither.
+
+    Args:
+        name: what to call ``tensor``.
+        tensor: what is loaded.
+        of: what to call ``param``.
+        param: the parameter that it is loaded for.
+    """
+    loaded, wanted = is_dtensor(tensor), is_dtensor(param)
+    if loaded is not wanted:
+        kinds = "DTensor" if loaded else "plain tensor", "DTensor" if wanted else "plain tensor"
+        raise TypeError(f"{name} is a {kinds[0]}; {of} is a {kinds[1]}")
+    if not loaded:
+        return
+    a: Any = tensor
+    b: Any = param
+    if a.placements != b.placements or a.device_mesh != b.device_mesh:
+        raise ValueError(
+            f"{name} is laid out as {a.placements} on {a.device_mesh}; {of} as {b.placements} on {b.device_mesh}. "
+            "Redistribute it, or let torch.distributed.checkpoint do it"
+        )
+
+
 def is_pending(grad: Any) -> bool:
     """Return whether the value of a DTensor is the sum of what its ranks hold."""
     return any(placement.is_partial() for placement in grad.placements)
