@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,14 @@ from accumkern.planning.protocol import Setup
 
 ROOT = Path(__file__).resolve().parent.parent
 TRUTH = torch.linspace(-1, 1, 8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def regression(learning_rate: float = 0.05, **fields: Any) -> Setup:
