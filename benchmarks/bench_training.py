@@ -78,11 +78,11 @@ MODELS = {"10M": (320, 8, 5), "100M": (768, 14, 12), "1B": (2048, 20, 16), "3B":
 COMPUTE = "the arithmetic of the model decides"
 LAUNCH = "tiny micro-batches, many small parameters"
 PAIRED = "larger micro-batches, few designs and more windows, to tell small differences"
-FEW = (StockBF16.key, StockFP32Masters.key, Split24.key, Split32.key)
+FEW = (StockBF16.key, Split24.key, Split32.key)
 REGIMES = {
     "cpu": {
-        "compute": Regime(COMPUTE, *MODELS["10M"], 64, batch_size=4, micro_batches=4, turn=1, windows=4, seeds=1),
-        "paired": Regime(PAIRED, *MODELS["10M"], 64, batch_size=8, micro_batches=4, turn=1, windows=9, seeds=1,
+        "compute": Regime(COMPUTE, *MODELS["10M"], 64, batch_size=4, micro_batches=4, turn=1, windows=3, seeds=1),
+        "paired": Regime(PAIRED, *MODELS["10M"], 64, batch_size=8, micro_batches=4, turn=1, windows=8, seeds=1,
                          designs=FEW),
         "launch": Regime(LAUNCH, 64, 16, 2, 64, batch_size=1, micro_batches=8, turn=8, windows=3, seeds=3),
     },
@@ -109,13 +109,15 @@ class Outcome:
     """What was measured of one design in one regime.
 
     Attributes:
-        window_over: by the key of a reference, the time of each window over that of the reference in the same round.
+        micro_batch_over: by the key of a reference, the time of each second or later micro-batch over the reference's.
+        window_over: the same of windows.
         error: what ended it.
     """
 
     memory: Memory | None = None
     micro_batch_ms: list[float] = field(default_factory=list)
     window_ms: list[float] = field(default_factory=list)
+    micro_batch_over: dict[str, list[float]] = field(default_factory=dict)
     window_over: dict[str, list[float]] = field(default_factory=dict)
     validation_losses: list[float] = field(default_factory=list)
     relative_error: dict[str, float] | None = None
@@ -144,8 +146,8 @@ def main() -> None:
         "order": "in every window designs take turns, a micro-batch each (launch: all of a window); who begins changes",
         "micro-batch": "forward, backward and accumulation, of the second and later micro-batches of a window",
         "window": "all micro-batches and the step, which clips",
-        "ratio": "a window's time over that of the other design's window in the same round: median, and an interval "
-        "that holds it with the confidence that stands in the file",
+        "ratio": "over the other design's time for the same micro-batch, or for the window of the same round: median, "
+        "and an interval that holds it with the confidence that stands in the file",
         "memory": "GPU: torch's caching allocator; CPU: allocations that torch.profiler records",
         "held": "gradient bytes after the last backward pass",
         "at the peak": "by how much the peak of a window exceeds that of a window that throws every gradient away",
@@ -350,11 +352,13 @@ class Measurement:
     def keep(self, micro_batch_ms: dict[str, list[float]], window_ms: dict[str, float]) -> None:
         """Keep the times of a round."""
         for key, window in window_ms.items():
-            outcome = self.outcomes[key]
-            outcome.micro_batch_ms += micro_batch_ms[key][1:]
+            outcome, later = self.outcomes[key], micro_batch_ms[key][1:]
+            outcome.micro_batch_ms += later
             outcome.window_ms.append(window)
             for reference in REFERENCES:
                 if reference in window_ms and reference != key:
+                    pairs = zip(later, micro_batch_ms[reference][1:], strict=True)
+                    outcome.micro_batch_over.setdefault(reference, []).extend(mine / other for mine, other in pairs)
                     outcome.window_over.setdefault(reference, []).append(window / window_ms[reference])
 
     # ---- error ---------------------------------------------------------------------------------------------------
@@ -400,6 +404,7 @@ class Measurement:
         at_peak = (memory.peak - memory.resident) - (without.peak - without.resident)
         return result | {
             "micro_batch": quantiles(outcome.micro_batch_ms),
+            "micro_batch_over": {other: summary(ratios) for other, ratios in outcome.micro_batch_over.items()},
             "window": quantiles(outcome.window_ms),
             "window_over": {other: summary(ratios) for other, ratios in outcome.window_over.items()},
             "resident_bytes": memory.resident,

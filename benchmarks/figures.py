@@ -120,6 +120,90 @@ def error_against_n(machine: str, content: Content) -> Figure:
     return figure
 
 
+def training_time(machine: str, content: Content) -> Figure | None:
+    """Draw the time of each design's window over that of stock bf16, with its interval, for each regime."""
+    by_regime = {
+        regime: measured
+        for regime, results in grouped(content["results"], "regime").items()
+        if (measured := [r for r in results if "stock_bf16" in r.get("window_over", {})])
+    }
+    if not by_regime:
+        return None
+    heights = [len(results) for results in by_regime.values()]
+    figure = Figure(figsize=(8, 0.8 + 0.26 * sum(heights) + 0.5 * len(heights)), layout="constrained")
+    all_axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (regime, results) in zip(all_axes, by_regime.items(), strict=True):
+        for result in results:
+            found = result["window_over"]["stock_bf16"]
+            errors = [[found["median"] - found["low"]], [found["high"] - found["median"]]]
+            color = _design_color(result)
+            axes.errorbar(found["median"], result["label"], xerr=errors, fmt="o", color=color, markersize=4, capsize=2)
+        axes.axvline(1.0, color=COLORS["roof"], linestyle="--", linewidth=1, zorder=0)
+        axes.invert_yaxis()
+        _finish(axes, f"{regime}: {results[0]['what']}", "x")
+    all_axes[-1].set_xlabel("time of a window / stock bf16")
+    figure.suptitle(f"Training: {machine}", fontsize=10)
+    return figure
+
+
+def training_memory(machine: str, content: Content) -> Figure | None:
+    """Draw what each design holds of gradients for a weight, and what it takes at the peak and in the step."""
+    by_regime = grouped([r for r in content["results"] if "gradient_bytes_per_parameter" in r], "regime")
+    results = next(iter(by_regime.values()), None)
+    if results is None:
+        return None
+    figure = Figure(figsize=(8, 0.9 + 0.4 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    for row, (key, name, alpha) in enumerate(
+        (("held", "held", 1.0), ("peak", "at the peak of the window", 0.6), ("in_step", "most in the step", 0.3))
+    ):
+        values = [r["gradient_bytes_per_parameter"][key] for r in results]
+        places = [i + 0.27 * (row - 1) for i in range(len(results))]
+        bars = axes.barh(places, values, 0.25, color=[_design_color(r) for r in results], alpha=alpha, label=name)
+        axes.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=6, padding=2)
+    axes.set_yticks(range(len(results)), [r["label"] for r in results])
+    axes.invert_yaxis()
+    axes.set_xlabel("gradient bytes per weight")
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    _finish(axes, f"Gradient memory of {results[0]['parameters']:,} weights\n{machine}", "x")
+    return figure
+
+
+def convergence(machine: str, content: Content) -> Figure | None:
+    """Draw, for each N and seed, the validation loss less that of FP32 accumulation with the same seed."""
+    losses = {(r["design"], r["micro_batches"]): r for r in content["results"] if "error" not in r}
+    compared = grouped([r for r in losses.values() if "difference" in r], "label")
+    if not compared:
+        return None
+    counts = sorted({count for _, count in losses})
+    reference = next(key for key, _ in losses if not any(key == r["design"] for rs in compared.values() for r in rs))
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for i, (label, results) in enumerate(compared.items()):
+        for result in results:
+            place = counts.index(result["micro_batches"]) + 0.3 * (i - (len(compared) - 1) / 2)
+            pairs = zip(
+                result["validation_loss"],
+                losses[reference, result["micro_batches"]]["validation_loss"],
+                strict=True,
+            )
+            values = [mine - other for mine, other in pairs]
+            color = _design_color(result)
+            axes.plot([place] * len(values), values, "o", color=color, markersize=4, alpha=0.7)
+            axes.hlines(result["difference"]["median"], place - 0.1, place + 0.1, color=color, linewidth=2)
+        axes.plot([], [], "o", color=_design_color(results[0]), label=label)
+    axes.axhline(0.0, color=COLORS["roof"], linestyle="--", linewidth=1, zorder=0)
+    axes.set_xticks(range(len(counts)), [f"N = {count}" for count in counts])
+    axes.set_ylabel("validation loss less fp32's")
+    axes.legend(fontsize=8, frameon=False)
+    _finish(axes, f"Validation loss by N: one point for each seed, and the median\n{machine}", "y")
+    return figure
+
+
+def _design_color(result: Result) -> str:
+    return COLORS[next((kind for kind in ("split24", "split32") if result["design"].startswith(kind)), "stock")]
+
+
 def _kind(result: Result) -> str:
     if result["buffer"] is not None:
         return str(result["buffer"])
@@ -140,6 +224,11 @@ FIGURES: dict[str, list[Drawing]] = {
         Drawing("roofline", "bandwidth of one fold as a fraction of copy bandwidth", roofline, in_readme=True),
         Drawing("sizes", "time of one fold over split24, against the size of the tensor", sizes),
     ],
+    "training": [
+        Drawing("training-time", "time of a training window over stock bf16", training_time),
+        Drawing("training-memory", "gradient bytes per weight of every design", training_memory, in_readme=True),
+    ],
+    "convergence": [Drawing("convergence", "validation loss less that of fp32 accumulation, by N", convergence)],
     "accuracy": [Drawing("error", "error of the accumulated gradient against N", error_against_n)],
 }
 

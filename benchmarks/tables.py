@@ -288,18 +288,19 @@ def _errors(results: list[Result], key: str, counts: list[int], corner: str = "a
 # ---- training ----------------------------------------------------------------------------------------------------
 
 SURE = 0.9  # intervals of less confidence prove nothing
-OVER = {"stock_bf16": "time / stock bf16", "stock_fp32_masters": "time / stock fp32 + masters"}
+OVER = {"stock_bf16": "/ stock bf16", "stock_fp32_masters": "/ stock fp32 + masters"}
+STRETCHES = {"micro_batch": "micro-batch", "window": "window"}
 
 
 def training_tables(content: Content) -> list[str]:
     """Return, for each regime, a table of time and one of memory, error and loss, and what the times prove."""
     lines = paragraph(
         "A GPT with bf16 weights, trained with every way of accumulating in one run, by turns. Designs with masters "
-        "step FP32 copies of the weights: compare them with one another, and the others with one another. A window is "
-        "all micro-batches and the step; its ratio to the window of another design in the same round is a median, "
-        "with an interval that holds it with 95 % confidence where there were enough rounds. MB is everything that is "
-        "allocated at the peak, bytes per weight are the gradients' share of it. In *error*, first the sum that is "
-        "kept, then what AdamW reads."
+        "step FP32 copies of the weights: compare them with one another, and the others with one another. A "
+        "micro-batch is forward, backward and accumulation; a window is all micro-batches and the step. Ratios are to "
+        "the time of another design for the same micro-batch, or in the same round: the median, and an interval that "
+        "holds it with 95 % confidence where there were enough rounds. MB is all that is allocated at the peak, bytes "
+        "per weight are the gradients' share. In *error*, first the sum that is kept, then what AdamW reads."
     )
     for regime, results in grouped(content["results"], "regime").items():
         first = results[0]
@@ -313,10 +314,13 @@ def training_tables(content: Content) -> list[str]:
         for result in sorted(results, key=lambda r: bool(r["masters"])):
             name = _design(result)
             if "error" in result:
-                time_rows.append([name, result["error"], "", *("" for _ in over)])
+                time_rows.append([name, result["error"], "", *("" for _ in range(2 * len(over)))])
                 continue
-            ratios = (_interval(result["window_over"].get(key)) for key in over)
-            time_rows.append([name, spread(result["micro_batch"]), spread(result["window"]), *ratios])
+            cells = [name]
+            for stretch in STRETCHES:
+                cells.append(spread(result[stretch]))
+                cells += (_interval(result[f"{stretch}_over"].get(key)) for key in over)
+            time_rows.append(cells)
             size, error = result["gradient_bytes_per_parameter"], result["relative_error"]
             losses = result["validation_loss"]
             other_rows.append(
@@ -328,9 +332,13 @@ def training_tables(content: Content) -> list[str]:
                     f"{statistics.median(losses):.4f} ({min(losses):.4f}-{max(losses):.4f})",
                 ]
             )
-        lines += table(["design", "micro-batch", "window", *(OVER[key] for key in over)], time_rows)
+        header = ["design"]
+        for name in STRETCHES.values():
+            header += [name, *(OVER[key] for key in over)]
+        lines += table(header, time_rows)
         for key in over:
-            lines += _verdict(measured, key)
+            for stretch in STRETCHES:
+                lines += _verdict(measured, stretch, key)
         lines += table(
             ["design", "MB", "bytes / weight, held", "at the peak", "in the step", "error", "validation loss"],
             other_rows,
@@ -340,17 +348,15 @@ def training_tables(content: Content) -> list[str]:
 
 def training_summary(content: Content) -> list[str]:
     """Return the regime of the closest comparison: time over stock, memory and error."""
-    by_regime = grouped(content["results"], "regime")
-    results = [r for r in by_regime.get("paired", []) if "error" not in r]
-    if not results:
+    results = [r for r in grouped(content["results"], "regime").get("paired", []) if "error" not in r]
+    if not any("stock_bf16" in r["window_over"] for r in results):
         return []
     first = results[0]
-    tokens = first["batch_size"] * first["context"]
     rows = [
         [
             _design(result),
-            _interval(result["window_over"].get("stock_bf16")),
-            f"{result['gradient_bytes_per_parameter']['peak']:.1f}",
+            *(_interval(result[f"{stretch}_over"].get("stock_bf16")) for stretch in STRETCHES),
+            f"{result['gradient_bytes_per_parameter']['peak']:.2f}",
             f"{result['peak_bytes'] / 1e6:,.0f}",
             f"{result['relative_error']['sum']:.0e}",
         ]
@@ -359,9 +365,20 @@ def training_summary(content: Content) -> list[str]:
     return [
         *paragraph(
             f"Training a GPT with {first['parameters']:,} bf16 weights, {first['micro_batches']} micro-batches of "
-            f"{tokens:,} tokens and a step, by turns. Ratios are medians over {first['window']['n']} windows:"
+            f"{first['batch_size'] * first['context']:,} tokens and a step, by turns. Time over stock bf16 "
+            "for the same micro-batch, and for the window; median and interval:"
         ),
-        *table(["design", "time / stock bf16", "gradient bytes / weight at the peak", "MB in all", "error"], rows),
+        *table(
+            [
+                "design",
+                "micro-batch / stock bf16",
+                "window / stock bf16",
+                "gradient bytes / weight",
+                "MB in all",
+                "error of the sum",
+            ],
+            rows,
+        ),
     ]
 
 
@@ -373,25 +390,24 @@ def _interval(found: Result | None) -> str:
     return f"{found['median']:.3f} ({found['low']:.3f}-{found['high']:.3f})" if found else ""
 
 
-def _verdict(results: list[Result], reference: str) -> list[str]:
+def _verdict(results: list[Result], stretch: str, reference: str) -> list[str]:
     """Say which designs of accumkern are slower than another design, which are faster, and which cannot be told."""
-    told: dict[str, list[str]] = {"slower than": [], "faster than": [], "not to be told from": []}
+    slower, faster, neither = "slower than", "faster than", "not to be told from"
+    told: dict[str, list[str]] = {slower: [], faster: [], neither: []}
     for result in results:
-        found = result["window_over"].get(reference)
+        found = result[f"{stretch}_over"].get(reference)
         if found and _design(result).startswith("**"):
-            sure = found["confidence"] >= SURE
-            which = (
-                "slower than"
-                if sure and found["low"] > 1
-                else "faster than"
-                if sure and found["high"] < 1
-                else "not to be told from"
-            )
-            told[which].append(str(result["label"]))
+            told[_side(found, 1, slower, faster, neither)].append(str(result["label"]))
     to = next(r["label"] for r in results if r["design"] == reference)
-    return [
-        line for which, labels in told.items() if labels for line in paragraph(f"{', '.join(labels)}: {which} {to}.")
-    ]
+    said = "; ".join(f"{which} {to}: {', '.join(labels)}" for which, labels in told.items() if labels)
+    return paragraph(f"By the {STRETCHES[stretch]}, {said}.") if said else []
+
+
+def _side(found: Result, middle: float, above: str, below: str, neither: str) -> str:
+    """Return which word fits an interval that lies above or below a number, or that does not tell."""
+    if found["confidence"] < SURE or found["low"] <= middle <= found["high"]:
+        return neither
+    return above if found["low"] > middle else below
 
 
 # ---- convergence -------------------------------------------------------------------------------------------------
@@ -447,20 +463,12 @@ def _differences(content: Content) -> list[str]:
     """Say plainly for which N the loss differs visibly from that of FP32 accumulation, and for which it does not."""
     lines = []
     for label, results in grouped([r for r in content["results"] if "difference" in r], "label").items():
-        told: dict[str, list[str]] = {"higher than": [], "lower than": [], "not visibly different from": []}
+        words = ("higher than", "lower than", "not visibly different from")
+        told: dict[str, list[str]] = {word: [] for word in words}
         for result in results:
-            found = result["difference"]
-            which = (
-                "higher than"
-                if found["low"] > 0
-                else "lower than"
-                if found["high"] < 0
-                else "not visibly different from"
-            )
-            told[which].append(f"{result['micro_batches']}")
-        confidence = results[0]["difference"]["confidence"]
-        said = "; ".join(f"at N = {', '.join(counts)} {which} fp32's" for which, counts in told.items() if counts)
-        lines += paragraph(f"{label}: the loss is {said} ({confidence:.0%} confidence).")
+            told[_side(result["difference"], 0, *words)].append(str(result["micro_batches"]))
+        said = "; ".join(f"at N = {', '.join(counts)} {word} fp32's" for word, counts in told.items() if counts)
+        lines += paragraph(f"{label}: the loss is {said} ({results[0]['difference']['confidence']:.0%} confidence).")
     return lines
 
 
