@@ -21,7 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("accumkern"):
             raise
-        print(f"accumkern {args.command} needs {error.name}: pip install 'accumkern[plan]'", file=sys.stderr)
+        missing = error.name.partition(".")[0]
+        print(f"accumkern {args.command} needs {missing}: pip install 'accumkern[plan]'", file=sys.stderr)
         return 2
     return cli.run(args)
 

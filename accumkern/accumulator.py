@@ -223,6 +223,27 @@ class GradAccumulator:
         self._measures |= not _is_in_group()
         return Finished(norm, coefficient, nonfinite)
 
+    def reduce_in_fp32(self, model: torch.nn.parallel.DistributedDataParallel) -> None:
+        """Let DistributedDataParallel take the mean of the accumulated sums in FP32, instead of rounding first.
+
+        Registers a communication hook on ``model``: each bucket is reduced as FP32 numbers, sum and residual together,
+        while the backward pass goes on. ``.grad`` is the mean, rounded once; the residual is what it lacks, so that
+        :meth:`finish` and :meth:`gradient` see the mean to the precision of ``buffer``. Twice the bytes of bfloat16 are
+        sent, and one bucket at a time has a copy of 4 bytes per element. float32 gradients are reduced as always.
+
+        Args:
+            model: the wrapped model, with no other communication hook. Its process group is used.
+
+        Raises:
+            TypeError: ``model`` is not a DistributedDataParallel.
+            RuntimeError: ``model`` has a communication hook already.
+        """
+        if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            raise TypeError(f"model is a {type(model).__name__}; it must be a DistributedDataParallel")
+        reduction = distributed.Fp32Reduction(self, model.process_group)
+        # A lambda, because DDP compares annotations, and takes none that are strings.
+        model.register_comm_hook(None, lambda state, bucket: reduction.start(bucket))
+
     def noise_scale(
         self,
         tokens: Sequence[float] | Tensor | None = None,
@@ -316,18 +337,48 @@ class GradAccumulator:
 
         Save it beside the state of model and optimizer, which hold no gradients. Like an optimizer's, the tensors are
         the live ones: save or copy them before training goes on. The dictionary holds only strings, numbers, lists and
-        tensors, so ``torch.load(weights_only=True)`` takes it.
+        tensors, so ``torch.load(weights_only=True)`` takes it. What belongs to a DTensor is a DTensor, laid out alike.
+
+        Raises:
+            RuntimeError: the gradient of a DTensor is a sum over ranks that is still to be taken (``Partial``, as of a
+                norm under sequence parallelism), of which a checkpoint would keep one term.
         """
         self._settle()
         sums: list[Tensor | None] = []
         residuals: list[Tensor | None] = []
-        for param in _parameters_of(self._optimizer):
+        for i, param in enumerate(_parameters_of(self._optimizer)):
             parameter = self._parameters.get(param)
             grad = None if parameter is None else param.grad
+            if grad is not None and parameter is not None and parameter.is_dtensor and distributed.is_pending(grad):
+                raise RuntimeError(
+                    f"the gradient of parameter {i} of optimizer is a sum over ranks that is still to be taken "
+                    "(Partial); save between two windows"
+                )
             sums.append(None if grad is None else grad.detach())
             residual = None if grad is None or parameter is None else parameter.valid_residual(grad, self.buffer)
             if residual is not None and parameter is not None and parameter.is_dtensor:
                 residual = distributed.with_shard(residual.view(distributed.shard(grad).shape), grad)
+            residuals.append(residual)
+        return {"buffer": self.buffer, "sums": sums, "residuals": residuals}
+
+    def empty_state_dict(self) -> dict[str, Any]:
+        """Return a state of zeros, for loaders that write into tensors which are there: torch.distributed.checkpoint.
+
+        It has a sum for every parameter that requires a gradient, and every residual. What the checkpoint has not, is
+        None after it was loaded. Give the result to :meth:`load_state_dict`.
+        """
+        sums: list[Tensor | None] = []
+        residuals: list[Tensor | None] = []
+        for param in _parameters_of(self._optimizer):
+            parameter = self._parameters.get(param) if param.requires_grad else None
+            sums.append(None if parameter is None else torch.zeros_like(param, requires_grad=False))
+            format_ = BUFFERS[self.buffer].get(param.dtype)
+            dtype = None if format_ is None else format_.residual_dtype
+            residual = None
+            if parameter is not None and dtype is not None:
+                residual = torch.zeros(parameter.numel, dtype=dtype, device=parameter.device)
+                if parameter.is_dtensor:
+                    residual = distributed.with_shard(residual.view(distributed.shard(sums[-1]).shape), param)
             residuals.append(residual)
         return {"buffer": self.buffer, "sums": sums, "residuals": residuals}
 
@@ -591,9 +642,12 @@ class GradAccumulator:
 
     def _fold_dtensor(self, parameter: _Parameter, param: Tensor, running: Any, new: Any, start: Start) -> None:
         """Fold the shard of one DTensor into that of another, or leave it to torch where they are laid out apart."""
+        alike = running.device_mesh == new.device_mesh
+        if alike and running.placements != new.placements and not distributed.is_pending(running):
+            new = new.redistribute(placements=running.placements)
+        alike &= running.placements == new.placements
         local = distributed.shard(new)
         total = local if running is new else distributed.shard(running)
-        alike = running.placements == new.placements and running.device_mesh == new.device_mesh
         plain = _is_plain(local, parameter.dtype) and _is_plain(total, parameter.dtype)
         if not alike or not plain or local.shape != total.shape or torch.is_grad_enabled():
             self._add_as_torch_does(parameter, param, running, new)
@@ -1060,6 +1114,9 @@ def _checked_state(
             if residual is not None:
                 raise ValueError(f"state_dict holds a residual but no sum for parameter {i}")
             continue
+        for name, tensor in (("sums", total), ("residuals", residual)):
+            if tensor is not None:
+                distributed.check_layout(f"{name}[{i}] of state_dict", tensor, f"parameter {i}", param)
         if total.shape != param.shape:
             raise ValueError(
                 f"sums[{i}] of state_dict has shape {tuple(total.shape)}; parameter {i} has {tuple(param.shape)}"
@@ -1070,8 +1127,7 @@ def _checked_state(
             format_ = BUFFERS[buffer].get(total.dtype)
             if format_ is None or residual.dtype is not format_.residual_dtype:
                 raise TypeError(f"residuals[{i}] of state_dict is {residual.dtype}, which buffer={buffer!r} never has")
-            if residual.shape != (total.numel(),):
-                raise ValueError(
-                    f"residuals[{i}] of state_dict has shape {tuple(residual.shape)}; it must be ({total.numel()},)"
-                )
+            shape = tuple(total.shape) if distributed.is_dtensor(total) else (total.numel(),)
+            if residual.shape != shape:
+                raise ValueError(f"residuals[{i}] of state_dict has shape {tuple(residual.shape)}; it must be {shape}")
     return list(zip(sums, residuals, strict=True))

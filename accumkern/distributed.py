@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from accumkern.formats import BUFFERS, Format, decode, encode
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from accumkern.accumulator import _Parameter
+    from accumkern.accumulator import GradAccumulator, _Parameter
+
+_queue_callback = torch.autograd.Variable._execution_engine.queue_callback
 
 
 class RunningShard(Tensor):
@@ -74,6 +78,30 @@ def with_shard(local: Tensor, like: Any) -> Any:
     return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
 
 
+def check_layout(name: str, tensor: Tensor, of: str, param: Tensor) -> None:
+    """Raise unless ``tensor`` is spread over ranks as ``param`` is: both alike, or neither.
+
+    Args:
+        name: what to call ``tensor``.
+        tensor: what is loaded.
+        of: what to call ``param``.
+        param: the parameter that it is loaded for.
+    """
+    loaded, wanted = is_dtensor(tensor), is_dtensor(param)
+    if loaded is not wanted:
+        kinds = "DTensor" if loaded else "plain tensor", "DTensor" if wanted else "plain tensor"
+        raise TypeError(f"{name} is a {kinds[0]}; {of} is a {kinds[1]}")
+    if not loaded:
+        return
+    a: Any = tensor
+    b: Any = param
+    if a.placements != b.placements or a.device_mesh != b.device_mesh:
+        raise ValueError(
+            f"{name} is laid out as {a.placements} on {a.device_mesh}; {of} as {b.placements} on {b.device_mesh}. "
+            "Redistribute it, or let torch.distributed.checkpoint do it"
+        )
+
+
 def is_pending(grad: Any) -> bool:
     """Return whether the value of a DTensor is the sum of what its ranks hold."""
     return any(placement.is_partial() for placement in grad.placements)
@@ -116,3 +144,88 @@ def norm_over(groups: tuple[ProcessGroup, ...], norm: Tensor, norm_type: float) 
     for group in groups:
         torch.distributed.all_reduce(power, group=group)
     return (power ** (1 / norm_type)).to(norm.dtype)
+
+
+class Fp32Reduction:
+    """The communication hook of :meth:`accumkern.GradAccumulator.reduce_in_fp32`.
+
+    A bucket holds the upper halves of the sums. Their residuals are added to a copy of it in FP32, the copy is reduced,
+    and the mean is split again: the upper halves go into the bucket, from where DistributedDataParallel takes them, and
+    the low bits become the new residuals.
+    """
+
+    def __init__(self, accumulator: GradAccumulator, group: ProcessGroup) -> None:
+        self._accumulator = weakref.ref(accumulator)
+        self._group = group
+        self._in_flight: torch.futures.Future[Tensor] | None = None
+        self._reduced: list[_Parameter] = []
+
+    def start(self, bucket: Any) -> Any:
+        """Start the reduction of a bucket; return the future of its buffer."""
+        if bucket.index() == 0:
+            self._in_flight = None  # the last backward pass may have failed
+            self._reduced = []
+            # DistributedDataParallel writes the gradients in a callback that it queues later than this one.
+            _queue_callback(lambda: _queue_callback(self._adopt))
+        buffer = bucket.buffer()
+        if buffer.dtype not in (torch.bfloat16, torch.float16):
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+            return allreduce_hook(self._group, bucket)
+        if self._in_flight is not None:
+            self._in_flight.wait()  # so that there is one copy in FP32 at a time
+        accumulator = self._accumulator()
+        members = []
+        wide = torch.empty(buffer.numel(), device=buffer.device)
+        for param, half in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            part = wide.as_strided(half.shape, half.stride(), half.storage_offset() - buffer.storage_offset())
+            parameter = None if accumulator is None else accumulator._parameters.get(param)
+            format_ = None if accumulator is None else BUFFERS[accumulator.buffer].get(half.dtype)
+            residual = None if parameter is None else _residual_in_bucket(parameter, format_)
+            part.copy_(half if residual is None or format_ is None else decode(format_, param.grad, residual))
+            members.append((parameter, format_, half, part))
+
+        def split(future: torch.futures.Future[Any]) -> Tensor:
+            future.wait()  # raises what went wrong
+            wide.div_(self._group.size())
+            for parameter, format_, half, part in members:
+                if parameter is None or format_ is None or parameter.param.grad is None:
+                    half.copy_(part)
+                    continue
+                upper, low = encode(format_, part)
+                assert low is not None
+                half.copy_(upper)
+                grad = parameter.param.grad
+                parameter.residual_of_dtype(low.dtype).as_strided(grad.shape, grad.stride()).copy_(low)
+                self._reduced.append(parameter)
+            return buffer
+
+        work = torch.distributed.all_reduce(wide, group=self._group, async_op=True)
+        self._in_flight = work.get_future().then(split)
+        return self._in_flight
+
+    def _adopt(self) -> None:
+        """Let the residuals of the mean belong to the gradients, now that they are the mean."""
+        for parameter in self._reduced:
+            if parameter.owns(parameter.param.grad):  # of a parameter that no rank uses, which is left as it was
+                parameter.forget()
+            elif parameter.param.grad is not None:
+                parameter.remember()
+        self._reduced = []
+        self._in_flight = None
+
+
+def _residual_in_bucket(parameter: _Parameter, format_: Format | None) -> Tensor | None:
+    """Return the residual of a gradient that has just been put into a bucket, if it has one.
+
+    Where gradients are views of the bucket, ``.grad`` is another tensor than what was folded, with its values.
+    """
+    grad = parameter.param.grad
+    residual = parameter.residual
+    if grad is None or format_ is None or residual is None or residual.dtype is not format_.residual_dtype:
+        return None
+    folded = parameter.written()
+    moved = grad._is_view() and parameter.version >= 0 and (folded is None or folded._version == parameter.version)
+    if not parameter.owns(grad) and not moved:
+        return None
+    return residual.as_strided(grad.shape, grad.stride())

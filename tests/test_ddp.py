@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -215,3 +217,117 @@ def test_residuals_count_until_the_reduction_and_not_after(
     ranks: Ranks, way: dict[str, Any], set_to_none: bool
 ) -> None:
     ranks.run(sums_up_to_the_reduction, way, set_to_none)
+
+
+# ---- the mean in FP32 ---------------------------------------------------------------------------------------------
+
+
+def mean_in_fp32(way: dict[str, Any], set_to_none: bool, buffer: str) -> None:
+    module = net(BF16, way)
+    alone = copy.deepcopy(module)
+    model = DistributedDataParallel(module, **way)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.0) for m in (module, alone)]
+    acc, acc_alone = (accumkern.attach(optimizer, buffer) for optimizer in optimizers)
+    acc.reduce_in_fp32(model)
+    run_window(model, module, 0, 1, no_sync=False)
+    for window in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=set_to_none)
+        run_window(model, module, window, 9, True)
+        run_window(alone, alone, window, 9, False)
+        for p, q in zip(module.parameters(), alone.parameters(), strict=True):
+            mean = torch.zeros(p.shape, device=device()) if q.grad is None else acc_alone.gradient(q)
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+            if p.grad is None:
+                assert not mean.any()
+                continue
+            tolerance = 2**-15 if buffer == "split24" else 0
+            torch.testing.assert_close(acc.gradient(p), mean, rtol=tolerance, atol=0)
+            torch.testing.assert_close(p.grad.float(), mean, rtol=2**-8, atol=0)
+        if window == 1:
+            means = [acc.gradient(p) for p in module.parameters()]
+            acc.finish(divide_by=3.0)
+            for p, mean in zip(module.parameters(), means, strict=True):
+                assert p.grad is None or torch.equal(p.grad, (mean / 3).to(BF16))
+
+
+@ways
+@set_to_none
+def test_mean_in_fp32(ranks: Ranks, way: dict[str, Any], set_to_none: bool) -> None:
+    ranks.run(mean_in_fp32, way, set_to_none, "split32")
+
+
+@pytest.mark.parametrize("buffer", ["split24", "fp32"])
+@pytest.mark.parametrize("way", [{}, {"gradient_as_bucket_view": True}], ids=["buckets apart", "bucket views"])
+def test_mean_in_fp32_of_other_buffers(ranks: Ranks, way: dict[str, Any], buffer: str) -> None:
+    ranks.run(mean_in_fp32, way, True, buffer)
+
+
+def reduction_of_others() -> None:
+    """float32 parameters have the bits of stock, parameters of no accumulator are reduced too."""
+    results = []
+    for attached in (False, True):
+        module = net(torch.float32, {})
+        model = DistributedDataParallel(module)
+        optimizer = torch.optim.SGD(module.a.parameters())
+        if attached:
+            accumkern.attach(optimizer).reduce_in_fp32(model)
+        run_window(model, module, 0, 4, True)
+        results.append([p.grad for p in module.parameters()])
+    assert all(map(torch.equal, *results))
+    module = net(BF16, {})
+    acc = accumkern.attach(torch.optim.SGD(module.a.parameters()))
+    model = DistributedDataParallel(module)
+    with pytest.raises(TypeError, match="model is a Net; it must be a DistributedDataParallel"):
+        acc.reduce_in_fp32(module)
+    acc.reduce_in_fp32(model)
+    with pytest.raises(RuntimeError, match="comm_hook"):
+        acc.reduce_in_fp32(model)
+    truth = fp64_sums(module.parameters())
+    run_window(model, module, 0, 2, True)
+    for total in truth:
+        dist.all_reduce(total)
+    assert relative_error([p.grad * dist.get_world_size() for p in module.parameters()], truth) < 1e-2
+
+
+def test_reduction_of_other_parameters(ranks: Ranks) -> None:
+    ranks.run(reduction_of_others)
+
+
+# ---- a rank that dies ---------------------------------------------------------------------------------------------
+
+
+def survive(in_fp32: bool) -> str:
+    """Return the error of the rank that is left, after seeing that zero_grad() repairs."""
+    module = net(BF16, {})
+    model = DistributedDataParallel(module)
+    optimizer = torch.optim.SGD(module.parameters())
+    acc = accumkern.attach(optimizer, "split32")
+    if in_fp32:
+        acc.reduce_in_fp32(model)
+    run_window(model, module, 0, 3, True)
+    if dist.get_rank() == 1:
+        os._exit(1)
+    optimizer.zero_grad()
+    message = ""
+    try:
+        run_window(model, module, 1, 3, True)
+    except RuntimeError as error:
+        message = str(error)
+    optimizer.zero_grad()
+    alone = net(BF16, {})
+    acc_alone = accumkern.attach(torch.optim.SGD(alone.parameters()), "split32")
+    run_window(module, module, 2, 5, False)
+    run_window(alone, alone, 2, 5, False)
+    for p, q in zip(module.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(acc.gradient(p), acc_alone.gradient(q))
+    raise RuntimeError(f"as it should: {message}")
+
+
+@pytest.mark.parametrize("in_fp32", [False, True], ids=["bfloat16", "FP32"])
+def test_a_rank_that_dies_is_an_error_and_zero_grad_repairs(in_fp32: bool) -> None:
+    processes = Ranks("gloo")
+    (_, left), dead = processes.outcomes(survive, in_fp32, ranks=2)
+    assert dead == (False, "the process died")
+    assert re.search(r"RuntimeError: as it should: .*(closed by peer|reset by peer)", left), left

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import accumkern
 from accumkern.noise_scale import Estimate
 from accumkern.planning import fit as fit_module
 from accumkern.planning import throughput
-from accumkern.planning.decide import best_batch, split, useful_batches
+from accumkern.planning.decide import best_batch, split, split_by_size, useful_batches
 from accumkern.planning.fit import find_fit, largest
 from accumkern.planning.memory import (
     MemoryLimitError,
@@ -46,6 +46,14 @@ from accumkern.planning.window import accumulation, choose_buffer, train_window
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
 KB = 1000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -95,10 +103,11 @@ def gpt() -> Setup:
 
     model = GPT(width=64).to(torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    text = torch.randint(256, (2**20,), dtype=torch.uint8)  # more than all the rest, and not part of it
     return Setup(
         model,
         optimizer,
-        lambda size: torch.randint(256, (size, CONTEXT + 1)),
+        lambda size: text[: size * (CONTEXT + 1)].view(size, -1).long(),
         lambda model, batch: model(batch),
         tokens_per_sample=CONTEXT,
     )
@@ -708,6 +717,20 @@ def test_splits() -> None:
     prime = split(97, 1, [1, 8, 32], saturating)
     assert (prime.micro_batch, prime.accumulation_steps) == (32, 3)
     assert split(97, 1, [1, 8, 32], lambda m, k: 1.0).effective_batch == 97  # exact where it costs nothing
+
+
+def test_splits_without_measured_speeds() -> None:
+    for target, ranks, most, micro_batch, accumulation_steps in [
+        (4096, 1, 60, 32, 128),
+        (96, 1, 30, 24, 4),
+        (97, 1, 30, 24, 4),  # the nearest
+        (96, 8, 30, 12, 1),
+        (64, 1, 1000, 64, 1),
+        (3, 8, 30, 1, 1),
+        (7, 1, 1, 1, 7),
+    ]:
+        way = split_by_size(target, ranks, most)
+        assert (way.micro_batch, way.accumulation_steps) == (micro_batch, accumulation_steps)
 
 
 def test_useful_batches_follow_the_noise_scale_and_the_ranks() -> None:

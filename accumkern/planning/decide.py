@@ -68,6 +68,18 @@ def split(target: int, ranks: int, sizes: Sequence[int], rate: Rate) -> Split:
     return min(fast, key=lambda way: (abs(way.effective_batch - target), -speed(way)))
 
 
+def split_by_size(target: int, ranks: int, largest: int) -> Split:
+    """Return how to make an effective batch where no speed was measured, and micro-batches up to ``largest`` fit.
+
+    It is the nearest to ``target``, exactly if possible, with a micro-batch of half the largest or more, which is taken
+    to be as fast; of several, that with the largest.
+    """
+    per_rank = target / ranks
+    most = min(largest, max(1, round(per_rank)))
+    ways = [Split(ranks, size, max(1, round(per_rank / size))) for size in range((most + 1) // 2, most + 1)]
+    return min(ways, key=lambda way: (abs(way.effective_batch - target), -way.micro_batch))
+
+
 def relative_time(batch: int, ranks: int, sizes: Sequence[int], rate: Rate, noise_scale: float) -> float:
     """Return the time to train with an effective batch: the samples it needs, over the samples per second.
 

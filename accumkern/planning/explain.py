@@ -57,8 +57,8 @@ def _memory(plan: Plan) -> list[str]:
 def _speed(plan: Plan) -> list[str]:
     if plan.knee is None:
         return [
-            "What is fast: not measured. The micro-batch is among the largest that fit; measure on the device to see "
-            "whether a smaller one is as fast."
+            "What is fast: not measured. Micro-batches of half the largest that fits or more are taken to be as fast; "
+            "measure on the device."
         ]
     best = max(plan.speeds, key=lambda speed: speed.limit_per_second)
     at_knee = next(speed for speed in plan.speeds if speed.micro_batch == plan.knee)

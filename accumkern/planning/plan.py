@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from accumkern import __version__
 from accumkern.planning import ranks
-from accumkern.planning.decide import Rate, Split, best_batch, relative_time, split, useful_batches
+from accumkern.planning.decide import Rate, Split, best_batch, relative_time, split, split_by_size, useful_batches
 from accumkern.planning.explain import explain
 from accumkern.planning.fit import Trial, find_fit, largest, try_window
 from accumkern.planning.memory import available_bytes, format_bytes, parse_bytes
@@ -223,9 +223,7 @@ def _predicted_plan(
                 "checkpointing"
             )
         most = largest(fits, at_most)
-        # A larger micro-batch is hardly ever slower: without measured speeds, size stands for it.
-        sizes = range(1, most + 1)
-        way = split(target or most, 1, sizes, _size)
+        way = split_by_size(target or most, 1, most)
         peak = predict_memory(setup, way.micro_batch, buffer, min(2, way.accumulation_steps)).total
         peaks = {size: prediction.memory.total for size, prediction in found.items()} | {way.micro_batch: peak}
         gradient_bytes = _gradient_bytes(setup)
@@ -240,7 +238,7 @@ def _predicted_plan(
         return explain(
             Plan(
                 choice=choice(way),
-                by_ranks=tuple(choice(split(way.effective_batch, n, sizes, _size)) for n in _RANKS),
+                by_ranks=tuple(choice(split_by_size(way.effective_batch, n, most)) for n in _RANKS),
                 target=target,
                 buffer=buffer,
                 attach=buffer is not None and way.accumulation_steps > 1,
@@ -264,10 +262,6 @@ def _predicted_plan(
                 machine=_machine(setup.device) | {"device": "none: predicted on fake tensors"},
             )
         )
-
-
-def _size(micro_batch: int, accumulation_steps: int) -> float:
-    return float(micro_batch)
 
 
 def _predictions(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
+from torch.utils._python_dispatch import _pop_mode_temporarily
+from torch.utils._pytree import tree_leaves
 
 from accumkern import backends
 from accumkern.accumulator import GradAccumulator
@@ -85,27 +87,32 @@ def predict_memory(setup: Setup, micro_batch: int, buffer: str | None, micro_bat
         if accumulates
         else nullcontext()
     )
+    tracker = MemTracker()
+
+    def batch_beside_tracker() -> object:
+        # The batch counts, but not the data that it is cut from, which was there before.
+        tracker.reset_mod_stats()  # it takes a model that is called again for an error otherwise
+        with _pop_mode_temporarily():
+            batch = make_batch(setup, micro_batch, "longest_batch")
+        tracker.track_external(*(leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)))
+        return batch
+
     with attached as accumulator:
-
-        def batches() -> Iterator[object]:
-            for _ in range(micro_batches):
-                tracker.reset_mod_stats()  # it takes a model that is called again for an error otherwise
-                yield make_batch(setup, micro_batch, "longest_batch")
-
-        tracker = MemTracker()
-        train_window(setup, batches(), micro_batches, accumulator)
+        batches = (make_batch(setup, micro_batch, "longest_batch") for _ in range(micro_batches))
+        train_window(setup, batches, micro_batches, accumulator)
         tracker.track_external(setup.model, setup.optimizer)
         if isinstance(accumulator, _FakeAccumulator):
             tracker.track_external(*accumulator.residuals())
+        residuals = tracker.get_tracker_snapshot()[setup.device][_MemRefType.OTH]
         with tracker:
-            train_window(setup, batches(), micro_batches, accumulator)
-    peak = tracker.get_tracker_snapshot("peak").get(setup.device, {})
+            train_window(setup, (batch_beside_tracker() for _ in range(micro_batches)), micro_batches, accumulator)
+    peak = tracker.get_tracker_snapshot("peak")[setup.device]
     return Memory(
         parameters=peak[_MemRefType.PARAM] + peak[_MemRefType.BUFFER],
         gradients=peak[_MemRefType.GRAD],
-        residuals=peak[_MemRefType.OTH],
+        residuals=residuals,
         optimizer_state=peak[_MemRefType.OPT],
-        activations=peak[_MemRefType.ACT] + peak[_MemRefType.TEMP],
+        activations=peak[_MemRefType.ACT] + peak[_MemRefType.TEMP] + peak[_MemRefType.OTH] - residuals,
     )
 
 

@@ -115,7 +115,7 @@ def sweep(
                 found = settings | {"micro_batch_found": fit.micro_batch}
                 write_json(folder / SETTINGS, found)
             settings["micro_batch"] = found["micro_batch_found"]
-        validation = _validation(made, settings)
+        validation = _validation(_seeded_setup(setup, _VALIDATION_SEED), settings)
         runs = []
         for batch, rule, seed in _plan_of_runs(settings):
             path = folder / RUNS / f"batch-{batch}_{rule}_seed-{seed}.json"
@@ -324,21 +324,22 @@ def _checked_settings(
             raise TypeError(f"{name} is a {type(values).__name__}; it must be a list")
         if not values:
             raise ValueError(f"{name} is empty; name at least one")
-    sizes = sorted(set(effective_batches))
-    base_batch = sizes[0] if base_batch is None else base_batch
-    numbers = {"samples": samples, "base_batch": base_batch, "evaluations": evaluations}
-    numbers |= {"validation_samples": validation_samples, "micro_batch": 1 if micro_batch is None else micro_batch}
-    for name, number in [*numbers.items(), *(("effective_batches", size) for size in sizes)]:
+    numbers = {"samples": samples, "evaluations": evaluations, "validation_samples": validation_samples}
+    optional = {"base_batch": base_batch, "micro_batch": micro_batch}
+    given = {name: number for name, number in optional.items() if number is not None}
+    for name, number in [*(("effective_batches", size) for size in effective_batches), *(numbers | given).items()]:
         if isinstance(number, bool) or not isinstance(number, int):
             raise TypeError(f"{name} is {number!r}; it must be a whole number")
         if number < 1:
             raise ValueError(f"{name} is {number}; it must be at least 1")
+    sizes = sorted(set(effective_batches))
     if samples < sizes[-1]:
         raise ValueError(f"samples is {samples}, less than one window of {sizes[-1]}; raise it")
     for rule in rules:
         if rule not in LEARNING_RATE_RULES:
             raise ValueError(f"rules has {rule!r}; each must be one of {', '.join(LEARNING_RATE_RULES)}")
     return numbers | {
+        "base_batch": sizes[0] if base_batch is None else base_batch,
         "micro_batch": micro_batch,
         "effective_batches": sizes,
         "rules": list(dict.fromkeys(rules)),

@@ -1,0 +1,195 @@
+"""The mean over ranks of accumulated gradients: DistributedDataParallel's own, in bfloat16, and reduce_in_fp32().
+
+``python benchmarks/bench_reduce.py [--device cpu|cuda] [--quick]``
+
+Starts 2, 4 and 8 processes (gloo on CPUs; NCCL on as many GPUs as there are, one each). Each rank accumulates random
+micro-gradients; the last backward pass of a window, which reduces, is timed, and its result compared with the FP64 mean
+of everything that was accumulated. Writes ``benchmarks/results/<machine>/reduce.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, installed or not
+
+from provenance import machine, write_results
+from timing import percentile
+
+import accumkern
+
+VARIANTS = {"stock": None, "split24": False, "split24, reduce_in_fp32": True}  # None: not attached
+MICRO_BATCHES = 8
+PARAMETERS = 16
+
+
+class Gradients(nn.Module):
+    """Parameters whose gradients are given: those of a sum of products."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.params = nn.ParameterList(torch.zeros(numel // PARAMETERS) for _ in range(PARAMETERS))
+
+    def forward(self, factors: list[Tensor]) -> Tensor:
+        """Return a scalar whose gradient is ``factors``."""
+        return torch.stack([(p * factor).sum() for p, factor in zip(self.params, factors, strict=True)]).sum()
+
+
+def main() -> None:
+    """Measure every number of processes, print the table and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--quick", action="store_true", help="smaller and fewer, to see that it runs")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    world_sizes = [2, 4, 8]
+    if device.type == "cuda":
+        world_sizes = [n for n in world_sizes if n <= torch.cuda.device_count()]
+        if not world_sizes:
+            sys.exit(f"NCCL takes one GPU for each process, and here is {torch.cuda.device_count()}: not measured")
+    numel = 2**16 if arguments.quick else 2**23
+    rounds = 2 if arguments.quick else 8
+
+    results: list[dict[str, Any]] = []
+    for world_size in world_sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            context = torch.multiprocessing.get_context("spawn")
+            queue = context.SimpleQueue()
+            job = (world_size, device.type, numel, rounds, f"file://{folder}/store", queue)
+            torch.multiprocessing.spawn(measure, job, nprocs=world_size)
+            results += queue.get()
+    print_table(device, results)
+    method = {
+        "timed": "the last backward pass of a window, from a barrier to its end on rank 0; it reduces",
+        "order": "the variants take turns in every round",
+        "micro_batches": MICRO_BATCHES,
+        "parameters": PARAMETERS,
+        "backend": "nccl" if device.type == "cuda" else "gloo, all processes on one machine",
+        "threads_of_a_process": "torch's threads divided by the processes, at least one",
+    }
+    write_results(device, "reduce", method, results)
+
+
+def measure(rank: int, world_size: int, device_type: str, numel: int, rounds: int, store: str, queue: Any) -> None:
+    """Run all variants as one rank; rank 0 puts a list of results into ``queue``."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store, rank=rank, world_size=world_size)
+    generator = torch.Generator(device).manual_seed(rank)
+    micro_batches = [
+        [
+            (torch.randn(numel // PARAMETERS, device=device, generator=generator) + 1).bfloat16()
+            for _ in range(PARAMETERS)
+        ]
+        for _ in range(MICRO_BATCHES)
+    ]
+    truth = [torch.stack(parts).sum(0, dtype=torch.float64) for parts in zip(*micro_batches, strict=True)]
+    for total in truth:
+        dist.all_reduce(total)
+        total /= world_size
+
+    models = {name: Variant(numel, device, in_fp32) for name, in_fp32 in VARIANTS.items()}
+    ms: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for number in range(rounds + 1):
+        for name, variant in models.items():
+            seconds = variant.run_window(micro_batches)
+            if number > 0:  # the first makes buckets and residuals
+                ms[name].append(1e3 * seconds)
+    results = []
+    for name, variant in models.items():
+        result = {
+            "processes": world_size,
+            "variant": name,
+            "numel": numel,
+            "error_of_grad": relative_error(variant.gradients(), truth),
+            "ms": statistics.median(ms[name]),
+            "p20_ms": percentile(ms[name], 0.2),
+            "p80_ms": percentile(ms[name], 0.8),
+            "n": rounds,
+        }
+        results.append(result)
+    if rank == 0:
+        queue.put(results)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class Variant:
+    """A model under DistributedDataParallel, with or without accumkern."""
+
+    def __init__(self, numel: int, device: torch.device, in_fp32: bool | None) -> None:
+        module = Gradients(numel).to(device, torch.bfloat16)
+        self.model = DistributedDataParallel(module)
+        self.optimizer = torch.optim.SGD(module.parameters())
+        if in_fp32 is not None:
+            acc = accumkern.attach(self.optimizer)
+            if in_fp32:
+                acc.reduce_in_fp32(self.model)
+
+    def run_window(self, micro_batches: list[list[Tensor]]) -> float:
+        """Run one window; return the seconds of its last backward pass."""
+        self.optimizer.zero_grad()
+        for n, factors in enumerate(micro_batches):
+            is_last = n == len(micro_batches) - 1
+            with nullcontext() if is_last else self.model.no_sync():
+                loss = self.model(factors)
+                if is_last:
+                    synchronize(factors[0].device)
+                    dist.barrier()
+                begin = time.perf_counter()
+                loss.backward()
+        synchronize(factors[0].device)
+        return time.perf_counter() - begin
+
+    def gradients(self) -> list[Tensor]:
+        """Return what the optimizer reads."""
+        return [param.grad for param in self.model.parameters() if param.grad is not None]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def relative_error(found: list[Tensor], truth: list[Tensor]) -> float:
+    """Return the relative L2 error of all tensors together."""
+    error = sum(float((f.double() - t).square().sum()) for f, t in zip(found, truth, strict=True))
+    return (error / sum(float(t.square().sum()) for t in truth)) ** 0.5
+
+
+def print_table(device: torch.device, results: list[dict[str, Any]]) -> None:
+    """Print all results."""
+    table = Table(title=f"Mean over ranks, {machine(device)}")
+    for name in ("processes", "variant", "elements", "error of .grad", "ms", "p20", "p80"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    for result in results:
+        table.add_row(
+            str(result["processes"]),
+            result["variant"],
+            f"{result['numel']:,}",
+            f"{result['error_of_grad']:.1e}",
+            *(f"{result[key]:.1f}" for key in ("ms", "p20_ms", "p80_ms")),
+        )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

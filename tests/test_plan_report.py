@@ -1,0 +1,348 @@
+"""What people look at: the command line, JSON and CSV, figures, and the page in a real browser."""
+
+import base64
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("jinja2")
+
+from matplotlib.figure import Figure  # noqa: E402
+
+from accumkern.__main__ import main  # noqa: E402
+from accumkern.planning import throughput  # noqa: E402
+from accumkern.planning.report.figures import plan_figures, sweep_figures  # noqa: E402
+from accumkern.planning.report.folder import write_page  # noqa: E402
+
+SCRIPT = """
+    import torch
+    from torch import nn
+    from accumkern.planning.protocol import Setup
+
+    def setup():
+        model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 1)).to(torch.bfloat16)
+        return Setup(
+            model,
+            torch.optim.AdamW(model.parameters(), lr=1e-2),
+            lambda size: torch.randn(size, 16, dtype=torch.bfloat16),
+            lambda model, batch: (model(batch).float()[:, 0] - batch.float().sum(-1)).square().mean(),
+            tokens_per_sample=16,
+        )
+
+    def raising():
+        return 1 / 0
+
+    def learning_nothing():
+        made = setup()
+        made.optimizer.param_groups[0]["lr"] = 0.0
+        return made
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "_LEAST_SECONDS", 0.01)
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("script") / "script.py"
+    path.write_text(textwrap.dedent(SCRIPT))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(script: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the results of a plan and of a sweep."""
+    out = tmp_path_factory.mktemp("results")
+    plan = ["plan", f"{script}:setup", "--effective-batch", "48", "--largest-micro-batch", "8", "--noise-windows", "8"]
+    assert main([*plan, "--memory", "10MB", "--output", str(out)]) == 0
+    assert main([*sweep_command(script), "--rules", "none,sqrt,linear", "--seeds", "0,1", "--output", str(out)]) == 0
+    return out
+
+
+def sweep_command(script: Path, function: str = "setup") -> list[str]:
+    command = ["sweep", f"{script}:{function}", "--effective-batches", "4,16,64", "--samples", "512"]
+    return [*command, "--micro-batch", "16", "--evaluations", "8", "--validation-samples", "32"]
+
+
+# ---- the command line --------------------------------------------------------------------------------------------
+
+
+def test_plan_prints_a_table_and_reasons(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", f"{script}:setup", "--effective-batch", "48", "--largest-micro-batch", "8"]
+    assert main([*command, "--noise-windows", "4", "--memory", "10MB"]) == 0
+    out, err = capsys.readouterr()
+    assert "effective batch" in out
+    assert re.search(r"^ +8 +\d+ +\d+ +48 ", out, re.MULTILINE)  # eight ranks
+    for head in ("What fits:", "What is fast:", "Effective batch:", "What helps training:", "Accumulation:"):
+        assert head in out
+    assert "tokens/s" in out
+    assert "what fits: micro-batch 8:" in err
+
+
+def test_json_is_all_that_goes_to_stdout(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", f"{script}:setup", "--predict", "--memory", "1MB", "--effective-batch", "64", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["choice"]["effective_batch"] == 64
+    assert plan["fit"] is None
+    assert plan["predictions"][0]["memory"]["total"] <= 0.9e6
+    assert plan["machine"]["device"] == "none: predicted on fake tensors"
+
+
+def test_sweep_prints_a_table_and_fails_where_nothing_was_learnt(
+    script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*sweep_command(script), "--output", str(tmp_path / "a"), "--target-loss", "8"]) == 0
+    out, err = capsys.readouterr()
+    assert "tokens to" in out
+    assert "Fastest to the loss 8:" in out
+    assert "batch 64, sqrt, seed 0: finished: loss" in err
+    assert main([*sweep_command(script, "learning_nothing"), "--output", str(tmp_path / "b")]) == 1
+    assert "Nothing was learnt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "{script}:raising"], "accumkern plan: setup() raised ZeroDivisionError: division by zero"),
+        (["plan", "{script}:none"], "has no function 'none'"),
+        (["plan", "{script}"], "it must be a script and a function in it"),
+        (["plan", "nowhere.py:setup"], "there is no script 'nowhere.py'"),
+        (["plan", "{script}:setup", "--memory", "1kB"], "less than what the model and its optimizer hold"),
+        (["plan", "{script}:setup", "--memory", "12 kB"], "no micro-batch fits"),
+        (["plan", "{script}:setup", "--predict"], "memory is None; a prediction (measure=False) needs it"),
+        (["plan", "{script}:setup", "--predict", "--memory", "5kB"], "no micro-batch would fit into 5 kB"),
+    ],
+)
+def test_errors_are_messages(
+    script: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([argument.format(script=script) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert message in " ".join(err.split())
+    assert out == ""
+    assert "Traceback" not in err
+
+
+def test_an_error_in_the_script_is_located(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", f"{script}:raising"]) == 2
+    assert "return 1 / 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["rich", "matplotlib", "jinja2"])
+def test_what_is_missing_is_named_and_doctor_works_without(missing: str, script: Path) -> None:
+    code = f"import sys\nsys.modules[{missing!r}] = None\nfrom accumkern.__main__ import main\n"
+    code += "sys.exit(main(sys.argv[1:]))\n"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for command, status in ((["plan", f"{script}:setup"], 2), (["doctor"], 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *command], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == status, done.stderr
+        if status:
+            assert done.stderr.splitlines()[-1] == f"accumkern plan needs {missing}: pip install 'accumkern[plan]'"
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_holds_every_form(folder: Path) -> None:
+    names = {"plan.json", "plan.csv", "results.json", "results.csv", "report.html", "sweep.json"}
+    names |= {"memory.png", "throughput.png", "batches.png", "loss-by-samples.png", "loss-by-time.png"}
+    assert names <= {path.name for path in folder.iterdir()}
+    assert not list(folder.rglob(".*"))  # nothing half written
+    with (folder / "plan.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    plan = json.loads((folder / "plan.json").read_text())
+    assert {1, 2, 4, 8} <= {int(row["micro_batch"]) for row in rows}
+    for row in rows:
+        if row["predicted_total_bytes"] and row["measured_peak_bytes"]:
+            assert int(row["predicted_total_bytes"]) <= int(row["measured_peak_bytes"])
+    assert float(rows[0]["samples_per_second"]) == pytest.approx(1 / plan["speeds"][0]["seconds"])
+    with (folder / "results.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["effective_batch"], row["rule"]) for row in rows] == [
+        ("4", "none"),
+        *((batch, rule) for batch in ("16", "64") for rule in ("linear", "none", "sqrt")),
+    ]
+    assert {row["runs"] for row in rows} == {"2"}
+
+
+def overlaps(figure: Figure) -> list[str]:
+    """Return texts of a figure that lie over one another or outside of it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    texts = []
+    for axes in figure.axes:
+        texts += [axes.xaxis.label, axes.yaxis.label, axes._left_title]  # type: ignore[attr-defined]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            texts += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+        if axes.get_legend():
+            texts += axes.get_legend().get_texts()
+    for legend in figure.legends:
+        texts += legend.get_texts()
+    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_text()]
+    whole = figure.bbox
+    outside = [f"{name} is outside" for name, box in boxes if not (box.x0 >= whole.x0 - 1 and box.x1 <= whole.x1 + 1)]
+    return outside + [
+        f"{a} and {b}"
+        for i, (a, box) in enumerate(boxes)
+        for b, other in boxes[i + 1 :]
+        if min(box.x1, other.x1) - max(box.x0, other.x0) > 1 and min(box.y1, other.y1) - max(box.y0, other.y0) > 1
+    ]
+
+
+def test_no_text_of_a_figure_lies_over_another(folder: Path) -> None:
+    plan, sweep = (json.loads((folder / name).read_text()) for name in ("plan.json", "results.json"))
+    figures = plan_figures(plan) | sweep_figures(sweep)
+    assert set(figures) == {"memory", "throughput", "batches", "loss-by-samples", "loss-by-time"}
+    for name, figure in figures.items():
+        assert overlaps(figure) == [], name
+        for axes in figure.axes:
+            assert axes.get_xlabel(), name
+            assert axes.get_ylabel(), name
+
+
+def test_figures_of_a_plan_without_measurements(script: Path, tmp_path: Path) -> None:
+    command = ["plan", f"{script}:setup", "--predict", "--memory", "40kB", "--effective-batch", "4096"]
+    assert main([*command, "--output", str(tmp_path)]) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    figures = plan_figures(plan)
+    assert list(figures) == ["memory"]
+    assert overlaps(figures["memory"]) == []
+    plan["predictions"] = []
+    plan["fit"] = {"trials": [{"micro_batch": 1, "fits": True, "peak_bytes": 20000}]}
+    assert overlaps(plan_figures(plan)["memory"]) == []
+
+
+class Page(HTMLParser):
+    """What a page refers to, and its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.images: dict[str, bytes] = {}
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        found = dict(attributes)
+        self.references += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "data")]
+        if tag == "img":
+            self.images[str(found["id"])] = base64.b64decode(str(found["src"]).removeprefix("data:image/png;base64,"))
+        assert tag not in ("script", "link", "iframe")
+
+
+def test_the_page_holds_everything_itself(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
+    assert not re.search(r"url\(|@import|https?://", text)
+    assert list(page.images) == ["memory", "batches", "throughput", "loss-by-samples", "loss-by-time"]
+    for name, content in page.images.items():
+        assert content == (folder / f"{name}.png").read_bytes()
+        assert content.startswith(b"\x89PNG")
+
+
+def test_what_a_page_quotes_is_escaped(folder: Path, tmp_path: Path) -> None:
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["warnings"] = ["<script>alert(1)</script> & more"]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    text = write_page(tmp_path).read_text()
+    assert "<script>" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in text
+
+
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium")
+PROBE = """<script>
+  window.addEventListener("load", () => {
+    const images = [...document.images].map(i => [i.id, i.naturalWidth, Math.round(i.getBoundingClientRect().width)]);
+    const cells = [...document.querySelectorAll("td, th, li, .number b")];
+    const text = {
+      images, cut: cells.filter(e => e.scrollWidth > e.clientWidth + 1).length,
+      wide: document.documentElement.scrollWidth - window.innerWidth,
+      microBatch: document.getElementById("micro-batch").innerText,
+      reasons: document.querySelectorAll("#reasons li").length,
+      findings: document.querySelectorAll("#findings li").length,
+      loaded: performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length,
+    };
+    document.body.innerHTML = "<pre id=probe>" + JSON.stringify(text) + "</pre>";
+  });
+</script></body>"""
+
+
+def browse(*arguments: str, profile: Path) -> str:
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += ["--disable-component-update", "--disable-sync", "--no-first-run", f"--user-data-dir={profile}"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1200, 600])
+def test_the_page_in_a_browser(folder: Path, tmp_path: Path, width: int) -> None:
+    probed = tmp_path / "probed.html"
+    probed.write_text((folder / "report.html").read_text().replace("</body>", PROBE))
+    dom = browse("--dump-dom", f"--window-size={width},1600", probed.as_uri(), profile=tmp_path / "profile")
+    found = re.search(r"<pre id=\"probe\">(.*?)</pre>", dom)
+    assert found is not None, dom[-2000:]
+    probe: dict[str, Any] = json.loads(found[1])
+    plan = json.loads((folder / "plan.json").read_text())
+    assert [image[0] for image in probe["images"]] == [
+        "memory",
+        "batches",
+        "throughput",
+        "loss-by-samples",
+        "loss-by-time",
+    ]
+    assert all(natural > 900 and 300 < shown <= natural for _, natural, shown in probe["images"])
+    assert probe["wide"] <= 0  # nothing to scroll sideways
+    assert probe["cut"] == 0
+    assert probe["loaded"] == 0
+    assert probe["microBatch"] == str(plan["choice"]["micro_batch"])
+    assert probe["reasons"] == len(plan["reasons"])
+    assert probe["findings"] >= 2
+
+
+@needs_browser
+def test_a_screenshot_of_the_page_is_not_blank(folder: Path, tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    shot = tmp_path / "shot.png"
+    page = (folder / "report.html").as_uri()
+    browse(f"--screenshot={shot}", "--window-size=1200,3000", "--hide-scrollbars", page, profile=tmp_path / "profile")
+    pixels = imread(shot)[..., :3]
+    assert pixels.shape[:2] == (3000, 1200)
+    for part in range(0, 2400, 400):
+        assert pixels[part : part + 400].std() > 0.02

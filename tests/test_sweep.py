@@ -1,0 +1,343 @@
+"""The sweep: equal samples, scaled settings, results that are never lost, and what is made of them."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import accumkern
+from accumkern.planning import sweep as sweep_module
+from accumkern.planning.files import write_json
+from accumkern.planning.outcome import Point, Run, Sweep
+from accumkern.planning.protocol import Setup
+
+ROOT = Path(__file__).resolve().parent.parent
+TRUTH = torch.linspace(-1, 1, 8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def regression(learning_rate: float = 0.05, **fields: Any) -> Setup:
+    """Linear regression with noise: it learns at once, and diverges with a large learning rate."""
+    model = nn.Linear(8, 1, bias=False)
+
+    def make(size: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(size, 8)
+        return x, x @ TRUTH + 0.1 * torch.randn(size)
+
+    setup = Setup(
+        model,
+        torch.optim.SGD(model.parameters(), lr=learning_rate),
+        make,
+        lambda model, batch: (model(batch[0])[:, 0] - batch[1]).square().mean(),
+    )
+    return setup._replace(**fields)
+
+
+def adam() -> Setup:
+    setup = regression()
+    return setup._replace(optimizer=torch.optim.Adam(setup.model.parameters(), lr=0.01, betas=(0.9, 0.99)))
+
+
+def small(setup: Callable[[], Any], folder: Path, **arguments: Any) -> Sweep:
+    defaults: dict[str, Any] = {"micro_batch": 4, "evaluations": 4, "validation_samples": 32}
+    return accumkern.sweep(setup, [4, 16], 64, folder, **(defaults | arguments))
+
+
+def test_every_run_trains_with_as_many_samples(tmp_path: Path) -> None:
+    told: list[Run] = []
+    result = small(regression, tmp_path, rules=["sqrt", "linear"], seeds=[0, 1], progress=told.append)
+    assert [(run.effective_batch, run.rule, run.seed) for run in result.runs] == [
+        (4, "sqrt", 0),  # the base batch: all rules are one
+        (16, "sqrt", 0),
+        (16, "linear", 0),
+        (4, "sqrt", 1),
+        (16, "sqrt", 1),
+        (16, "linear", 1),
+    ]
+    assert told == list(result.runs)
+    for run in result.runs:
+        assert run.status == "finished"
+        assert run.steps * run.effective_batch == 64
+        assert run.micro_batch * run.accumulation_steps == run.effective_batch
+        assert [point.samples for point in run.points] == [0, 16, 32, 48, 64]
+        assert [point.seconds for point in run.points] == sorted(point.seconds for point in run.points)
+        assert run.points[-1].seconds == run.seconds
+        assert run.points[-1].loss < run.points[0].loss
+        assert run.peak_bytes > 0
+    assert result.runs[0].points != result.runs[3].points  # seeds
+    assert {run.learning_rate for run in result.runs} == {0.05, 0.1, 0.2}
+
+
+def test_a_run_is_what_training_by_hand_gives(tmp_path: Path) -> None:
+    result = small(regression, tmp_path, base_batch=16)
+    torch.manual_seed(sweep_module._VALIDATION_SEED)
+    made = regression()
+    validation = [made.make_batch(4) for _ in range(8)]
+    torch.manual_seed(0)
+    setup = regression(0.05 / 2)  # sqrt(4 / 16)
+    for step in range(16):
+        setup.loss(setup.model, setup.make_batch(4)).backward()
+        setup.optimizer.step()
+        setup.optimizer.zero_grad()
+        if (step + 1) % 4 == 0:
+            loss = sum(setup.loss(setup.model, batch).item() for batch in validation) / 8
+            assert result.runs[0].points[(step + 1) // 4].loss == pytest.approx(loss, rel=1e-6)
+
+
+def test_beta2_is_kept_in_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = sweep_module._training
+
+    def training(setup: Setup, *rest: Any) -> Any:
+        seen.append(setup.optimizer.param_groups[0]["betas"])
+        return original(setup, *rest)
+
+    monkeypatch.setattr(sweep_module, "_training", training)
+    small(adam, tmp_path, base_batch=8)
+    assert seen == [(0.9, pytest.approx(0.99**0.5)), (0.9, pytest.approx(0.99**2))]
+
+
+def test_random_numbers_are_put_back(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    small(regression, tmp_path)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_what_fits_is_found_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = small(regression, tmp_path, micro_batch=None)
+    assert {run.micro_batch for run in result.runs} == {4, 16}
+    monkeypatch.setattr(sweep_module, "find_fit", None)
+    assert small(regression, tmp_path, micro_batch=None) == result
+
+
+def test_a_run_that_diverges_is_a_result(tmp_path: Path) -> None:
+    def once() -> Sweep:
+        return accumkern.sweep(
+            lambda: regression(0.12), [4, 32], 512, tmp_path, rules=["linear"], micro_batch=4, evaluations=8
+        )
+
+    result = once()
+    assert [run.status for run in result.runs] == ["finished", "diverged"]
+    assert result.runs[1].steps < 16
+    assert "Not finished: 32 (linear, seed 0): diverged after" in " ".join(result.findings)
+    assert once() == result  # kept, not tried again
+    infinite = small(lambda: regression(float("inf")), tmp_path / "infinite")
+    assert {run.status for run in infinite.runs} == {"diverged"}
+    assert math.isnan(small(lambda: regression(float("inf")), tmp_path / "infinite").runs[0].points[-1].loss)
+    assert not infinite.learnt
+    json.dumps(infinite.to_dict(), allow_nan=False)
+
+
+def test_a_run_out_of_memory_is_a_result(tmp_path: Path) -> None:
+    result = accumkern.sweep(regression, [4, 4096], 4096, tmp_path, micro_batch=4096, memory="100kB", evaluations=2)
+    assert [run.status for run in result.runs] == ["finished", "out of memory"]
+    assert result.runs[1].points == ()
+    assert "4096 (sqrt, seed 0): out of memory after 0 steps" in " ".join(result.findings)
+
+
+def test_memory_that_runs_out_while_training_is_a_result(tmp_path: Path) -> None:
+    trained = 0
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        nonlocal trained
+        trained += torch.is_grad_enabled()
+        if trained > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return (model(batch[0])[:, 0] - batch[1]).square().mean()
+
+    result = small(lambda: regression(loss=loss), tmp_path)
+    assert [run.status for run in result.runs] == ["finished", "out of memory"]
+
+
+def test_nothing_learnt_is_said(tmp_path: Path) -> None:
+    result = small(lambda: regression(0.0), tmp_path)
+    assert not result.learnt
+    assert result.target_loss is None
+    assert "Nothing was learnt: no run brought the loss down by 1%. Train with more samples" in result.findings[0]
+    assert all(row.seconds_to_target is None for row in result.rows)
+
+
+def test_a_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
+    small(regression, tmp_path)
+    with pytest.raises(ValueError, match="holds another sweep: its evaluations is 4, now it is 5; choose another"):
+        small(regression, tmp_path, evaluations=5)
+    small(regression, tmp_path, target_loss=0.5)  # changes no run
+
+
+def test_a_setup_that_ignores_seeds_is_refused(tmp_path: Path) -> None:
+    def fixed() -> Setup:
+        generator = torch.Generator().manual_seed(0)
+        return regression(make_batch=lambda size: (torch.randn(size, 8, generator=generator), torch.zeros(size)))
+
+    with pytest.raises(ValueError, match="draws the same samples whatever the seed is"):
+        small(fixed, tmp_path)
+    assert not (tmp_path / "sweep.json").exists()
+    small(lambda: fixed()._replace(validation_batch=lambda size: (torch.ones(size, 8), torch.zeros(size))), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"effective_batches": []}, ValueError, "effective_batches is empty"),
+        ({"effective_batches": 4}, TypeError, "effective_batches is a int; it must be a list"),
+        ({"effective_batches": [4, 0]}, ValueError, "effective_batches is 0; it must be at least 1"),
+        ({"samples": 8}, ValueError, "samples is 8, less than one window of 16; raise it"),
+        ({"samples": 64.0}, TypeError, "samples is 64.0; it must be a whole number"),
+        ({"rules": ["cubic"]}, ValueError, "rules has 'cubic'; each must be one of none, sqrt, linear"),
+        ({"rules": "sqrt"}, TypeError, "rules is a str; it must be a list"),
+        ({"seeds": []}, ValueError, "seeds is empty"),
+        ({"micro_batch": 0}, ValueError, "micro_batch is 0"),
+        ({"memory": "1 kB", "micro_batch": None}, ValueError, "memory limit"),
+        ({"setup": lambda: None}, TypeError, r"setup\(\) returned a NoneType"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    tmp_path: Path, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    defaults: dict[str, Any] = {"setup": lambda: big(), "effective_batches": [4, 16], "samples": 64, "micro_batch": 4}
+    with pytest.raises(error, match=message):
+        accumkern.sweep(folder=tmp_path, **(defaults | arguments))
+
+
+def big() -> Setup:
+    model = nn.Linear(1000, 1)
+    return Setup(
+        model,
+        torch.optim.SGD(model.parameters()),
+        lambda size: torch.randn(size, 1000),
+        lambda model, batch: model(batch).square().mean(),
+    )
+
+
+SCRIPT = """
+    import sys, time
+    sys.path.insert(0, {tests!r})
+    from test_sweep import regression
+
+    def setup():
+        made = regression()
+        def loss(model, batch):
+            time.sleep(0.002)
+            return made.loss(model, batch)
+        return made._replace(loss=loss)
+"""
+
+
+def test_a_killed_sweep_goes_on_without_losing_a_run(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(ROOT / "tests"))))
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "accumkern", "sweep", f"{script}:setup", "--effective-batches", "4,8,16"]
+    command += ["--samples", "1024", "--micro-batch", "4", "--validation-samples", "16", "--output", str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while not list(folder.glob("runs/*.json")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    assert process.poll() is None, "it was done before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("runs/*.json")}
+    assert 1 <= len(kept) < 3
+    assert all(json.loads(content) for _, content in kept.values())  # none is half written
+    done = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for name, (time_ns, content) in kept.items():
+        path = folder / "runs" / name
+        assert (path.stat().st_mtime_ns, path.read_bytes()) == (time_ns, content)
+    assert len(json.loads(done.stdout)["runs"]) == 3
+    assert len(list(folder.glob("runs/*.json"))) == 3
+    assert (folder / "report.html").is_file()
+
+
+def test_json_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.json"
+    write_json(path, {"loss": 1.0})
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(path, {"loss": 2.0})
+    assert json.loads(path.read_text()) == {"loss": 1.0}
+    assert list(tmp_path.glob("*.json")) == [path]
+
+
+# ---- what is made of runs ----------------------------------------------------------------------------------------
+
+
+def run(batch: int, losses: list[float], seconds: float, **fields: Any) -> Run:
+    points = tuple(Point(100 * i, seconds * i, loss) for i, loss in enumerate(losses))
+    made = Run(batch, 4, batch // 4, "sqrt", 0, 0.1, "finished", 10, points[-1].seconds, 1000, points)
+    return dataclasses.replace(made, **fields)
+
+
+def test_the_way_to_a_loss_is_a_straight_line_between_points() -> None:
+    one = run(4, [5.0, 3.0, 1.0, 2.0], 10.0)
+    assert one.reaches(4.0) == (50.0, 5.0)
+    assert one.reaches(3.0) == (100.0, 10.0)
+    assert one.reaches(2.0) == (150.0, 15.0)
+    assert one.reaches(6.0) == (0.0, 0.0)
+    assert one.reaches(0.5) is None
+    assert one.best_loss == 1.0
+    assert run(4, [5.0, math.nan, math.nan], 1.0).reaches(4.0) is None
+
+
+def test_rows_and_findings() -> None:
+    sweep = Sweep(
+        (
+            run(4, [5.0, 3.0, 1.0], 1.0),
+            run(4, [5.0, 2.0, 1.5], 2.0, seed=1),
+            run(16, [5.0, 4.0, 2.0], 0.5),
+            run(16, [5.0, 4.0, 3.0], 0.5, seed=1),
+            run(64, [5.0, 4.0, 11.0], 0.1, status="diverged"),
+        ),
+        None,
+        None,
+        4,
+    )
+    assert sweep.target_loss == 3.0  # which every finished run has reached
+    four, sixteen, sixty_four = sweep.rows
+    assert four.samples_to_target == pytest.approx((100 + 100 * 2 / 3) / 2)
+    assert four.seconds_to_target == pytest.approx((1 + 2 * 2 / 3) / 2)
+    assert four.seconds_range == (1.0, pytest.approx(4 / 3))
+    assert four.last_loss == 1.25
+    assert sixteen.seconds_to_target == pytest.approx((0.75 + 1.0) / 2)
+    assert (sixty_four.failed, sixty_four.seconds_to_target, sixty_four.last_loss) == ("1 diverged", None, None)
+    text = " ".join(sweep.findings)
+    assert "Fastest to the loss 3: an effective batch of 16" in text
+    assert "Fewest samples to it: an effective batch of 4" in text
+    assert "64 (sqrt, seed 0): diverged" in text
+    assert "not worth it" not in text  # the fastest accumulates
+    unreached = dataclasses.replace(sweep, asked_target_loss=0.1)
+    assert "No effective batch reached the loss 0.1 with every seed." in " ".join(unreached.findings)
+    single = dataclasses.replace(sweep, runs=(sweep.runs[0], run(16, [5.0, 4.0, 2.0], 5.0)))
+    assert "Accumulation was not worth it here" in " ".join(single.findings)
+    assert "one seed" in " ".join(single.findings)
+
+
+def test_runs_survive_json() -> None:
+    one = run(4, [5.0, math.inf], 1.0)
+    again = Run.from_dict(json.loads(json.dumps(accumkern.planning.files.finite(dataclasses.asdict(one)))))
+    assert again.points[0] == one.points[0]
+    assert math.isnan(again.points[1].loss)
