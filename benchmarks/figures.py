@@ -121,11 +121,11 @@ def error_against_n(machine: str, content: Content) -> Figure:
 
 
 def training_time(machine: str, content: Content) -> Figure | None:
-    """Draw the time of each design's window over that of stock bf16, with its interval, for each regime."""
+    """Draw the time of each design's micro-batch over that of stock bf16, with its interval, for each regime."""
     by_regime = {
         regime: measured
         for regime, results in grouped(content["results"], "regime").items()
-        if (measured := [r for r in results if "stock_bf16" in r.get("window_over", {})])
+        if (measured := [r for r in results if "stock_bf16" in r.get("micro_batch_over", {})])
     }
     if not by_regime:
         return None
@@ -134,14 +134,14 @@ def training_time(machine: str, content: Content) -> Figure | None:
     all_axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (regime, results) in zip(all_axes, by_regime.items(), strict=True):
         for result in results:
-            found = result["window_over"]["stock_bf16"]
+            found = result["micro_batch_over"]["stock_bf16"]
             errors = [[found["median"] - found["low"]], [found["high"] - found["median"]]]
             color = _design_color(result)
             axes.errorbar(found["median"], result["label"], xerr=errors, fmt="o", color=color, markersize=4, capsize=2)
         axes.axvline(1.0, color=COLORS["roof"], linestyle="--", linewidth=1, zorder=0)
-        axes.invert_yaxis()
+        axes.set_ylim(len(results) - 0.5, -0.5)
         _finish(axes, f"{regime}: {results[0]['what']}", "x")
-    all_axes[-1].set_xlabel("time of a window / stock bf16")
+    all_axes[-1].set_xlabel("time of a micro-batch / stock bf16: median and interval")
     figure.suptitle(f"Training: {machine}", fontsize=10)
     return figure
 
@@ -162,9 +162,10 @@ def training_memory(machine: str, content: Content) -> Figure | None:
         bars = axes.barh(places, values, 0.25, color=[_design_color(r) for r in results], alpha=alpha, label=name)
         axes.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=6, padding=2)
     axes.set_yticks(range(len(results)), [r["label"] for r in results])
-    axes.invert_yaxis()
+    axes.set_ylim(len(results) - 0.4, -0.6)
     axes.set_xlabel("gradient bytes per weight")
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    axes.margins(x=0.08)
+    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)
     _finish(axes, f"Gradient memory of {results[0]['parameters']:,} weights\n{machine}", "x")
     return figure
 
@@ -225,7 +226,7 @@ FIGURES: dict[str, list[Drawing]] = {
         Drawing("sizes", "time of one fold over split24, against the size of the tensor", sizes),
     ],
     "training": [
-        Drawing("training-time", "time of a training window over stock bf16", training_time),
+        Drawing("training-time", "time of a training micro-batch over stock bf16", training_time),
         Drawing("training-memory", "gradient bytes per weight of every design", training_memory, in_readme=True),
     ],
     "convergence": [Drawing("convergence", "validation loss less that of fp32 accumulation, by N", convergence)],
