@@ -561,14 +561,14 @@ class GradAccumulator:
             running, start = new, Start.FROM_ZERO
             version = new._version
         else:
-            version = self._version_before(running) if self._in_group else running._version
+            version = running._version
+            if self._in_group:
+                self._look_through_bucket(parameter, running, version)
             is_ours = running is parameter.written() and version == parameter.version
-            if is_ours and self._in_group:
-                parameter.version = running._version
             start = Start.CONTINUE if is_ours else Start.FROM_SUM
         # .grad.data may have been given another layout or dtype, which no version tells.
         plain = _is_plain(new, parameter.dtype) and (running is new or _is_plain(running, parameter.dtype))
-        if not plain or torch.is_grad_enabled():  # create_graph=True
+        if not plain or _is_grad_enabled():  # create_graph=True
             self._accumulate_any(parameter, param, running, new, start)
             return
 
@@ -649,7 +649,7 @@ class GradAccumulator:
         local = distributed.shard(new)
         total = local if running is new else distributed.shard(running)
         plain = _is_plain(local, parameter.dtype) and _is_plain(total, parameter.dtype)
-        if not alike or not plain or local.shape != total.shape or torch.is_grad_enabled():
+        if not alike or not plain or local.shape != total.shape or _is_grad_enabled():
             self._add_as_torch_does(parameter, param, running, new)
             return
         param.grad = running
@@ -678,7 +678,7 @@ class GradAccumulator:
     def _accumulate_any(self, parameter: _Parameter, param: Tensor, running: Tensor, new: Tensor, start: Start) -> None:
         """Fold at once a gradient of any layout, or leave it to torch's own addition."""
         if (
-            torch.is_grad_enabled()
+            _is_grad_enabled()
             or new.dtype not in _FOLDED_DTYPES
             or running.dtype is not new.dtype
             or new.layout is not torch.strided
@@ -714,7 +714,7 @@ class GradAccumulator:
             new = new * self._scale
         if first:
             param.grad = new
-        elif torch.is_grad_enabled():
+        elif _is_grad_enabled():
             param.grad = running + new
         elif running.is_sparse and not new.is_sparse:
             param.grad = new + running
@@ -738,15 +738,16 @@ class GradAccumulator:
                 torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
             self._backward = backward  # last: other threads look at it without the lock
 
-    def _version_before(self, grad: Tensor) -> int:
-        """Return the version of a gradient, or what it was when this backward pass came to the memory that it views.
+    def _look_through_bucket(self, parameter: _Parameter, grad: Tensor, version: int) -> None:
+        """Let a change of ``grad``'s version that comes from others in its bucket not count as one of its own.
 
         DistributedDataParallel divides the gradients of a bucket one after another, each after its hook. If they are
         views of the bucket, they share a counter, and the division of one looks like a change of those to come.
         """
-        if not grad._is_view():
-            return grad._version
-        return self._versions.setdefault(grad.untyped_storage().data_ptr(), grad._version)
+        if grad._is_view():
+            before = self._versions.setdefault(grad.untyped_storage().data_ptr(), version)
+            if parameter.version == before:
+                parameter.version = version
 
     def _end_backward(self) -> None:
         self._fold_waiting()
@@ -768,9 +769,10 @@ class GradAccumulator:
             return
         self._waiting_numel = 0
         groups: dict[int, tuple[list[_Parameter], list[Tensor], list[Tensor], Start]] = {}
+        popleft = self._waiting.popleft
         while True:
             try:
-                parameter = self._waiting.popleft()
+                parameter = popleft()
             except IndexError:
                 break
             new, running, start = parameter.waiting, parameter.running, parameter.start
@@ -1008,6 +1010,7 @@ _FOLDED_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 _NOT_CALLED: Any = object()
 _NO_BACKWARD = -1  # as autograd counts: pipeline schedules let fully_shard reduce after their backward passes
 _current_graph_task_id = torch._C._current_graph_task_id
+_is_grad_enabled = torch.is_grad_enabled
 
 
 def _nothing() -> None:

@@ -9,7 +9,6 @@ of everything that was accumulated. Writes ``benchmarks/results/<machine>/reduce
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -21,14 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, installed or not
 
-from provenance import machine, write_results
+from harness import parser, steps, write_results
 from timing import percentile
 
 import accumkern
@@ -52,28 +49,26 @@ class Gradients(nn.Module):
 
 def main() -> None:
     """Measure every number of processes, print the table and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--quick", action="store_true", help="smaller and fewer, to see that it runs")
-    arguments = parser.parse_args()
+    arguments = parser(__doc__).parse_args()
     device = torch.device(arguments.device)
     world_sizes = [2, 4, 8]
     if device.type == "cuda":
         world_sizes = [n for n in world_sizes if n <= torch.cuda.device_count()]
         if not world_sizes:
-            sys.exit(f"NCCL takes one GPU for each process, and here is {torch.cuda.device_count()}: not measured")
+            print(f"NCCL takes one GPU for each process, and here is {torch.cuda.device_count()}: not measured")
+            return
     numel = 2**16 if arguments.quick else 2**23
     rounds = 2 if arguments.quick else 8
 
     results: list[dict[str, Any]] = []
-    for world_size in world_sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            context = torch.multiprocessing.get_context("spawn")
-            queue = context.SimpleQueue()
-            job = (world_size, device.type, numel, rounds, f"file://{folder}/store", queue)
-            torch.multiprocessing.spawn(measure, job, nprocs=world_size)
-            results += queue.get()
-    print_table(device, results)
+    with steps("mean over ranks") as on_step:
+        for done, world_size in enumerate(world_sizes):
+            on_step(done, len(world_sizes))
+            with tempfile.TemporaryDirectory() as folder:
+                queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+                job = (world_size, device.type, numel, rounds, f"file://{folder}/store", queue)
+                torch.multiprocessing.spawn(measure, job, nprocs=world_size)
+                results += queue.get()
     method = {
         "timed": "the last backward pass of a window, from a barrier to its end on rank 0; it reduces",
         "order": "the variants take turns in every round",
@@ -82,7 +77,7 @@ def main() -> None:
         "backend": "nccl" if device.type == "cuda" else "gloo, all processes on one machine",
         "threads_of_a_process": "torch's threads divided by the processes, at least one",
     }
-    write_results(device, "reduce", method, results)
+    write_results(arguments, "reduce", method, results)
 
 
 def measure(rank: int, world_size: int, device_type: str, numel: int, rounds: int, store: str, queue: Any) -> None:
@@ -119,7 +114,7 @@ def measure(rank: int, world_size: int, device_type: str, numel: int, rounds: in
             "variant": name,
             "numel": numel,
             "error_of_grad": relative_error(variant.gradients(), truth),
-            "ms": statistics.median(ms[name]),
+            "median_ms": statistics.median(ms[name]),
             "p20_ms": percentile(ms[name], 0.2),
             "p80_ms": percentile(ms[name], 0.8),
             "n": rounds,
@@ -173,22 +168,6 @@ def relative_error(found: list[Tensor], truth: list[Tensor]) -> float:
     """Return the relative L2 error of all tensors together."""
     error = sum(float((f.double() - t).square().sum()) for f, t in zip(found, truth, strict=True))
     return (error / sum(float(t.square().sum()) for t in truth)) ** 0.5
-
-
-def print_table(device: torch.device, results: list[dict[str, Any]]) -> None:
-    """Print all results."""
-    table = Table(title=f"Mean over ranks, {machine(device)}")
-    for name in ("processes", "variant", "elements", "error of .grad", "ms", "p20", "p80"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
-    for result in results:
-        table.add_row(
-            str(result["processes"]),
-            result["variant"],
-            f"{result['numel']:,}",
-            f"{result['error_of_grad']:.1e}",
-            *(f"{result[key]:.1f}" for key in ("ms", "p20_ms", "p80_ms")),
-        )
-    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

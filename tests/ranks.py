@@ -103,7 +103,7 @@ def fp64_sums(params: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _add(total: Tensor, grad: Tensor) -> None:
-    total += full(grad)
+    total += full(grad.double())  # first, because a sum over ranks may be still to be taken
 
 
 def relative_error(found: Iterable[Tensor], truth: Iterable[Tensor]) -> float:

@@ -5,6 +5,7 @@ truth is the same code, run once more on parameters that nothing is attached to.
 """
 
 import copy
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -1030,3 +1031,35 @@ def test_distributed_data_parallel(bucket_view: bool, average_over: int | None) 
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=window != 1)
+
+
+# ---- threads -----------------------------------------------------------------------------------------------------
+
+
+def test_backward_passes_in_two_threads_over_parameters_of_their_own() -> None:
+    """As the threads that autograd has for several devices, only more at odds: their passes have other numbers."""
+    params = [[parameter(40) for _ in range(10)] for _ in range(2)]
+    acc = accumkern.attach(sgd(*params[0], *params[1]), "split32")
+    grads = micro_gradients(60, 40)
+    failures: list[BaseException] = []
+
+    def work(mine: list[Parameter]) -> None:
+        try:
+            for grad in grads:
+                sum((p.float() * grad).sum() for p in mine).backward()
+        except BaseException as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(mine,)) for mine in params]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures
+    for param in (*params[0], *params[1]):
+        assert_fp32_sum(acc, param, grads)

@@ -26,7 +26,7 @@ import accumkern
 from accumkern import distributed
 
 BF16 = torch.bfloat16
-MICRO_BATCHES = 32
+MICRO_BATCHES = 20
 
 
 class Net(nn.Module):

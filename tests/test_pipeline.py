@@ -11,7 +11,7 @@ from ranks import Ranks, device, fp64_sums, full, relative_error
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleavedZeroBubble
 from torch.nn.parallel import DistributedDataParallel
 
 import accumkern
@@ -76,6 +76,10 @@ def stages(schedule: type, dtype: torch.dtype) -> None:
     loss(whole(x), x).backward()
     for p, q in zip(params, whole[dist.get_rank()].parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-5 * float(q.grad.abs().max()))
+    square = acc.finish().norm.square()
+    dist.all_reduce(square)
+    norm = torch.nn.utils.get_total_norm([q.grad for q in whole.parameters()])
+    torch.testing.assert_close(square.sqrt(), norm, rtol=1e-5, atol=0)
 
 
 @schedules
@@ -127,3 +131,30 @@ def data_parallel_stages(schedule: type, kind: str) -> None:
 )
 def test_stages_that_are_data_parallel(ranks: Ranks, schedule: type, kind: str) -> None:
     ranks.run(data_parallel_stages, schedule, kind, ranks=4, at_least=4)
+
+
+def zero_bubble() -> None:
+    """Two stages on each rank. The schedule computes the gradients of some weights apart, and adds them itself."""
+    grads = []
+    for attached in (False, True):
+        mine = [layers(BF16)[0] for _ in range(2)]
+        params = [p for stage in mine for p in stage.parameters()]
+        acc = accumkern.attach(torch.optim.SGD(params)) if attached else None
+        pipe = ScheduleInterleavedZeroBubble(
+            [PipelineStage(stage, dist.get_rank() + 2 * i, 4, device()) for i, stage in enumerate(mine)],
+            MICRO_BATCHES,
+            loss_fn=loss,
+            scale_grads=False,
+        )
+        x = batch(BF16)
+        if dist.get_rank() == 0:
+            pipe.step(x)
+        else:
+            pipe.step(target=x, losses=[])
+        grads.append([p.grad for p in params])
+        del acc
+    assert relative_error(grads[1], grads[0]) < 1e-2
+
+
+def test_schedules_that_split_the_backward_pass_agree_with_stock(ranks: Ranks) -> None:
+    ranks.run(zero_bubble, at_least=2)

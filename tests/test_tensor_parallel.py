@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 import accumkern
 
 BF16 = torch.bfloat16
-MICRO_BATCHES = 32
+MICRO_BATCHES = 20
 
 
 class Block(nn.Module):

@@ -12,7 +12,6 @@ import json
 import math
 import random
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from accumkern.planning.memory import available_bytes, is_out_of_memory, parse_b
 from accumkern.planning.outcome import Point, Run, Sweep
 from accumkern.planning.preserve import Preserved, RandomState
 from accumkern.planning.protocol import Setup, SetupFunction, compute_loss, make_batch, run_setup
-from accumkern.planning.window import accumulate, accumulation, choose_buffer
+from accumkern.planning.window import accumulate, accumulation, choose_buffer, now
 
 #: Factor of the learning rate for an effective batch that is ``ratio`` times the one it was chosen for.
 LEARNING_RATE_RULES: dict[str, Callable[[float], float]] = {
@@ -197,13 +196,13 @@ def _training(
         for step in range(1, steps + 1):
             for _ in range(accumulation_steps):
                 batch = make_batch(setup, micro_batch)
-                begin = _now(setup)
+                begin = now(setup)
                 accumulate(setup, [batch], accumulation_steps, accumulator)
-                seconds += _now(setup) - begin
-            begin = _now(setup)
+                seconds += now(setup) - begin
+            begin = now(setup)
             setup.optimizer.step()
             setup.optimizer.zero_grad()
-            seconds += _now(setup) - begin
+            seconds += now(setup) - begin
             if step in marks:
                 points.append(Point(step, seconds, _validation_loss(setup, validation)))
                 yield step, seconds, points[-1].loss
@@ -300,12 +299,6 @@ def _source_hash(function: SetupFunction) -> str | None:
     except TypeError:
         return None
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else None
-
-
-def _now(setup: Setup) -> float:
-    if setup.device.type == "cuda":
-        torch.cuda.synchronize(setup.device)
-    return time.perf_counter()
 
 
 def _checked_settings(

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from accumkern.planning import ranks
 from accumkern.planning.preserve import Preserved
 from accumkern.planning.protocol import Setup, make_batch
-from accumkern.planning.window import accumulate, accumulation
+from accumkern.planning.window import accumulate, accumulation, now
 
 _MICRO_BATCHES = 2  # in a window
 _LEAST_SECONDS = 0.25  # to time a size for
@@ -63,12 +60,12 @@ def measure_speed(setup: Setup, preserved: Preserved, micro_batch: int, buffer: 
             of_window = []
             for _ in range(_MICRO_BATCHES):
                 batch = make_batch(setup, micro_batch)
-                begin = _now(setup)
+                begin = now(setup)
                 accumulate(setup, [batch], _MICRO_BATCHES, accumulator)
-                of_window.append(_now(setup) - begin)
-            begin = _now(setup)
+                of_window.append(now(setup) - begin)
+            begin = now(setup)
             setup.optimizer.step()
-            step = _now(setup) - begin
+            step = now(setup) - begin
             setup.optimizer.zero_grad()
             if window > 0:
                 times += of_window
@@ -97,12 +94,6 @@ def measure_speeds(
             if max(speed.limit_per_second for speed in speeds[-2:]) < _GAIN * best:
                 break
     return speeds
-
-
-def _now(setup: Setup) -> float:
-    if setup.device.type == "cuda":
-        torch.cuda.synchronize(setup.device)
-    return time.perf_counter()
 
 
 def knee(speeds: Sequence[Speed]) -> Speed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -62,3 +63,10 @@ def train_window(setup: Setup, batches: Iterable[Any], micro_batches: int, accum
     setup.optimizer.step()
     setup.optimizer.zero_grad()
     return losses
+
+
+def now(setup: Setup) -> float:
+    """Return the time in seconds, after the device has done all that it was given."""
+    if setup.device.type == "cuda":
+        torch.cuda.synchronize(setup.device)
+    return time.perf_counter()
