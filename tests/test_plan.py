@@ -301,6 +301,11 @@ def test_the_limit_stops_at_the_operation_that_goes_beyond_it() -> None:
     torch.zeros(200 * KB)  # no limit after the block
 
 
+def test_a_device_that_cannot_be_measured_is_refused() -> None:
+    with pytest.raises(ValueError, match="memory of device 'meta' cannot be measured"):
+        MemoryMeter(torch.device("meta"), 0, 1)
+
+
 def test_running_out_of_memory_is_told_from_other_errors() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60)

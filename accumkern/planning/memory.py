@@ -114,7 +114,14 @@ class MemoryMeter:
             device: whose memory.
             held_bytes: what is allocated already and counts; on a GPU, where the allocator knows, it is not used.
             limit_bytes: of everything together.
+
+        Raises:
+            ValueError: the device is neither a CPU nor a GPU of CUDA or ROCm.
         """
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"memory of device {str(device)!r} cannot be measured; put the model on a CPU or CUDA device"
+            )
         self.device = device
         self.held_bytes = held_bytes
         self.limit_bytes = limit_bytes

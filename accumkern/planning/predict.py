@@ -63,7 +63,7 @@ def fake_setup(function: SetupFunction) -> Iterator[Setup]:
     except RuntimeError as error:
         raise PredictionError(
             f"memory cannot be predicted, because the script does not run on fake tensors: {error}; measure it on the "
-            "device instead"
+            "device instead (and without a GPU, let setup() choose the CPU: tensors are as large there)"
         ) from error
     finally:
         random_state.put_back()

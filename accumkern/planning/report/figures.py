@@ -119,7 +119,9 @@ def throughput(plan: dict[str, Any]) -> Figure:
         axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.05)
         axes.set_xlabel("micro-batch (samples)")
         _log2(axes, sizes)
-        axes.legend(frameon=False, loc="lower right" if axes is left else "upper right")
+        axes.legend(
+            facecolor="white", framealpha=1, edgecolor="none", loc="lower left" if axes is left else "upper right"
+        )
     return figure
 
 
@@ -201,7 +203,8 @@ def _legend_below(figure: Figure, axes: Axes, title: str | None = None) -> None:
 def _log2(axes: Axes, sizes: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     powers = [size for size in sizes if size & (size - 1) == 0]
-    axes.set_xticks(powers[:: max(1, len(powers) // 7)])
+    ticks = powers[:: max(1, len(powers) // 7)]
+    axes.set_xticks(ticks if sizes[-1] < 1.5 * ticks[-1] else [*ticks, sizes[-1]])
     axes.xaxis.set_major_formatter(FuncFormatter(_plain))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
