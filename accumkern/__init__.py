@@ -1,9 +1,14 @@
 """FP32-exact gradient accumulation inside ``.grad``, at one byte per parameter."""
 
-__version__ = "0.1.0"
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+import torch
+
+__version__ = "0.1.0"
+
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+    raise ImportError(f"accumkern needs torch 2.10 or newer; torch {torch.__version__} is installed")
 
 from accumkern.accumulator import GradAccumulator, attach
 from accumkern.backends import available_backends

@@ -796,6 +796,8 @@ class GradAccumulator:
             parameters.append(parameter)
             grads.append(new)
             sums.append(grad)
+            if start is Start.FROM_ZERO:  # before any group is folded, which may fail: see _fold
+                parameter.param.grad = None
         for group in groups.values():
             self._fold(*group)
 
@@ -803,8 +805,12 @@ class GradAccumulator:
         """Fold gradients of one device and dtype into their sums, which are laid out alike.
 
         From zero, the sums are the gradients themselves. They may share memory with tensors of somebody else, so what
-        is written goes into memory of its own.
+        is written goes into memory of its own. Until then there is no ``.grad``: if memory runs out, a gradient that
+        has not been multiplied must not count.
         """
+        if start is Start.FROM_ZERO:
+            for parameter in parameters:
+                parameter.param.grad = None
         format_ = BUFFERS[self.buffer].get(grads[0].dtype)
         if format_ is None:
             raise TypeError(f".grad is {grads[0].dtype}, which buffer={self.buffer!r} cannot hold; use buffer='fp32'")
@@ -1117,9 +1123,11 @@ def _checked_state(
             if residual is not None:
                 raise ValueError(f"state_dict holds a residual but no sum for parameter {i}")
             continue
-        for name, tensor in (("sums", total), ("residuals", residual)):
+        for key, tensor in (("sums", total), ("residuals", residual)):
+            if tensor is not None and tensor.is_meta:
+                raise ValueError(f"{key}[{i}] of state_dict is on the meta device, without values; load it elsewhere")
             if tensor is not None:
-                distributed.check_layout(f"{name}[{i}] of state_dict", tensor, f"parameter {i}", param)
+                distributed.check_layout(f"{key}[{i}] of state_dict", tensor, f"parameter {i}", param)
         if total.shape != param.shape:
             raise ValueError(
                 f"sums[{i}] of state_dict has shape {tuple(total.shape)}; parameter {i} has {tuple(param.shape)}"
