@@ -248,7 +248,8 @@ def test_split32_and_fp32_have_the_error_of_fp32_after_512_micro_batches(buffer:
 @pytest.mark.parametrize(("buffer", "dtype"), CASES)
 def test_grad_keeps_dtype_shape_strides_and_identity(buffer: str, dtype: torch.dtype, average_over: int | None) -> None:
     param = parameter(5, 7, dtype=dtype)
-    accumkern.attach(sgd(param), buffer, average_over=average_over)
+    optimizer = sgd(param)  # it keeps the accumulator alive
+    accumkern.attach(optimizer, buffer, average_over=average_over)
     first = None
     for grad in micro_gradients(5, 5, 7, dtype=dtype):
         backward(param, grad)
@@ -651,7 +652,8 @@ def test_short_last_window_is_summed_with_the_same_factor_and_nothing_else(set_t
 def test_gradients_that_share_memory_are_scaled_once(average_over: int | None) -> None:
     """Autograd may give views of one tensor to two parameters, and to the caller who passed it to backward()."""
     a, b = parameter(2, 3), parameter(2, 3)
-    accumkern.attach(sgd(a, b), average_over=average_over)
+    optimizer = sgd(a, b)  # it keeps the accumulator alive
+    accumkern.attach(optimizer, average_over=average_over)
     given = torch.arange(6.0).to(BF16).view(3, 2)
     kept = given.clone()
     (a.view(3, 2) + b.view(3, 2)).backward(given)
@@ -996,7 +998,8 @@ def test_default_backend_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "fold_function", lambda name: used.append(name) or original(name))
     monkeypatch.setenv("ACCUMKERN_BACKEND", "eager")
     param = parameter(4)
-    accumkern.attach(sgd(param))
+    optimizer = sgd(param)  # it keeps the accumulator alive
+    accumkern.attach(optimizer)
     for _ in range(2):
         backward(param, torch.ones(4))
     assert set(used) == {"eager"}

@@ -540,7 +540,8 @@ def test_create_graph_gradients_behave_as_stock(dtype: torch.dtype, buffer: str,
 
     start = seeded(4, 3).to(dtype)
     param, stock = Parameter(start.clone()), Parameter(start.clone())
-    accumkern.attach(sgd(param), buffer, average_over=average_over)
+    optimizer = sgd(param)  # it keeps the accumulator alive
+    accumkern.attach(optimizer, buffer, average_over=average_over)
     penalties = []
     for p, scale in ((param, 1.0), (stock, 1 / (average_over or 1))):
         *_, grad = run(loss, p, scale, create_graph=True)
@@ -694,7 +695,8 @@ def test_tensor_hook_of_the_user_that_changes_the_gradient(average_over: int | N
 
 def test_tensor_hook_registered_later_does_not_see_the_sum() -> None:
     param, seen = parameter(6), []
-    accumkern.attach(sgd(param))
+    optimizer = sgd(param)  # it keeps the accumulator alive
+    accumkern.attach(optimizer)
     param.register_hook(lambda grad: seen.append(grad.clone()))
     grads = micro_gradients(4, 6)
     for grad in grads:
@@ -760,7 +762,8 @@ def test_what_was_zeroed_after_a_failed_backward_stays_zero(set_to_none: bool, l
 
 def test_failed_backward_without_zero_grad_counts_what_arrived_as_stock_does(average_over: int | None) -> None:
     sets = [[parameter(5), parameter(257, 256), parameter(2, 3)] for _ in range(2)]
-    accumkern.attach(sgd(*sets[0]), average_over=average_over)
+    optimizer = sgd(*sets[0])  # it keeps the accumulator alive
+    accumkern.attach(optimizer, average_over=average_over)
     for params, scale in zip(sets, (1, 1 / (average_over or 1)), strict=True):
         for p in params:
             if scale != 1:

@@ -365,7 +365,8 @@ def test_token_mean_equals_one_big_batch(way: str, count: int) -> None:
 def test_mean_of_means_is_something_else() -> None:
     """The trap that the others avoid: it is off by far more than rounding."""
     net = Language(torch.float32)
-    accumkern.attach(torch.optim.SGD(net.parameters()), average_over=6)
+    optimizer = torch.optim.SGD(net.parameters())  # it keeps the accumulator alive
+    accumkern.attach(optimizer, average_over=6)
     batches = ragged_batches(6)
     for inputs, labels in batches:
         net(inputs, labels, "mean").backward()

@@ -361,7 +361,8 @@ def test_refusals_name_the_reason(ranks: Ranks) -> None:
 
 def another_torch() -> None:
     model = sharded(net(BF16))
-    accumkern.attach(torch.optim.SGD(model.parameters()))
+    optimizer = torch.optim.SGD(model.parameters())  # it keeps the accumulator alive
+    accumkern.attach(optimizer)
     run_window(model, BF16, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed.RunningShard, "__iadd__", Tensor.add_)
