@@ -808,9 +808,9 @@ class GradAccumulator:
         is written goes into memory of its own. Until then there is no ``.grad``: if memory runs out, a gradient that
         has not been multiplied must not count.
         """
+        taken: list[Any] = []
         if start is Start.FROM_ZERO:
-            for parameter in parameters:
-                parameter.param.grad = None
+            taken = [parameter.take() for parameter in parameters]
         format_ = BUFFERS[self.buffer].get(grads[0].dtype)
         if format_ is None:
             raise TypeError(f".grad is {grads[0].dtype}, which buffer={self.buffer!r} cannot hold; use buffer='fp32'")
@@ -836,8 +836,8 @@ class GradAccumulator:
                     self._squares.fold(parameter.share, total, start, rows, scale)
         self._kernel_on(device)(format_, start, grads, sums, residuals, scale, partials)
         if start is Start.FROM_ZERO:
-            for parameter, total in zip(parameters, sums, strict=True):
-                parameter.put(total)
+            for parameter, total, like in zip(parameters, sums, taken, strict=True):
+                parameter.put(total, like)
         if start is not Start.CONTINUE:
             for parameter in parameters:
                 parameter.remember()
@@ -955,10 +955,14 @@ class _Parameter:
         self.written: Callable[[], Any] = _nothing
         self.version = -1
 
-    def put(self, total: Tensor) -> None:
-        """Make ``total`` the gradient, or this rank's shard of it."""
-        grad: Any = self.param.grad
-        self.param.grad = distributed.with_shard(total, grad) if self.is_dtensor else total
+    def take(self) -> Any:
+        """Return the gradient and leave None."""
+        grad, self.param.grad = self.param.grad, None
+        return grad
+
+    def put(self, total: Tensor, like: Any) -> None:
+        """Make ``total`` the gradient, or this rank's shard of one that is laid out as ``like``."""
+        self.param.grad = distributed.with_shard(total, like) if self.is_dtensor else total
 
     def remember(self) -> None:
         """Note that the residual belongs to ``.grad`` as it is now."""
