@@ -1,4 +1,4 @@
-"""Which batch size for the small GPT of train_gpt.py, on real text? Takes under five minutes on a CPU.
+"""Which batch size for the small GPT of train_gpt.py, on real text? Takes about three minutes on a CPU.
 
     python examples/plan_gpt.py --output plan-gpt       # both of these, into one folder with a report.html
     accumkern plan examples/plan_gpt.py:setup --effective-batch 64 --memory 40MB --output plan-gpt
