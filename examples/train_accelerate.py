@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from train_gpt import GPT, random_batch, read_text
 
 import accumkern
+from train_gpt import GPT, random_batch, read_text
 
 
 def main() -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 from lightning.fabric import Fabric
-from train_gpt import GPT, random_batch, read_text
 
 import accumkern
+from train_gpt import GPT, random_batch, read_text
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import tempfile
 
 import torch
-from train_gpt import random_batch, read_text
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import accumkern
+from train_gpt import random_batch, read_text
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch.utilities import grad_norm
 from torch import Tensor
 from torch.utils.data import DataLoader
-from train_gpt import GPT, random_batch, read_text
 
 import accumkern
+from train_gpt import GPT, random_batch, read_text
 
 
 class LanguageModel(lightning.LightningModule):
