@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
-BENCHMARKS := $(wildcard $(patsubst %,benchmarks/bench_%.py,kernels finish overhead training accuracy convergence registers))
+BENCHMARKS := $(wildcard $(patsubst %,benchmarks/bench_%.py,kernels finish overhead training accuracy convergence reduce registers))
 SOURCES := $(wildcard csrc/*) setup.py accumkern/__init__.py
 
 help:
