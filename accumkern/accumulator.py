@@ -9,28 +9,25 @@ after that: it folds the new gradient into the one set aside, in FP32, and puts 
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.hooks import RemovableHandle
 
 from accumkern import backends, distributed, ops
-from accumkern.finish import Finished, Gradient, check_divide_by, check_max_norm, total_norm, write
-from accumkern.formats import BUFFERS, PARTIALS, Start, decode, partial_rows
+from accumkern.finish import Finished, check_divide_by, check_max_norm, total_norm, write
+from accumkern.formats import BUFFERS, Start, decode
 from accumkern.lost_bits import LostBitsMeter, LostBitsReport
-from accumkern.noise_scale import NoiseScale, Share, Smoother, WindowSquares, estimate
+from accumkern.noise_scale import NoiseScale, Smoother, WindowSquares, estimate
+from accumkern.parameter import FOLDED_DTYPES, NOT_CALLED, Parameter, is_attached, refuse_compiled_autograd
+from accumkern.state import checked_state
 
-# Tensors of at most this many elements wait for the end of the backward pass and share one launch, unless so many
-# elements wait already that their memory counts.
-_SMALL_NUMEL = 65536
+# Small gradients wait for the end of the backward pass, unless so many elements wait already that their memory counts.
 _MAX_WAITING_NUMEL = 2**22
 
 
@@ -118,10 +115,10 @@ class GradAccumulator:
         self._backend_of_device: dict[torch.device, str] = {}
         self._kinds: dict[tuple[torch.device, torch.dtype], int] = {}
         self._optimizer = optimizer
-        self._parameters: dict[Tensor, _Parameter] = {}
+        self._parameters: dict[Tensor, Parameter] = {}
         # Autograd calls the hooks of each device from a thread of its own. What they share is a deque, whose append and
         # popleft cannot be torn apart, and flags that are set under a lock when a backward pass begins.
-        self._waiting: deque[_Parameter] = deque()  # whose small gradients wait for the end of the backward pass
+        self._waiting: deque[Parameter] = deque()  # whose small gradients wait for the end of the backward pass
         self._waiting_numel = 0
         self._lock = threading.RLock()
         self._backward = _NO_BACKWARD  # autograd's number of the backward pass that is under way
@@ -220,7 +217,7 @@ class GradAccumulator:
         if self._squares is not None:
             self._squares.reduce()
         self._finished = True
-        self._measures |= not _is_in_group()
+        self._measures |= not distributed.is_in_group()
         return Finished(norm, coefficient, nonfinite)
 
     def reduce_in_fp32(self, model: torch.nn.parallel.DistributedDataParallel) -> None:
@@ -392,7 +389,7 @@ class GradAccumulator:
         After an error nothing has changed.
         """
         parameters = _parameters_of(self._optimizer)
-        entries = _checked_state(state_dict, self.buffer, parameters)
+        entries = checked_state(state_dict, self.buffer, parameters)
         self._settle()
         for param, (total, residual) in zip(parameters, entries, strict=True):
             parameter = self._parameters.get(param)
@@ -444,7 +441,7 @@ class GradAccumulator:
             if not (param.is_floating_point() or param.is_complex()):
                 continue
             name = f"parameter {i} of optimizer (shape {tuple(param.shape)})"
-            if _is_attached(param):
+            if is_attached(param):
                 raise ValueError(f"{name} is attached already; detach() the other accumulator first")
             if is_traceable_wrapper_subclass(param):
                 self._check_subclass(name, param)
@@ -479,7 +476,7 @@ class GradAccumulator:
             frozen = not param.requires_grad
             if frozen:
                 param.requires_grad_(True)
-            self._parameters[param] = _Parameter(param, self, group_of[param])
+            self._parameters[param] = Parameter(param, self, group_of[param])
             if frozen:
                 param.requires_grad_(False)
 
@@ -527,17 +524,17 @@ class GradAccumulator:
 
     # ---- the fold ----------------------------------------------------------------------------------------------
 
-    def _accumulate(self, parameter: _Parameter, param: Tensor) -> None:
+    def _accumulate(self, parameter: Parameter, param: Tensor) -> None:
         """Fold the gradient that autograd has just left in ``param.grad`` into the running one."""
         running: Any = parameter.set_aside
-        parameter.set_aside = _NOT_CALLED
+        parameter.set_aside = NOT_CALLED
         new: Any = param.grad
         if new is None:  # somebody's hook took it
-            param.grad = None if running is _NOT_CALLED else running
+            param.grad = None if running is NOT_CALLED else running
             return
         backward = _current_graph_task_id()
-        if running is _NOT_CALLED:
-            _refuse_compiled_autograd()
+        if running is NOT_CALLED:
+            refuse_compiled_autograd()
             self._begin_backward(backward)
             self._hook_again(new, parameter.last() is new)
             running = None
@@ -589,21 +586,21 @@ class GradAccumulator:
         else:
             self._fold([parameter], [new], [running], start)
 
-    def _accumulate_shard(self, parameter: _Parameter, param: Tensor) -> None:
+    def _accumulate_shard(self, parameter: Parameter, param: Tensor) -> None:
         """Fold the gradient of a DTensor, on the shard of this rank.
 
         Where autograd accumulates it (tensor parallel), both hooks are called, as with other parameters. fully_shard
         adds to ``.grad`` itself and calls this hook alone; then a RunningShard has folded already.
         """
-        running, parameter.set_aside = parameter.set_aside, _NOT_CALLED
+        running, parameter.set_aside = parameter.set_aside, NOT_CALLED
         new: Any = param.grad
         if new is None:  # somebody's hook took it
-            param.grad = None if running is _NOT_CALLED else running
+            param.grad = None if running is NOT_CALLED else running
             return
         backward = _current_graph_task_id()
         if backward != self._backward or backward == _NO_BACKWARD:
             self._begin_backward(backward)
-        if running is not _NOT_CALLED:
+        if running is not NOT_CALLED:
             if running is None:
                 parameter.forget()
                 parameter.last = weakref.ref(new)
@@ -640,7 +637,7 @@ class GradAccumulator:
             self._fold_dtensor(parameter, param, new, new, Start.FROM_ZERO)
         distributed.RunningShard.put_into(param.grad, parameter)
 
-    def _fold_dtensor(self, parameter: _Parameter, param: Tensor, running: Any, new: Any, start: Start) -> None:
+    def _fold_dtensor(self, parameter: Parameter, param: Tensor, running: Any, new: Any, start: Start) -> None:
         """Fold the shard of one DTensor into that of another, or leave it to torch where they are laid out apart."""
         alike = running.device_mesh == new.device_mesh
         if alike and running.placements != new.placements and not distributed.is_pending(running):
@@ -662,7 +659,7 @@ class GradAccumulator:
         """
         return _current_graph_task_id() != _NO_BACKWARD or not self._scales
 
-    def _fold_shard(self, parameter: _Parameter, total: Tensor, new: Tensor) -> None:
+    def _fold_shard(self, parameter: Parameter, total: Tensor, new: Tensor) -> None:
         """Fold what fully_shard adds to a shard."""
         backward = _current_graph_task_id()
         if backward != self._backward or backward == _NO_BACKWARD:
@@ -675,11 +672,11 @@ class GradAccumulator:
         start = Start.CONTINUE if parameter.owns(parameter.param.grad) else Start.FROM_SUM
         self._fold([parameter], [new], [total], start)
 
-    def _accumulate_any(self, parameter: _Parameter, param: Tensor, running: Tensor, new: Tensor, start: Start) -> None:
+    def _accumulate_any(self, parameter: Parameter, param: Tensor, running: Tensor, new: Tensor, start: Start) -> None:
         """Fold at once a gradient of any layout, or leave it to torch's own addition."""
         if (
             _is_grad_enabled()
-            or new.dtype not in _FOLDED_DTYPES
+            or new.dtype not in FOLDED_DTYPES
             or running.dtype is not new.dtype
             or new.layout is not torch.strided
             or running.layout is not torch.strided
@@ -704,7 +701,7 @@ class GradAccumulator:
             running.data.copy_(total)  # gradients that are views of one tensor share a version counter: leave it alone
             parameter.remember()
 
-    def _add_as_torch_does(self, parameter: _Parameter, param: Tensor, running: Tensor, new: Tensor) -> None:
+    def _add_as_torch_does(self, parameter: Parameter, param: Tensor, running: Tensor, new: Tensor) -> None:
         """Do what AccumulateGrad does: for sparse, complex and float64 gradients, and for create_graph."""
         parameter.forget()
         first = running is new
@@ -731,14 +728,14 @@ class GradAccumulator:
             if same:
                 return
             self._finished = False
-            self._in_group = _is_in_group()
+            self._in_group = distributed.is_in_group()
             self._may_wait = not self._in_group  # DistributedDataParallel sends .grad on right after the hook
             self._versions.clear()
             if self._may_wait or self._squares is not None:
                 torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
             self._backward = backward  # last: other threads look at it without the lock
 
-    def _look_through_bucket(self, parameter: _Parameter, grad: Tensor, version: int) -> None:
+    def _look_through_bucket(self, parameter: Parameter, grad: Tensor, version: int) -> None:
         """Let a change of ``grad``'s version that comes from others in its bucket not count as one of its own.
 
         DistributedDataParallel divides the gradients of a bucket one after another, each after its hook. If they are
@@ -768,7 +765,7 @@ class GradAccumulator:
         if not self._waiting:
             return
         self._waiting_numel = 0
-        groups: dict[int, tuple[list[_Parameter], list[Tensor], list[Tensor], Start]] = {}
+        groups: dict[int, tuple[list[Parameter], list[Tensor], list[Tensor], Start]] = {}
         popleft = self._waiting.popleft
         while True:
             try:
@@ -801,7 +798,7 @@ class GradAccumulator:
         for group in groups.values():
             self._fold(*group)
 
-    def _fold(self, parameters: list[_Parameter], grads: list[Tensor], sums: list[Tensor], start: Start) -> None:
+    def _fold(self, parameters: list[Parameter], grads: list[Tensor], sums: list[Tensor], start: Start) -> None:
         """Fold gradients of one device and dtype into their sums, which are laid out alike.
 
         From zero, the sums are the gradients themselves. They may share memory with tensors of somebody else, so what
@@ -856,241 +853,16 @@ class GradAccumulator:
         return chosen
 
 
-class _Parameter:
-    """What belongs to one parameter: the running gradient while autograd works, and the residual.
-
-    The residual belongs to a gradient if that is the very tensor that was written last, unchanged since. The kernels
-    do not count as a change: they leave a tensor's version alone, which gradients that are views of one flat buffer
-    have in common.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "accumulator",
-        "after",
-        "before",
-        "device",
-        "dtype",
-        "handle",
-        "is_cuda",
-        "is_dtensor",
-        "is_folded",
-        "is_fully_sharded",
-        "is_measured",
-        "is_small",
-        "kind",
-        "last",
-        "node",
-        "node_handle",
-        "numel",
-        "param",
-        "partials",
-        "residual",
-        "running",
-        "running_version",
-        "set_aside",
-        "share",
-        "start",
-        "stream",
-        "version",
-        "waiting",
-        "written",
-    )
-
-    def __init__(self, param: Tensor, accumulator: GradAccumulator, group: int) -> None:
-        self.param = param
-        self.share = Share(param, group)
-        self.accumulator = accumulator
-        self.is_dtensor = distributed.is_dtensor(param)
-        self.is_fully_sharded = False  # whether fully_shard accumulates the gradient, and autograd does not
-        self.is_folded = False  # whether what fully_shard has added is folded, and its hook still to come
-        local: Any = param
-        self.numel = distributed.shard(local).numel() if self.is_dtensor else param.numel()
-        self.is_small = self.numel <= _SMALL_NUMEL
-        self.set_aside: Any = _NOT_CALLED  # a tensor, or None where there was no gradient
-        self.last: Callable[[], Any] = _nothing  # .grad as the last window or fold left it
-        # A small gradient that waits, .grad being the running sum until then, and the stream that made it.
-        self.waiting: Any = None
-        self.running: Any = None
-        self.running_version = 0
-        self.start = Start.FROM_ZERO
-        self.stream = 0
-        self.before, self.after = _hooks(weakref.ref(self), self.is_dtensor)
-        self.node: Node | None = None
-        self.node_handle: RemovableHandle | None = None
-        self.hook_node()
-        hooks = _drop_dead_hooks(param)
-        self.handle = param.register_post_accumulate_grad_hook(self.after)
-        # Ours goes first, so that the others see the sum. torch reads the dict in the order of insertion.
-        for key, hook in hooks:
-            del param._post_accumulate_grad_hooks[key]
-            param._post_accumulate_grad_hooks[key] = hook
-
-    def hook_node(self) -> None:
-        """Hook the node that accumulates the gradient, if it is another one than before, and take over its device."""
-        node = get_gradient_edge(self.param).node
-        if node is self.node:
-            return
-        if self.node_handle is not None:
-            self.node_handle.remove()
-        self.node = node  # a hook on a node lives as long as somebody refers to the node
-        self.node_handle = node.register_prehook(self.before)
-        self.device = self.param.device
-        self.is_cuda = self.device.type == "cuda"
-        self.kind = self.accumulator._kind_of(self.device, self.param.dtype)
-        self.dtype = self.param.dtype if self.param.dtype in _FOLDED_DTYPES else None
-        self.residual: Any = None  # a tensor, once there is one: flat, in the memory order of .grad
-        self.partials: Tensor | None = None
-        self.is_measured = False  # whether the partial sums are of what was written last
-        self.forget()
-
-    def unhook(self) -> None:
-        """Remove both hooks."""
-        if self.node_handle is not None:
-            self.node_handle.remove()
-        self.handle.remove()
-
-    def forget(self) -> None:
-        """Note that the residual belongs to no gradient."""
-        self.written: Callable[[], Any] = _nothing
-        self.version = -1
-
-    def take(self) -> Any:
-        """Return the gradient and leave None."""
-        grad, self.param.grad = self.param.grad, None
-        return grad
-
-    def put(self, total: Tensor, like: Any) -> None:
-        """Make ``total`` the gradient, or this rank's shard of one that is laid out as ``like``."""
-        self.param.grad = distributed.with_shard(total, like) if self.is_dtensor else total
-
-    def remember(self) -> None:
-        """Note that the residual belongs to ``.grad`` as it is now."""
-        grad: Any = self.param.grad
-        self.written = self.last = weakref.ref(grad)
-        self.version = self.version_of(grad)
-
-    def version_of(self, grad: Any) -> int:
-        """Return a number that grows with every change of ``grad``. A DTensor and its shard count their own."""
-        return grad._version + distributed.shard(grad)._version if self.is_dtensor else grad._version
-
-    def owns(self, grad: Tensor | None) -> bool:
-        """Return whether ``grad`` is what was written last, unchanged since: the residual belongs to it."""
-        return grad is not None and self.written() is grad and self.version_of(grad) == self.version
-
-    def valid_residual(self, grad: Tensor, buffer: str) -> Tensor | None:
-        """Return the residual that belongs to ``grad``, if there is one."""
-        format_ = BUFFERS[buffer].get(grad.dtype)
-        if format_ is None or self.residual is None or not self.owns(grad):
-            return None
-        return self.residual if self.residual.dtype is format_.residual_dtype else None  # .grad.data may be anything
-
-    def gradient(self, buffer: str) -> Gradient:
-        """Return ``.grad`` and what belongs to it."""
-        grad: Any = self.param.grad
-        format_ = BUFFERS[buffer].get(grad.dtype)
-        if self.is_dtensor:
-            local = distributed.shard(grad)
-            foldable = format_ is not None and not local.is_neg() and ops.is_dense(local)
-            residual = self.valid_residual(grad, buffer) if foldable else None
-            return Gradient(local, format_ if foldable else None, residual, None, grad)
-        if format_ is None or grad.layout is not torch.strided or grad.is_neg() or not ops.is_dense(grad):
-            return Gradient(grad, None, None, None)
-        # A collective that has written to .grad since leaves no trace in its version.
-        is_measured = self.is_measured and self.owns(grad) and not _is_in_group()
-        return Gradient(grad, format_, self.valid_residual(grad, buffer), self.partials if is_measured else None)
-
-    def partials_of(self, grad: Tensor) -> Tensor:
-        """Return the rows for partial sums, made when they are needed first and kept."""
-        if self.partials is None:
-            self.partials = torch.empty(partial_rows(grad.numel()), PARTIALS, device=self.device)
-        self.is_measured = True
-        return self.partials
-
-    def residual_of_dtype(self, dtype: torch.dtype) -> Tensor:
-        """Return the residual, made when it is needed first and kept: its address is stable."""
-        if self.residual is None or self.residual.dtype is not dtype:
-            self.residual = torch.empty(self.numel, dtype=dtype, device=self.device)
-        return self.residual
-
-
 # ---- helpers -----------------------------------------------------------------------------------------------------
 
-_FOLDED_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
-_NOT_CALLED: Any = object()
 _NO_BACKWARD = -1  # as autograd counts: pipeline schedules let fully_shard reduce after their backward passes
 _current_graph_task_id = torch._C._current_graph_task_id
 _is_grad_enabled = torch.is_grad_enabled
 
 
-def _nothing() -> None:
-    return None
-
-
-def _refuse_compiled_autograd() -> None:
-    """Raise in a backward pass of compiled autograd, which calls both hooks after it has added the gradient."""
-    compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
-    if compiled_autograd is not None and compiled_autograd.in_compiled_autograd_region:
-        raise RuntimeError(
-            "compiled autograd adds gradients before accumkern sees them; call backward() without it "
-            "(torch._dynamo.config.compiled_autograd = False), which torch.compile of the model does not need"
-        )
-
-
-def _is_in_group() -> bool:
-    """Return whether this process has a process group, so that others may read and write ``.grad`` at any moment."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def _is_plain(grad: Tensor, dtype: torch.dtype | None) -> bool:
     """Return whether the kernels take a gradient as it is; sparse tensors are not contiguous."""
     return grad.dtype is dtype and grad.is_contiguous() and not grad.is_neg()
-
-
-def _hooks(reference: weakref.ref[_Parameter], is_dtensor: bool) -> tuple[Any, Any]:
-    """Return the two hooks of a parameter.
-
-    They hold it weakly: a cycle through autograd's own objects would never be collected.
-    """
-
-    def set_aside(_grad_outputs: tuple[Tensor, ...]) -> None:
-        _refuse_compiled_autograd()
-        parameter = reference()
-        if parameter is not None:
-            grad = parameter.param.grad
-            parameter.set_aside = grad
-            if grad is not None:
-                parameter.param.grad = None
-
-    def fold(param: Tensor) -> None:
-        parameter = reference()
-        if parameter is not None:
-            parameter.accumulator._accumulate(parameter, param)
-
-    def fold_shard(param: Tensor) -> None:
-        parameter = reference()
-        if parameter is not None:
-            parameter.accumulator._accumulate_shard(parameter, param)
-
-    after: Any = fold_shard if is_dtensor else fold
-    after.accumkern_parameter = reference
-    return set_aside, after
-
-
-def _drop_dead_hooks(param: Tensor) -> list[tuple[int, Any]]:
-    """Remove what an accumulator that is gone has left on a parameter; return the other hooks."""
-    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
-    for key, hook in list(hooks.items()):
-        reference = getattr(hook, "accumkern_parameter", None)
-        if reference is not None and reference() is None:
-            del hooks[key]
-    return list(hooks.items())
-
-
-def _is_attached(param: Tensor) -> bool:
-    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
-    references = (getattr(hook, "accumkern_parameter", None) for hook in hooks.values())
-    return any(reference is not None and reference() is not None for reference in references)
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -1102,47 +874,3 @@ def _memory_strides(grad: Tensor) -> tuple[int, ...]:
     if ops.is_dense(grad):
         return grad.stride()
     return torch.empty(grad.shape, device="meta").stride()
-
-
-def _checked_state(
-    state_dict: object, buffer: str, parameters: list[Tensor]
-) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Return (sum, residual) for each parameter, after checking that a state fits."""
-    if not isinstance(state_dict, dict) or set(state_dict) != {"buffer", "sums", "residuals"}:
-        found = sorted(state_dict) if isinstance(state_dict, dict) else type(state_dict).__name__
-        raise TypeError(f"state_dict is {found}; it must be what GradAccumulator.state_dict() returned")
-    if state_dict["buffer"] != buffer:
-        raise ValueError(f"state_dict was saved with buffer={state_dict['buffer']!r}; this accumulator has {buffer!r}")
-    sums, residuals = state_dict["sums"], state_dict["residuals"]
-    for key, tensors in (("sums", sums), ("residuals", residuals)):
-        if not isinstance(tensors, list):
-            raise TypeError(f"{key} of state_dict is a {type(tensors).__name__}; it must be a list")
-        for i, tensor in enumerate(tensors):
-            if tensor is not None and not isinstance(tensor, Tensor):
-                raise TypeError(f"{key}[{i}] of state_dict is a {type(tensor).__name__}; it must be a tensor or None")
-    if len(sums) != len(parameters) or len(residuals) != len(parameters):
-        raise ValueError(f"state_dict is of {len(sums)} parameters; the optimizer has {len(parameters)}")
-    for i, (param, total, residual) in enumerate(zip(parameters, sums, residuals, strict=True)):
-        if total is None:
-            if residual is not None:
-                raise ValueError(f"state_dict holds a residual but no sum for parameter {i}")
-            continue
-        for key, tensor in (("sums", total), ("residuals", residual)):
-            if tensor is not None and tensor.is_meta:
-                raise ValueError(f"{key}[{i}] of state_dict is on the meta device, without values; load it elsewhere")
-            if tensor is not None:
-                distributed.check_layout(f"{key}[{i}] of state_dict", tensor, f"parameter {i}", param)
-        if total.shape != param.shape:
-            raise ValueError(
-                f"sums[{i}] of state_dict has shape {tuple(total.shape)}; parameter {i} has {tuple(param.shape)}"
-            )
-        if getattr(param, "grad_dtype", param.dtype) not in (None, total.dtype):
-            raise TypeError(f"sums[{i}] of state_dict is {total.dtype}; parameter {i} is {param.dtype}")
-        if residual is not None:
-            format_ = BUFFERS[buffer].get(total.dtype)
-            if format_ is None or residual.dtype is not format_.residual_dtype:
-                raise TypeError(f"residuals[{i}] of state_dict is {residual.dtype}, which buffer={buffer!r} never has")
-            shape = tuple(total.shape) if distributed.is_dtensor(total) else (total.numel(),)
-            if residual.shape != shape:
-                raise ValueError(f"residuals[{i}] of state_dict has shape {tuple(residual.shape)}; it must be {shape}")
-    return list(zip(sums, residuals, strict=True))

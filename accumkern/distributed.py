@@ -15,7 +15,8 @@ from accumkern.formats import BUFFERS, Format, decode, encode
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from accumkern.accumulator import GradAccumulator, _Parameter
+    from accumkern.accumulator import GradAccumulator
+    from accumkern.parameter import Parameter
 
 _queue_callback = torch.autograd.Variable._execution_engine.queue_callback
 
@@ -28,10 +29,10 @@ class RunningShard(Tensor):
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    parameter: weakref.ref[_Parameter]
+    parameter: weakref.ref[Parameter]
 
     @staticmethod
-    def put_into(grad: Any, parameter: _Parameter) -> None:
+    def put_into(grad: Any, parameter: Parameter) -> None:
         """Let the shard of ``grad`` fold what is added to it."""
         running = shard(grad).as_subclass(RunningShard)
         running.parameter = weakref.ref(parameter)
@@ -49,6 +50,11 @@ class RunningShard(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def is_in_group() -> bool:
+    """Return whether this process has a process group, so that others may read and write ``.grad`` at any moment."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -158,7 +164,7 @@ class Fp32Reduction:
         self._accumulator = weakref.ref(accumulator)
         self._group = group
         self._in_flight: torch.futures.Future[Tensor] | None = None
-        self._reduced: list[_Parameter] = []
+        self._reduced: list[Parameter] = []
 
     def start(self, bucket: Any) -> Any:
         """Start the reduction of a bucket; return the future of its buffer."""
@@ -215,7 +221,7 @@ class Fp32Reduction:
         self._in_flight = None
 
 
-def _residual_in_bucket(parameter: _Parameter, format_: Format | None) -> Tensor | None:
+def _residual_in_bucket(parameter: Parameter, format_: Format | None) -> Tensor | None:
     """Return the residual of a gradient that has just been put into a bucket, if it has one.
 
     Where gradients are views of the bucket, ``.grad`` is another tensor than what was folded, with its values.

@@ -39,7 +39,7 @@ def run(code: str, folder: Path = ROOT) -> str:
 OUT_OF_MEMORY = """
 import resource, torch, accumkern
 
-accumkern.accumulator._SMALL_NUMEL, accumkern.accumulator._MAX_WAITING_NUMEL = SMALL, 2**30
+accumkern.parameter.SMALL_NUMEL, accumkern.accumulator._MAX_WAITING_NUMEL = SMALL, 2**30
 params = [torch.nn.Parameter(torch.zeros(2**25, dtype=torch.bfloat16)) for _ in range(2)]
 optimizer = torch.optim.SGD(params, lr=1.0)
 accumulator = accumkern.attach(optimizer, average_over=AVERAGE)
