@@ -620,6 +620,17 @@ def test_a_script_that_needs_values_is_not_predicted_and_says_why() -> None:
     assert "does not run on fake tensors" in str(plan)
 
 
+def test_a_model_that_was_made_before_is_not_predicted_and_not_touched() -> None:
+    setup = mlp()
+    before = fingerprint(setup)
+    with pytest.raises(PredictionError, match="a model that was made before it was called"):
+        accumkern.plan(lambda: setup, memory="1 GB", measure=False)
+    assert same(before, fingerprint(setup))
+    plan = accumkern.plan(lambda: setup, effective_batch=4, noise_windows=0)  # measuring works
+    assert "made before it was called" in str(plan.prediction_problem)
+    assert same(before, fingerprint(setup))
+
+
 def test_a_prediction_leaves_random_numbers_alone_and_needs_a_limit() -> None:
     before = torch.get_rng_state(), random.getstate()
     accumkern.plan(mlp, memory="1 GB", largest_micro_batch=4, measure=False)

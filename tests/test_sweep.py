@@ -194,6 +194,12 @@ def test_a_setup_that_ignores_seeds_is_refused(tmp_path: Path) -> None:
     small(lambda: fixed()._replace(validation_batch=lambda size: (torch.ones(size, 8), torch.zeros(size))), tmp_path)
 
 
+def test_a_setup_that_returns_the_same_model_again_is_refused(tmp_path: Path) -> None:
+    setup = regression()
+    with pytest.raises(ValueError, match="returned the same model twice"):
+        small(lambda: setup, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from torch.utils._python_dispatch import _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
@@ -59,7 +59,11 @@ def fake_setup(function: SetupFunction) -> Iterator[Setup]:
     random_state = RandomState(torch.device("cpu"))
     try:
         with _fake_mode():
-            yield run_setup(function)
+            setup = run_setup(function)
+            # Training a real model in this mode would leave fake gradients and states in it.
+            if not all(isinstance(param, FakeTensor) for param in setup.model.parameters()):
+                raise RuntimeError("setup() returned a model that was made before it was called")
+            yield setup
     except RuntimeError as error:
         raise PredictionError(
             f"memory cannot be predicted, because the script does not run on fake tensors: {error}; measure it on the "

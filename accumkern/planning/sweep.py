@@ -92,8 +92,8 @@ def sweep(
         progress: is called with each run that has ended.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, ``folder`` holds another sweep, or the setup draws the same samples
-            whatever the seed.
+        TypeError, ValueError: an argument is wrong, ``folder`` holds another sweep, or the setup returns the same model
+            again or draws the same samples whatever the seed.
         RuntimeError: the setup or one of its functions failed.
     """
     settings = _checked_settings(
@@ -101,8 +101,8 @@ def sweep(
     )
     random_state = RandomState(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
+        _check_setup_is_new(setup)
         made = _seeded_setup(setup, _VALIDATION_SEED)
-        _check_seeds_matter(setup, made)
         limit = int((available_bytes(made.device) if memory is None else parse_bytes(memory)) * (1 - margin))
         settings |= {"buffer": choose_buffer(made, buffer), "script_sha256": _source_hash(setup)}
         folder = Path(folder).expanduser()
@@ -254,17 +254,24 @@ def _seeded_setup(function: SetupFunction, seed: int) -> Setup:
     return run_setup(function)
 
 
-def _check_seeds_matter(function: SetupFunction, made: Setup) -> None:
-    """Check that another seed draws other samples, or that validation has samples of its own.
+def _check_setup_is_new(function: SetupFunction) -> None:
+    """Check that every call makes another model, and that another seed draws other samples where it matters.
 
     Raises:
         ValueError: it does not.
     """
-    if made.validation_batch is not None:
+    setups, batches = [], []
+    for seed in (_VALIDATION_SEED, _VALIDATION_SEED - 1):
+        setups.append(_seeded_setup(function, seed))
+        batches.append(tree_leaves(make_batch(setups[-1], 2)))
+    if set(setups[0].model.parameters()) & set(setups[1].model.parameters()):
+        raise ValueError(
+            "setup() returned the same model twice, so each run would go on with what the one before had learnt; make "
+            "model and optimizer inside of setup()"
+        )
+    if setups[0].validation_batch is not None:
         return
-    one, other = (make_batch(_seeded_setup(function, seed), 2) for seed in (_VALIDATION_SEED, _VALIDATION_SEED - 1))
-    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
-    if all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor)):
+    if all(torch.equal(a, b) for a, b in zip(*batches, strict=True) if isinstance(a, Tensor)):
         raise ValueError(
             "make_batch of setup() draws the same samples whatever the seed is, so the validation loss would be that "
             "of training samples; seed its generator with torch.initial_seed(), or return a Setup with validation_batch"
