@@ -1,6 +1,6 @@
 """The package as it is built and installed: what is in it, and what it does where something is missing."""
 
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# Looking for the module pip, before Python 3.12, makes setuptools refuse to be imported later, as inductor does.
+INSTALLED = {distribution.name for distribution in importlib.metadata.distributions()}
 needs_build_tools = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("pybind11", "setuptools", "pip")),
+    not {"pybind11", "setuptools", "pip"} <= INSTALLED,
     reason="pip, setuptools and pybind11 are needed to build",
 )
 
