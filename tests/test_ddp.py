@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import accumkern
 
+pytestmark = pytest.mark.integration("DistributedDataParallel")
+
 BF16 = torch.bfloat16
 WAYS = {
     "default": {},
@@ -252,12 +254,14 @@ def mean_in_fp32(way: dict[str, Any], set_to_none: bool, buffer: str) -> None:
                 assert p.grad is None or torch.equal(p.grad, (mean / 3).to(BF16))
 
 
+@pytest.mark.integration("DistributedDataParallel: reduce_in_fp32")
 @ways
 @set_to_none
 def test_mean_in_fp32(ranks: Ranks, way: dict[str, Any], set_to_none: bool) -> None:
     ranks.run(mean_in_fp32, way, set_to_none, "split32")
 
 
+@pytest.mark.integration("DistributedDataParallel: reduce_in_fp32")
 @pytest.mark.parametrize("buffer", ["split24", "fp32"])
 @pytest.mark.parametrize("way", [{}, {"gradient_as_bucket_view": True}], ids=["buckets apart", "bucket views"])
 def test_mean_in_fp32_of_other_buffers(ranks: Ranks, way: dict[str, Any], buffer: str) -> None:

@@ -20,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import accumkern
 
+pytestmark = pytest.mark.integration("torch.distributed.checkpoint in a window")
+
 WINDOW = 6  # micro-batches
 KILLED_AT = 2 * WINDOW + 4  # in the third window
 

@@ -25,6 +25,8 @@ from torch.distributed.tensor import DTensor
 import accumkern
 from accumkern import distributed
 
+pytestmark = pytest.mark.integration("fully_shard (FSDP2)")
+
 BF16 = torch.bfloat16
 MICRO_BATCHES = 20
 

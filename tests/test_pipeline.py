@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import accumkern
 
+pytestmark = pytest.mark.integration("Pipeline parallel: GPipe, 1F1B")
+
 BF16 = torch.bfloat16
 MICRO_BATCHES = 32
 schedules = pytest.mark.parametrize("schedule", [ScheduleGPipe, Schedule1F1B])

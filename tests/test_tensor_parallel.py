@@ -22,6 +22,8 @@ from torch.distributed.tensor.parallel import (
 
 import accumkern
 
+pytestmark = pytest.mark.integration("Tensor and sequence parallel")
+
 BF16 = torch.bfloat16
 MICRO_BATCHES = 20
 

@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import accumkern
 
+pytestmark = pytest.mark.integration("Token means over ranks")
+
 MICRO_BATCHES = 5
 IGNORED = -100
 
