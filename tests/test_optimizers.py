@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,9 @@ from torch.optim import lr_scheduler
 
 import accumkern
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BATCHES = [(tokens.unsqueeze(0), classes.unsqueeze(0)) for tokens, classes in examples(8)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The model is tiny: threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- optimizers --------------------------------------------------------------------------------------------------
