@@ -60,6 +60,15 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tiny models, whose threads would mostly wait for each other, and for sums in one order in every process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["cpu", "cuda", "triton", "eager"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend that can run here on `device`; the others skip with their reason."""

@@ -15,18 +15,11 @@ import accumkern
 
 accelerate = pytest.importorskip("accelerate")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ON_CPU = not torch.cuda.is_available()
 
 accelerate_feature = pytest.mark.integration("Accelerate", version_of="accelerate")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The model is tiny: threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

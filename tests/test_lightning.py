@@ -20,16 +20,10 @@ Fabric = importlib.import_module("lightning.fabric" if LIGHTNING == "lightning" 
 lightning_feature = pytest.mark.integration("Lightning", version_of=LIGHTNING)
 fabric_feature = pytest.mark.integration("Fabric", version_of=LIGHTNING)
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(num_workers|GPU available|TreeSpec)")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The model is tiny: threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*(num_workers|GPU available|TreeSpec)"),
+]
 
 
 # ---- Lightning ---------------------------------------------------------------------------------------------------

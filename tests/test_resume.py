@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from tiny import LIGHTNING, TOKENS, Classifier, assert_same_weights, examples
 from torch import Tensor, nn
 
 import accumkern
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MICRO_BATCHES, WINDOW, SAVES_EVERY = 40, 8, 3
 
@@ -108,15 +110,6 @@ TRAIN: dict[str, Callable[..., nn.Module]] = {
     "accelerate": train_with_accelerate,
     "lightning": train_with_lightning,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the runs that are killed: sums over threads may be rounded in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

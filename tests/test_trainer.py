@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,9 @@ import accumkern
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-pytestmark = pytest.mark.integration("HF Trainer", version_of="transformers")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.integration("HF Trainer", version_of="transformers")]
 
 VOCABULARY, LENGTH = 64, 16
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are tiny: threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def llama(dtype: torch.dtype) -> Any:
