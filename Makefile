@@ -1,5 +1,5 @@
 # Everything from a fresh machine. `make demo` and `make test` set up what they need.
-.PHONY: demo test lint bench gpu clean help
+.PHONY: demo test lint bench gpu gpu-build gpu-test gpu-kernels gpu-training clean help
 
 # Threads that wait for one another by spinning crawl where something else keeps a core busy.
 export OMP_WAIT_POLICY ?= passive
@@ -10,14 +10,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
-BENCHMARKS := $(wildcard $(patsubst %,benchmarks/bench_%.py,kernels finish overhead training accuracy convergence reduce registers))
+BENCHMARKS := kernels finish overhead training accuracy convergence reduce registers
 SOURCES := $(wildcard csrc/*) setup.py accumkern/__init__.py
 
 help:
 	@echo "make demo [TEXT=folder]   train a small GPT with stock and with accumkern accumulation, and compare"
 	@echo "make test                 lint, types and all tests"
 	@echo "make bench                the CPU benchmarks; writes benchmarks/results/"
-	@echo "make gpu                  GPU tests and benchmarks, with the python3 that has torch; installs nothing"
+	@echo "make gpu                  GPU tests and benchmarks, with the python3 that has torch; installs nothing."
+	@echo "                          Its parts: make gpu-test, gpu-kernels, gpu-training"
 	@echo "make lint                 ruff and mypy alone"
 	@echo "make clean                remove what the others made"
 
@@ -46,19 +47,29 @@ test: $(BUILT) lint
 	$(BIN)/python -m pytest
 
 # Each script writes one result file; one that fails does not keep the others from running, but make says so.
+run_benchmarks = failed=; for name in $(1); do \
+	$(2) benchmarks/bench_$$name.py --device $(3) || failed="$$failed $$name"; \
+	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
+
 bench: $(BUILT)
-	failed=; for script in $(BENCHMARKS); do \
-		$(BIN)/python $$script --device cpu || failed="$$failed $$script"; \
-	done; $(BIN)/python benchmarks/report.py && test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
+	$(call run_benchmarks,$(BENCHMARKS),$(BIN)/python,cpu)
+	$(BIN)/python benchmarks/report.py
 
 # A GPU machine may have no network: its own python3 has torch, triton, pybind11, rich and pytest, and nvcc is on PATH.
-gpu:
+gpu: gpu-test gpu-kernels gpu-training
+
+gpu-build:
 	ACCUMKERN_BUILD=cuda $(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m accumkern doctor
+
+gpu-test: gpu-build
 	$(PYTHON) -m pytest -m gpu --override-ini addopts= -q
-	failed=; for script in $(BENCHMARKS); do \
-		$(PYTHON) $$script --device cuda || failed="$$failed $$script"; \
-	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
+
+gpu-kernels: gpu-build
+	$(call run_benchmarks,kernels finish overhead registers,$(PYTHON),cuda)
+
+gpu-training: gpu-build
+	$(call run_benchmarks,training convergence accuracy reduce,$(PYTHON),cuda)
 
 clean:
 	rm -rf $(VENV) build demo dist *.egg-info accumkern/_C.*.so .mypy_cache .pytest_cache .ruff_cache
