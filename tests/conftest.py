@@ -60,7 +60,7 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For tiny models, whose threads would mostly wait for each other, and for sums in one order in every process."""
     threads = torch.get_num_threads()

@@ -19,19 +19,12 @@ from torch.utils.checkpoint import checkpoint
 import accumkern
 from accumkern.formats import BUFFERS, decode, encode, fma
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BF16 = torch.bfloat16
 
 
 # ---- helpers -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are small here: on a busy machine threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def parameter(*shape: int, dtype: torch.dtype = BF16) -> Parameter:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +43,11 @@ from accumkern.planning.protocol import Setup, check_setup, compute_loss, load_s
 from accumkern.planning.throughput import Speed, knee, measure_speed
 from accumkern.planning.window import accumulation, choose_buffer, train_window
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
 KB = 1000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

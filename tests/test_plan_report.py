@@ -9,13 +9,11 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("matplotlib")
@@ -28,6 +26,8 @@ from accumkern.__main__ import main  # noqa: E402
 from accumkern.planning import throughput  # noqa: E402
 from accumkern.planning.report.figures import plan_figures, sweep_figures  # noqa: E402
 from accumkern.planning.report.folder import write_page  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SCRIPT = """
     import torch
@@ -52,14 +52,6 @@ SCRIPT = """
         made.optimizer.param_groups[0]["lr"] = 0.0
         return made
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,10 @@ from accumkern.planning.files import write_json
 from accumkern.planning.outcome import Point, Run, Sweep
 from accumkern.planning.protocol import Setup
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parent.parent
 TRUTH = torch.linspace(-1, 1, 8)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def regression(learning_rate: float = 0.05, **fields: Any) -> Setup:
