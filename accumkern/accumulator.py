@@ -201,7 +201,7 @@ class GradAccumulator:
         check_divide_by(divide_by, gradients)
         check_max_norm(max_norm, norm_type)
 
-        norm = total_norm(gradients, float(norm_type))
+        norm = total_norm(gradients, float(norm_type), self._backend_on)
         divisor: float | Tensor = divide_by
         if isinstance(divide_by, Tensor):
             divisor = divide_by.detach().to(norm.device, torch.float32, non_blocking=True)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from accumkern.backends import decode_function, encode_function
 from accumkern.formats import BUFFERS, Format, decode, encode
+from accumkern.ops import same_order
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -181,29 +183,48 @@ class Fp32Reduction:
         if self._in_flight is not None:
             self._in_flight.wait()  # so that there is one copy in FP32 at a time
         accumulator = self._accumulator()
-        members = []
+        backend = "eager" if accumulator is None else accumulator._backend_on(buffer.device)
         wide = torch.empty(buffer.numel(), device=buffer.device)
+        members = []
+        stored: dict[Format, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for param, half in zip(bucket.parameters(), bucket.gradients(), strict=True):
             part = wide.as_strided(half.shape, half.stride(), half.storage_offset() - buffer.storage_offset())
             parameter = None if accumulator is None else accumulator._parameters.get(param)
             format_ = None if accumulator is None else BUFFERS[accumulator.buffer].get(half.dtype)
             residual = None if parameter is None else _residual_in_bucket(parameter, format_)
-            part.copy_(half if residual is None or format_ is None else decode(format_, param.grad, residual))
+            if residual is None or format_ is None:
+                part.copy_(half)
+            elif same_order(param.grad, half):
+                stored.setdefault(format_, []).append((param.grad, residual, part))
+            else:
+                part.copy_(decode(format_, param.grad, _in_shape_of(param.grad, residual)))
             members.append((parameter, format_, half, part))
+        for format_, tensors in stored.items():
+            sums, residuals, parts = map(list, zip(*tensors, strict=True))
+            decode_function(backend)(format_, sums, residuals, parts)
 
         def split(future: torch.futures.Future[Any]) -> Tensor:
             future.wait()  # raises what went wrong
-            wide.div_(self._group.size())
+            ranks = self._group.size()
+            to_store: dict[Format, list[tuple[Tensor, Tensor, Tensor]]] = {}
             for parameter, format_, half, part in members:
-                if parameter is None or format_ is None or parameter.param.grad is None:
-                    half.copy_(part)
+                grad = None if parameter is None else parameter.param.grad
+                if parameter is None or grad is None or format_ is None or format_.residual_dtype is None:
+                    half.copy_(part.div_(ranks))
                     continue
-                upper, low = encode(format_, part)
-                assert low is not None
-                half.copy_(upper)
-                grad = parameter.param.grad
-                parameter.residual_of_dtype(low.dtype).as_strided(grad.shape, grad.stride()).copy_(low)
+                residual = parameter.residual_of_dtype(format_.residual_dtype)
+                if same_order(grad, half):
+                    to_store.setdefault(format_, []).append((part, half, residual))
+                else:
+                    upper, low = encode(format_, part.div_(ranks))
+                    assert low is not None
+                    half.copy_(upper)
+                    _in_shape_of(grad, residual).copy_(low)
                 self._reduced.append(parameter)
+            for format_, tensors in to_store.items():
+                parts, halves, residuals = map(list, zip(*tensors, strict=True))
+                encode_function(backend)(format_, parts, ranks, halves, residuals)
+                torch.autograd.graph.increment_version(halves)
             return buffer
 
         work = torch.distributed.all_reduce(wide, group=self._group, async_op=True)
@@ -222,7 +243,7 @@ class Fp32Reduction:
 
 
 def _residual_in_bucket(parameter: Parameter, format_: Format | None) -> Tensor | None:
-    """Return the residual of a gradient that has just been put into a bucket, if it has one.
+    """Return the residual of a gradient that has just been put into a bucket, if it has one, as it lies in memory.
 
     Where gradients are views of the bucket, ``.grad`` is another tensor than what was folded, with its values.
     """
@@ -234,4 +255,8 @@ def _residual_in_bucket(parameter: Parameter, format_: Format | None) -> Tensor 
     moved = grad._is_view() and parameter.version >= 0 and (folded is None or folded._version == parameter.version)
     if not parameter.owns(grad) and not moved:
         return None
+    return residual
+
+
+def _in_shape_of(grad: Tensor, residual: Tensor) -> Tensor:
     return residual.as_strided(grad.shape, grad.stride())

@@ -72,7 +72,7 @@ def check_max_norm(max_norm: object, norm_type: object) -> None:
 
 
 @torch.no_grad()
-def total_norm(gradients: list[Gradient], norm_type: float) -> Tensor:
+def total_norm(gradients: list[Gradient], norm_type: float, backend_on: Callable[[torch.device], str]) -> Tensor:
     """Return the norm of all accumulated values as one vector: FP32, 0-dim, on the device of the first gradient.
 
     The 2-norm of a gradient whose last fold left partial sums is read from them; the others cost a pass. Norms of
@@ -84,11 +84,11 @@ def total_norm(gradients: list[Gradient], norm_type: float) -> Tensor:
     for gradient in gradients:
         if gradient.dtensor is not None:
             of_groups = shards.setdefault(distributed.groups_of_shards(gradient.dtensor), [])
-            of_groups += [gradient.grad.new_zeros((), dtype=torch.float32), *_norms(gradient, norm_type)]
+            of_groups += [gradient.grad.new_zeros((), dtype=torch.float32), *_norms(gradient, norm_type, backend_on)]
         elif norm_type == 2 and gradient.partials is not None:
             measured.setdefault(gradient.grad.device, []).append(gradient.partials)
         else:
-            norms += _norms(gradient, norm_type)
+            norms += _norms(gradient, norm_type, backend_on)
     for groups, of_groups in shards.items():
         norms.append(distributed.norm_over(groups, _norm_of(of_groups, of_groups[0].device, norm_type), norm_type))
     norms += [torch.cat(rows)[:, 1].sum(dtype=torch.float64).sqrt().float() for rows in measured.values()]
@@ -129,7 +129,7 @@ def _on(scalar: float | Tensor, device: torch.device) -> float | Tensor:
     return scalar.to(device, non_blocking=True) if isinstance(scalar, Tensor) else scalar
 
 
-def _norms(gradient: Gradient, norm_type: float) -> list[Tensor]:
+def _norms(gradient: Gradient, norm_type: float, backend_on: Callable[[torch.device], str]) -> list[Tensor]:
     """Return norms of parts of a gradient's accumulated values, FP32; what decodes is only as large as a part."""
     grad, residual = gradient.grad, gradient.residual
     if gradient.dtensor is not None and distributed.is_pending(gradient.dtensor):
@@ -144,8 +144,13 @@ def _norms(gradient: Gradient, norm_type: float) -> list[Tensor]:
         dtype = torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else None
         return [torch.linalg.vector_norm(grad, norm_type, dtype=dtype).float()]
     flat = grad.as_strided((grad.numel(),), (1,))
-    parts = zip(flat.split(_PART_NUMEL), residual.split(_PART_NUMEL), strict=True)
-    return [torch.linalg.vector_norm(decode(gradient.format_, *part), norm_type) for part in parts]
+    decode_into = backends.decode_function(backend_on(grad.device))
+    norms = []
+    for part, low in zip(flat.split(_PART_NUMEL), residual.split(_PART_NUMEL), strict=True):
+        value = torch.empty_like(part, dtype=torch.float32)
+        decode_into(gradient.format_, [part], [low], [value])
+        norms.append(torch.linalg.vector_norm(value, norm_type))
+    return norms
 
 
 def _like(residual: Tensor | None, grad: Tensor) -> Tensor | None:

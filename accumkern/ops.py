@@ -107,6 +107,13 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def same_order(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors of one shape, the second dense, have their elements in the same order in memory."""
+    if a.numel() == 0:
+        return True
+    return all(x == y or n == 1 for x, y, n in zip(a.stride(), b.stride(), a.shape, strict=True))
+
+
 def _kind(value: object) -> str:
     return f"a {type(value).__name__}"
 
@@ -144,11 +151,11 @@ def _check_tensors(i: int, grad: Tensor, total: Tensor, residual: Tensor | None)
             f"sums[{i}] of shape {tuple(total.shape)} has strides {total.stride()}; "
             "its elements must fill one range of memory, each once"
         )
-    if not _same_order(grad, total):
+    if not same_order(grad, total):
         raise ValueError(f"grads[{i}] has strides {grad.stride()} and sums[{i}] {total.stride()}; they must be equal")
     if residual is not None:
         flat = residual.shape == (total.numel(),) and residual.is_contiguous()
-        if not flat and (residual.shape != total.shape or not _same_order(residual, total)):
+        if not flat and (residual.shape != total.shape or not same_order(residual, total)):
             raise ValueError(
                 f"residuals[{i}] has shape {tuple(residual.shape)} and strides {residual.stride()}; it must have those "
                 f"of sums[{i}], {tuple(total.shape)} and {total.stride()}, or be flat with {total.numel()} elements"
@@ -163,13 +170,6 @@ def _check_tensors(i: int, grad: Tensor, total: Tensor, residual: Tensor | None)
         if name != "grads" and tensor.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(f"{name}[{i}] was made in inference mode and is read-only outside of it; pass a clone")
     return format_
-
-
-def _same_order(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape, the second dense, have their elements in the same order in memory."""
-    if a.numel() == 0:
-        return True
-    return all(x == y or n == 1 for x, y, n in zip(a.stride(), b.stride(), a.shape, strict=True))
 
 
 def _check_memory(grads: list[Tensor], sums: list[Tensor], residuals: list[Tensor] | None) -> None:

@@ -125,7 +125,7 @@ def finish_variant(buffers: Buffers, format_: Format, backend: str) -> Variant:
     one = torch.ones((), device=buffers.sums[0].device)
 
     def run(i: int) -> None:
-        norm = total_norm([gradients[i]], 2.0) / one
+        norm = total_norm([gradients[i]], 2.0, lambda _: backend) / one
         coefficient = torch.clamp(MAX_NORM / (norm + 1e-6), max=1.0)
         write([gradients[i]], one, coefficient, lambda _: backend)
 

@@ -25,11 +25,12 @@ constexpr int64_t kBlockNumel = 4096;
 // sum (zero otherwise), which is the first micro-gradient when the second is folded.
 constexpr int kPartials = 3;
 
+// A tensor as a kernel takes it. What a kernel does not use is nullptr.
 struct FoldTensor {
-  const void* grad;  // nullptr to finish
-  void* sum;
-  void* residual;   // nullptr when the format has none
-  float* partials;  // (blocks, kPartials); nullptr to leave them out
+  const void* grad;  // to decode: the sum; to encode: the FP32 values
+  void* sum;         // to decode: the FP32 values
+  void* residual;    // nullptr when the format has none
+  float* partials;   // (blocks, kPartials); nullptr to leave them out
   int64_t numel;
 };
 
@@ -44,6 +45,10 @@ void accumulate_cpu(Format format, Start start, const std::vector<FoldTensor>& t
 // sum = round((decode(sum, residual) / divisor) * factor), from kContinue or kFromSum; residuals are left alone
 void finish_cpu(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar divisor, Scalar factor,
                 int threads);
+// value = decode(sum, residual)
+void decode_cpu(Format format, const std::vector<FoldTensor>& tensors, int threads);
+// (sum, residual) = encode(value / divisor)
+void encode_cpu(Format format, const std::vector<FoldTensor>& tensors, Scalar divisor, int threads);
 const char* cpu_instruction_set();
 
 // The same, launched on `stream` of `device` without waiting; they throw std::runtime_error with CUDA's message.
@@ -51,6 +56,8 @@ void accumulate_cuda(Format format, Start start, const std::vector<FoldTensor>& 
                      uintptr_t stream);
 void finish_cuda(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar divisor, Scalar factor,
                  int device, uintptr_t stream);
+void decode_cuda(Format format, const std::vector<FoldTensor>& tensors, int device, uintptr_t stream);
+void encode_cuda(Format format, const std::vector<FoldTensor>& tensors, Scalar divisor, int device, uintptr_t stream);
 
 // Why the kernels cannot run on the current device (another architecture, an old driver), or an empty string.
 std::string cuda_problem();

@@ -1,4 +1,4 @@
-// The accumulate kernel on the CPU: one loop body, compiled for three instruction sets and chosen at run time.
+// The kernels on the CPU: one loop body each, compiled for three instruction sets and chosen at run time.
 #include "accumulate.h"
 
 #include <algorithm>
@@ -195,6 +195,75 @@ ACCUMKERN_INLINE void finish(const Range& range, float divisor, float factor) {
   }
 }
 
+// value = decode(sum, residual), for `numel` elements of a chunk.
+template <class F>
+ACCUMKERN_INLINE void decode_elements(const typename F::Sum* sum, const typename F::Residual* residual, float* value,
+                                      int64_t numel) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < numel; ++i) {
+    if constexpr (F::kHasResidual) {
+      value[i] = F::decode(sum[i], residual[i]);
+    } else {
+      value[i] = F::widen(sum[i]);
+    }
+  }
+}
+
+template <class F, Start, bool>
+ACCUMKERN_INLINE void decode(const Range& range, float, float) {
+  const auto* sums = static_cast<const typename F::Sum*>(range.tensor.grad);
+  const auto* residuals = F::kHasResidual ? static_cast<const typename F::Residual*>(range.tensor.residual) : nullptr;
+  auto* values = static_cast<float*>(range.tensor.sum);
+  for (int64_t i = range.begin; i < range.end; i += kChunk) {
+    const auto* sum = sums + i;
+    const auto* residual = at(residuals, i);
+    const int64_t numel = std::min(kChunk, range.end - i);
+    prefetch<false>(sum);
+    if constexpr (F::kHasResidual) prefetch<false>(residual);
+    prefetch<true>(values + i);
+    if (numel < kChunk) {
+      decode_elements<F>(sum, residual, values + i, numel);
+    } else {
+      decode_elements<F>(sum, residual, values + i, kChunk);
+    }
+  }
+}
+
+// (sum, residual) = encode(value / divisor), for `numel` elements of a chunk.
+template <class F>
+ACCUMKERN_INLINE void encode_elements(const float* value, float divisor, typename F::Sum* sum,
+                                      typename F::Residual* residual, int64_t numel) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < numel; ++i) {
+    const uint32_t bits = canonical_bits(value[i] / divisor);
+    if constexpr (F::kHasResidual) {
+      F::encode(bits, sum + i, residual + i);
+    } else {
+      F::encode(bits, sum + i, nullptr);
+    }
+  }
+}
+
+template <class F, Start, bool>
+ACCUMKERN_INLINE void encode(const Range& range, float divisor, float) {
+  const auto* values = static_cast<const float*>(range.tensor.grad);
+  auto* sums = static_cast<typename F::Sum*>(range.tensor.sum);
+  auto* residuals = F::kHasResidual ? static_cast<typename F::Residual*>(range.tensor.residual) : nullptr;
+  for (int64_t i = range.begin; i < range.end; i += kChunk) {
+    auto* sum = sums + i;
+    auto* residual = at(residuals, i);
+    const int64_t numel = std::min(kChunk, range.end - i);
+    prefetch<false>(values + i);
+    prefetch<true>(sum);
+    if constexpr (F::kHasResidual) prefetch<true>(residual);
+    if (numel < kChunk) {
+      encode_elements<F>(values + i, divisor, sum, residual, numel);
+    } else {
+      encode_elements<F>(values + i, divisor, sum, residual, kChunk);
+    }
+  }
+}
+
 // ---- instruction sets ----------------------------------------------------------------------------------------
 
 using RangeFunction = void (*)(const Range&, float, float);
@@ -215,6 +284,8 @@ using RangeFunction = void (*)(const Range&, float, float);
 
 ACCUMKERN_FOR_TARGETS(fold)
 ACCUMKERN_FOR_TARGETS(finish)
+ACCUMKERN_FOR_TARGETS(decode)
+ACCUMKERN_FOR_TARGETS(encode)
 
 enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
 
@@ -233,11 +304,13 @@ InstructionSet instruction_set() {
 #endif
 }
 
-enum class Kernel { kFold, kMeasuredFold, kFinish };
+enum class Kernel { kFold, kMeasuredFold, kFinish, kDecode, kEncode };
 
-#define ACCUMKERN_CHOOSE_KERNEL(NAME)             \
-  kKernel == Kernel::kFinish ? finish_##NAME<F, kStart, false> \
-                             : fold_##NAME<F, kStart, kKernel == Kernel::kMeasuredFold>
+#define ACCUMKERN_CHOOSE_KERNEL(NAME)                                       \
+  kKernel == Kernel::kFinish   ? finish_##NAME<F, kStart, false>            \
+  : kKernel == Kernel::kDecode ? decode_##NAME<F, Start::kContinue, false>  \
+  : kKernel == Kernel::kEncode ? encode_##NAME<F, Start::kContinue, false>  \
+                               : fold_##NAME<F, kStart, kKernel == Kernel::kMeasuredFold>
 
 template <class F, Start kStart, Kernel kKernel>
 RangeFunction choose_target() {
@@ -262,6 +335,10 @@ RangeFunction choose_kernel(Kernel kernel) {
       return choose_target<F, kStart, Kernel::kMeasuredFold>();
     case Kernel::kFinish:
       return choose_target<F, kStart, Kernel::kFinish>();
+    case Kernel::kDecode:
+      return choose_target<F, kStart, Kernel::kDecode>();
+    case Kernel::kEncode:
+      return choose_target<F, kStart, Kernel::kEncode>();
   }
   throw std::invalid_argument("accumkern: unknown kernel");
 }
@@ -356,6 +433,14 @@ void accumulate_cpu(Format format, Start start, const std::vector<FoldTensor>& t
 void finish_cpu(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar divisor, Scalar factor,
                 int threads) {
   run(choose(format, start, Kernel::kFinish), tensors, value_of(divisor), value_of(factor), threads);
+}
+
+void decode_cpu(Format format, const std::vector<FoldTensor>& tensors, int threads) {
+  run(choose(format, Start::kContinue, Kernel::kDecode), tensors, 0.0f, 0.0f, threads);
+}
+
+void encode_cpu(Format format, const std::vector<FoldTensor>& tensors, Scalar divisor, int threads) {
+  run(choose(format, Start::kContinue, Kernel::kEncode), tensors, value_of(divisor), 0.0f, threads);
 }
 
 // ---- proof ---------------------------------------------------------------------------------------------------

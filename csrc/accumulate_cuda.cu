@@ -52,18 +52,18 @@ __host__ __device__ inline bool is_aligned(const void* address) {
 // ---- blocks --------------------------------------------------------------------------------------------------
 
 // What one thread block works on: up to kBlockNumel elements of one tensor.
-template <class F>
+template <class F, class Grad, class Sum>
 struct Block {
-  const typename F::Sum* grad;
-  typename F::Sum* sum;
+  const Grad* grad;
+  Sum* sum;
   typename F::Residual* residual;
   float* partials;
   int count;
   bool is_whole;  // full and aligned: every access can be 16 bytes wide
 };
 
-template <class F, int kCapacity>
-__device__ __forceinline__ Block<F> this_block(const TensorList<kCapacity>& list) {
+template <class F, class Grad = typename F::Sum, class Sum = typename F::Sum, int kCapacity>
+__device__ __forceinline__ Block<F, Grad, Sum> this_block(const TensorList<kCapacity>& list) {
   // The last tensor whose first block is not past this one.
   int index = 0;
   for (int low = 1, high = list.count; low < high;) {
@@ -79,8 +79,8 @@ __device__ __forceinline__ Block<F> this_block(const TensorList<kCapacity>& list
   const int64_t block = blockIdx.x - list.first_block[index];
   const int64_t begin = block * kBlockNumel;
   const int64_t left = tensor.numel - begin;
-  return {static_cast<const typename F::Sum*>(tensor.grad) + begin,
-          static_cast<typename F::Sum*>(tensor.sum) + begin,
+  return {static_cast<const Grad*>(tensor.grad) + begin,
+          static_cast<Sum*>(tensor.sum) + begin,
           F::kHasResidual ? static_cast<typename F::Residual*>(tensor.residual) + begin : nullptr,
           tensor.partials == nullptr ? nullptr : tensor.partials + kPartials * block,
           static_cast<int>(left < kBlockNumel ? left : kBlockNumel),
@@ -136,7 +136,7 @@ __device__ __forceinline__ void write_partials(float* partials, Squares squares)
 template <class F, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     accumulate_kernel(const __grid_constant__ TensorList<kCapacity> list, const Start start, const Scalar scale_argument) {
-  const Block<F> block = this_block<F>(list);
+  const auto block = this_block<F>(list);
   const float scale = value_of(scale_argument);
   const bool reads_sum = start != Start::kFromZero;
   const bool reads_residual = F::kHasResidual && start == Start::kContinue;
@@ -193,7 +193,7 @@ template <class F, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     finish_kernel(const __grid_constant__ TensorList<kCapacity> list, const Start start, const Scalar divisor_argument,
                   const Scalar factor_argument) {
-  const Block<F> block = this_block<F>(list);
+  const auto block = this_block<F>(list);
   const float divisor = value_of(divisor_argument), factor = value_of(factor_argument);
   const bool reads_residual = F::kHasResidual && start == Start::kContinue;
 
@@ -227,6 +227,78 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
 }
 
+// ---- decode and encode ---------------------------------------------------------------------------------------
+
+// value = decode(sum, residual), where the list holds the sums as grad and the FP32 values as sum.
+template <class F, int kCapacity>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    decode_kernel(const __grid_constant__ TensorList<kCapacity> list) {
+  const auto block = this_block<F, typename F::Sum, float>(list);
+
+  if (block.is_whole) {
+    Vector<typename F::Sum> sums[kSteps];
+    Vector<typename F::Residual> residuals[kSteps];
+    const int first = threadIdx.x * kVector;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int at = first + step * kThreads * kVector;
+      sums[step] = load(block.grad + at);
+      if constexpr (F::kHasResidual) residuals[step] = load(block.residual + at);
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      Vector<float> values;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        values.values[i] = F::decode(sums[step].values[i], residuals[step].values[i]);
+      }
+      store(block.sum + first + step * kThreads * kVector, values);
+    }
+  } else {
+    for (int i = threadIdx.x; i < block.count; i += kThreads) {
+      typename F::Residual residual{};
+      if constexpr (F::kHasResidual) residual = block.residual[i];
+      block.sum[i] = F::decode(block.grad[i], residual);
+    }
+  }
+}
+
+// (sum, residual) = encode(value / divisor), where the list holds the FP32 values as grad.
+template <class F, int kCapacity>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    encode_kernel(const __grid_constant__ TensorList<kCapacity> list, const Scalar divisor_argument) {
+  const auto block = this_block<F, float>(list);
+  const float divisor = value_of(divisor_argument);
+
+  if (block.is_whole) {
+    Vector<float> values[kSteps];
+    const int first = threadIdx.x * kVector;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) values[step] = load(block.grad + first + step * kThreads * kVector);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      Vector<typename F::Sum> sums;
+      Vector<typename F::Residual> residuals;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const uint32_t bits = canonical_bits(__fdiv_rn(values[step].values[i], divisor));
+        F::encode(bits, &sums.values[i], &residuals.values[i]);
+      }
+      const int at = first + step * kThreads * kVector;
+      store(block.sum + at, sums);
+      if constexpr (F::kHasResidual) store(block.residual + at, residuals);
+    }
+  } else {
+    for (int i = threadIdx.x; i < block.count; i += kThreads) {
+      typename F::Sum sum{};
+      typename F::Residual residual{};
+      F::encode(canonical_bits(__fdiv_rn(block.grad[i], divisor)), &sum, &residual);
+      block.sum[i] = sum;
+      if constexpr (F::kHasResidual) block.residual[i] = residual;
+    }
+  }
+}
+
 // ---- launcher ------------------------------------------------------------------------------------------------
 
 void check(cudaError_t error, const char* what) {
@@ -256,7 +328,7 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// What is launched: one of the two kernels, for a list of either capacity.
+// What is launched: one of the kernels, for a list of either capacity.
 struct Fold {
   Start start;
   Scalar scale;
@@ -274,6 +346,22 @@ struct Finish {
   template <class F, int kCapacity>
   void launch(const TensorList<kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
     finish_kernel<F><<<blocks, kThreads, 0, stream>>>(list, start, divisor, factor);
+  }
+};
+
+struct Decode {
+  template <class F, int kCapacity>
+  void launch(const TensorList<kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
+    decode_kernel<F><<<blocks, kThreads, 0, stream>>>(list);
+  }
+};
+
+struct Encode {
+  Scalar divisor;
+
+  template <class F, int kCapacity>
+  void launch(const TensorList<kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
+    encode_kernel<F><<<blocks, kThreads, 0, stream>>>(list, divisor);
   }
 };
 
@@ -337,16 +425,24 @@ void accumulate_cuda(Format format, Start start, const std::vector<FoldTensor>& 
   launch_on(format, Fold{start, scale}, tensors, device, stream);
 }
 
+void finish_cuda(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar divisor, Scalar factor,
+                 int device, uintptr_t stream) {
+  launch_on(format, Finish{start, divisor, factor}, tensors, device, stream);
+}
+
+void decode_cuda(Format format, const std::vector<FoldTensor>& tensors, int device, uintptr_t stream) {
+  launch_on(format, Decode{}, tensors, device, stream);
+}
+
+void encode_cuda(Format format, const std::vector<FoldTensor>& tensors, Scalar divisor, int device, uintptr_t stream) {
+  launch_on(format, Encode{divisor}, tensors, device, stream);
+}
+
 std::string cuda_problem() {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, accumulate_kernel<Split24, 1>);
   cudaGetLastError();
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
-}
-
-void finish_cuda(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar divisor, Scalar factor,
-                 int device, uintptr_t stream) {
-  launch_on(format, Finish{start, divisor, factor}, tensors, device, stream);
 }
 
 }  // namespace accumkern

@@ -98,6 +98,28 @@ PYBIND11_MODULE(_C, module) {
       py::arg("divisor"), py::arg("factor"), py::arg("threads"));
 
   module.def(
+      "decode_cpu",
+      [](int format, const Addresses& sums, const Addresses& residuals, const Addresses& values,
+         const std::vector<int64_t>& numels, int threads) {
+        const auto tensors = gather(sums, values, residuals, {}, numels);
+        const py::gil_scoped_release release;
+        decode_cpu(static_cast<Format>(format), tensors, threads);
+      },
+      py::arg("format"), py::arg("sums"), py::arg("residuals"), py::arg("values"), py::arg("numels"),
+      py::arg("threads"));
+
+  module.def(
+      "encode_cpu",
+      [](int format, const Addresses& values, ScalarPair divisor, const Addresses& sums, const Addresses& residuals,
+         const std::vector<int64_t>& numels, int threads) {
+        const auto tensors = gather(values, sums, residuals, {}, numels);
+        const py::gil_scoped_release release;
+        encode_cpu(static_cast<Format>(format), tensors, scalar_of(divisor), threads);
+      },
+      py::arg("format"), py::arg("values"), py::arg("divisor"), py::arg("sums"), py::arg("residuals"),
+      py::arg("numels"), py::arg("threads"));
+
+  module.def(
       "count_roundtrip_failures",
       [](int format, uint64_t first, uint64_t last, int threads) {
         const py::gil_scoped_release release;
@@ -132,6 +154,28 @@ PYBIND11_MODULE(_C, module) {
       },
       py::arg("format"), py::arg("start"), py::arg("sums"), py::arg("residuals"), py::arg("numels"),
       py::arg("divisor"), py::arg("factor"), py::arg("device"), py::arg("stream"));
+
+  module.def(
+      "decode_cuda",
+      [](int format, const Addresses& sums, const Addresses& residuals, const Addresses& values,
+         const std::vector<int64_t>& numels, int device, uintptr_t stream) {
+        const auto tensors = gather(sums, values, residuals, {}, numels);
+        const py::gil_scoped_release release;
+        decode_cuda(static_cast<Format>(format), tensors, device, stream);
+      },
+      py::arg("format"), py::arg("sums"), py::arg("residuals"), py::arg("values"), py::arg("numels"),
+      py::arg("device"), py::arg("stream"));
+
+  module.def(
+      "encode_cuda",
+      [](int format, const Addresses& values, ScalarPair divisor, const Addresses& sums, const Addresses& residuals,
+         const std::vector<int64_t>& numels, int device, uintptr_t stream) {
+        const auto tensors = gather(values, sums, residuals, {}, numels);
+        const py::gil_scoped_release release;
+        encode_cuda(static_cast<Format>(format), tensors, scalar_of(divisor), device, stream);
+      },
+      py::arg("format"), py::arg("values"), py::arg("divisor"), py::arg("sums"), py::arg("residuals"),
+      py::arg("numels"), py::arg("device"), py::arg("stream"));
 #else
   module.attr("cuda_targets") = py::none();
 #endif

@@ -80,7 +80,10 @@ def compile_triton(architecture: int) -> dict[str, Any]:
             (counts,) = describe_functions(cubin).values()
             return counts | arithmetic(compiled.asm["ptx"])
 
-    report: dict[str, Any] = {"accumulate_kernel": {}, "accumulate_list_kernel": {}, "finish_kernel": {}}
+    report: dict[str, Any] = {
+        name: {}
+        for name in ("accumulate_kernel", "accumulate_list_kernel", "finish_kernel", "decode_kernel", "encode_kernel")
+    }
     for format_ in Format:
         sum_dtype = kernels._TRITON_DTYPES[format_.sum_dtype]
         residual_dtype = kernels._TRITON_DTYPES[format_.residual_dtype]
@@ -122,6 +125,19 @@ def compile_triton(architecture: int) -> dict[str, Any]:
                         "BLOCK_SIZE": BLOCK_NUMEL,
                     },
                     aligned=2,
+                )
+                stored = {"sum_ptr": f"*{names[sum_dtype]}", "residual_ptr": f"*{names[residual_dtype]}"}
+                report["decode_kernel"][f"{format_.name}-{start.name}"] = build(
+                    kernels.decode_kernel,
+                    stored | {"value_ptr": "*fp32", "numel": "i64"},
+                    {"FORMAT": int(format_), "BLOCK_SIZE": BLOCK_NUMEL},
+                    aligned=3,
+                )
+                report["encode_kernel"][f"{format_.name}-{start.name}"] = build(
+                    kernels.encode_kernel,
+                    {"value_ptr": "*fp32"} | stored | {"numel": "i64", "divisor": "fp32"},
+                    {"FORMAT": int(format_), "DIVISOR_IS_POINTER": False, "BLOCK_SIZE": BLOCK_NUMEL},
+                    aligned=3,
                 )
                 report["accumulate_list_kernel"][f"{format_.name}-{start.name}"] = build(
                     kernels.accumulate_list_kernel,

@@ -268,6 +268,27 @@ def test_mean_in_fp32_of_other_buffers(ranks: Ranks, way: dict[str, Any], buffer
     ranks.run(mean_in_fp32, way, True, buffer)
 
 
+def mean_in_fp32_of_another_layout() -> None:
+    """A gradient may lie in memory in another order than its parameter and its bucket; so does its residual."""
+    module = net(BF16, {})
+    model = DistributedDataParallel(module)
+    acc = accumkern.attach(torch.optim.SGD(module.parameters()), "split32")
+    acc.reduce_in_fp32(model)
+    weight = module.a.weight
+    weight.grad = torch.zeros(weight.shape[::-1], dtype=BF16, device=device()).t()
+    truth = fp64_sums([weight])
+    for n in range(3):
+        with model.no_sync() if n < 2 else nullcontext():
+            model(micro_batch(0, n).to(BF16)).float().sum().backward()
+    dist.all_reduce(truth[0])
+    assert weight.grad.stride() == (1, weight.shape[0])
+    assert relative_error([acc.gradient(weight) * dist.get_world_size()], truth) < 1e-6
+
+
+def test_mean_in_fp32_of_another_layout(ranks: Ranks) -> None:
+    ranks.run(mean_in_fp32_of_another_layout)
+
+
 def reduction_of_others() -> None:
     """float32 parameters have the bits of stock, parameters of no accumulator are reduced too."""
     results = []

@@ -234,6 +234,65 @@ def test_sum_may_be_the_gradient_itself_from_zero(backend: str, device: torch.de
             assert same_bits(want_residual, residuals[0])
 
 
+ROOM = 8  # elements around a tensor that must not be written
+
+
+def at_an_offset(tensors: list[Tensor], shift: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """(buffers of 85s, views of them that hold the tensors), on the device."""
+    buffers = [torch.full((len(x) + ROOM,), 85, dtype=torch.int8).to(x.dtype).to(device) for x in tensors]
+    views = [buffer[shift : shift + len(x)] for buffer, x in zip(buffers, tensors, strict=True)]
+    for view, x in zip(views, tensors, strict=True):
+        view.copy_(x)
+    return buffers, views
+
+
+def nothing_around_is_written(buffers: list[Tensor], shift: int) -> bool:
+    around = [torch.cat([x[:shift], x[len(x) - ROOM + shift :]]) for x in buffers]
+    return all(bool((x == 85).all()) for x in around)
+
+
+SHIFTS_AND_SIZES = [(0, [0]), (0, [1]), (0, [4096]), (0, [100_003]), (3, [9000]), (1, [3, 0, 70_000, 4097, 65_536, 1])]
+
+
+@ALL_FORMATS
+@pytest.mark.parametrize(("shift", "sizes"), [*SHIFTS_AND_SIZES, (0, [5, 4096] * 46)], ids=lambda _: "")
+def test_decode(backend: str, device: torch.device, format_: Format, shift: int, sizes: list[int]) -> None:
+    sums, residuals = [], []
+    for n in sizes:
+        _, total, residual = problem(format_, n)
+        total[::7] = 0  # beside what was stored with another sum
+        sums.append(total)
+        if residual is not None:
+            residual[::5] = -residual[::5]
+            residuals.append(residual)
+    wanted = [decode(format_, total, residuals[i] if residuals else None) for i, total in enumerate(sums)]
+    buffers, values = at_an_offset([torch.zeros(n) for n in sizes], shift, device)
+    _, given = at_an_offset(sums, shift, device)
+    _, lows = at_an_offset(residuals, shift, device)
+    backends.decode_function(backend)(format_, given, lows or None, values)
+    assert all(map(same_bits, wanted, values))
+    assert all(map(same_bits, [*sums, *residuals], [*given, *lows]))  # only read
+    assert nothing_around_is_written(buffers, shift)
+
+
+@ALL_FORMATS
+@pytest.mark.parametrize("scalar", ["number", "tensor"])
+@pytest.mark.parametrize(("shift", "sizes"), [*SHIFTS_AND_SIZES, (0, [5, 4096] * 46)], ids=lambda _: "")
+def test_encode(backend: str, device: torch.device, format_: Format, shift: int, sizes: list[int], scalar: str) -> None:
+    given = [values(n) for n in sizes]
+    wanted = [encode(format_, x / 3.0) for x in given]
+    stored = [(torch.ones_like(total), None if low is None else torch.ones_like(low)) for total, low in wanted]
+    buffers, sums = at_an_offset([total for total, _ in stored], shift, device)
+    low_buffers, lows = at_an_offset([low for _, low in stored if low is not None], shift, device)
+    _, moved = at_an_offset(given, shift, device)
+    divisor = 3.0 if scalar == "number" else torch.tensor(3.0, device=device)
+    backends.encode_function(backend)(format_, moved, divisor, sums, lows or None)
+    assert all(map(same_bits, [total for total, _ in wanted], sums))
+    assert all(map(same_bits, [low for _, low in wanted if low is not None], lows))
+    assert all(map(same_bits, given, moved))  # only read
+    assert nothing_around_is_written([*buffers, *low_buffers], shift)
+
+
 @ALL_FORMATS
 @ALL_STARTS
 def test_partial_sums_of_squares(backend: str, device: torch.device, format_: Format, start: Start) -> None:
@@ -352,7 +411,7 @@ def test_compiler_vectorises_the_cpu_kernels(tmp_path: Path) -> None:
     loops = {
         name: next(i for i in range(first, len(lines)) if "for (int64_t i = 0; i < " in lines[i]) + 1
         for first, text in enumerate(lines)
-        for name in ("fold_elements", "fold_pairs", "finish_elements")
+        for name in ("fold_elements", "fold_pairs", "finish_elements", "decode_elements", "encode_elements")
         if text.startswith("ACCUMKERN_INLINE void " + name + "(")
     }
     for width in (32, 64):
@@ -364,3 +423,5 @@ def test_compiler_vectorises_the_cpu_kernels(tmp_path: Path) -> None:
         assert count["fold_pairs"] >= 2 * 3 * 2, report
         assert count["fold_elements"] >= 5 * 3 * 2 + 2 * 3, report
         assert count["finish_elements"] >= 5 * 2 * 2, report
+        assert count["decode_elements"] >= 5 * 2, report
+        assert count["encode_elements"] >= 5 * 2, report

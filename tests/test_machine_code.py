@@ -32,14 +32,30 @@ WIDE = {
     Format.PLAIN32: {"LDG.128": 8, "LDG.64": 0, "STG.128": 4, "STG.64": 0},
 }
 
-
-# To finish is to read sum and residual and write the sum.
-WIDE_FINISH = {
-    Format.SPLIT24: {"LDG.128": 2, "LDG.64": 2, "STG.128": 2, "STG.64": 0},
-    Format.SPLIT32: {"LDG.128": 4, "LDG.64": 0, "STG.128": 2, "STG.64": 0},
-    Format.MAIN_GRAD_BFLOAT16: {"LDG.128": 6, "LDG.64": 0, "STG.128": 2, "STG.64": 0},
-    Format.MAIN_GRAD_FLOAT16: {"LDG.128": 6, "LDG.64": 0, "STG.128": 2, "STG.64": 0},
-    Format.PLAIN32: {"LDG.128": 4, "LDG.64": 0, "STG.128": 4, "STG.64": 0},
+# The others: to finish is to read sum and residual and write the sum, to decode is to write FP32 values instead, and to
+# encode is to read such and write both.
+WIDE_OF_KERNEL = {
+    "finish_kernel": {
+        Format.SPLIT24: {"LDG.128": 2, "LDG.64": 2, "STG.128": 2, "STG.64": 0},
+        Format.SPLIT32: {"LDG.128": 4, "LDG.64": 0, "STG.128": 2, "STG.64": 0},
+        Format.MAIN_GRAD_BFLOAT16: {"LDG.128": 6, "LDG.64": 0, "STG.128": 2, "STG.64": 0},
+        Format.MAIN_GRAD_FLOAT16: {"LDG.128": 6, "LDG.64": 0, "STG.128": 2, "STG.64": 0},
+        Format.PLAIN32: {"LDG.128": 4, "LDG.64": 0, "STG.128": 4, "STG.64": 0},
+    },
+    "decode_kernel": {
+        Format.SPLIT24: {"LDG.128": 2, "LDG.64": 2, "STG.128": 4, "STG.64": 0},
+        Format.SPLIT32: {"LDG.128": 4, "LDG.64": 0, "STG.128": 4, "STG.64": 0},
+        Format.MAIN_GRAD_BFLOAT16: {"LDG.128": 6, "LDG.64": 0, "STG.128": 4, "STG.64": 0},
+        Format.MAIN_GRAD_FLOAT16: {"LDG.128": 6, "LDG.64": 0, "STG.128": 4, "STG.64": 0},
+        Format.PLAIN32: {"LDG.128": 4, "LDG.64": 0, "STG.128": 4, "STG.64": 0},
+    },
+    "encode_kernel": {
+        Format.SPLIT24: {"LDG.128": 4, "LDG.64": 0, "STG.128": 2, "STG.64": 2},
+        Format.SPLIT32: {"LDG.128": 4, "LDG.64": 0, "STG.128": 4, "STG.64": 0},
+        Format.MAIN_GRAD_BFLOAT16: {"LDG.128": 4, "LDG.64": 0, "STG.128": 6, "STG.64": 0},
+        Format.MAIN_GRAD_FLOAT16: {"LDG.128": 4, "LDG.64": 0, "STG.128": 6, "STG.64": 0},
+        Format.PLAIN32: {"LDG.128": 4, "LDG.64": 0, "STG.128": 4, "STG.64": 0},
+    },
 }
 
 
@@ -70,11 +86,14 @@ def test_triton(architecture: int) -> None:
     starts = list(Start) if architecture == 90 else [Start.CONTINUE]
     assert len(report["accumulate_kernel"]) == len(Format) * len(starts) * 2
     assert len(report["accumulate_list_kernel"]) == len(Format)
-    for name, counts in report.pop("finish_kernel").items():
-        where = f"finish_kernel {name} sm_{architecture}: {counts}"
-        wide = WIDE_FINISH[Format[name.split("-")[0]]]
-        assert widths(counts, wide) == wide, where
-        assert not any(key.startswith(("LDL", "STL")) for key in counts), where
+    for kernel, wide_of_format in WIDE_OF_KERNEL.items():
+        variants = report.pop(kernel)
+        assert len(variants) == len(Format)
+        for name, counts in variants.items():
+            where = f"{kernel} {name} sm_{architecture}: {counts}"
+            wide = wide_of_format[Format[name.split("-")[0]]]
+            assert widths(counts, wide) == wide, where
+            assert not any(key.startswith(("LDL", "STL")) for key in counts), where
     for kernel, variants in report.items():
         for name, counts in variants.items():
             where = f"{kernel} {name} sm_{architecture}: {counts}"
@@ -98,7 +117,7 @@ def test_triton(architecture: int) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: f"sm_{a}")
 def test_cuda(architecture: int) -> None:
     report = compiled("cuda", architecture)
-    # Each format, to fold and to finish, for one tensor and for a list.
+    # Each format, to fold, finish, decode and encode, for one tensor and for a list.
     names = {
         Format.SPLIT24: "Split24",
         Format.SPLIT32: "Split32",
@@ -106,12 +125,12 @@ def test_cuda(architecture: int) -> None:
         Format.MAIN_GRAD_FLOAT16: "Float16",
         Format.PLAIN32: "Plain32",
     }
-    assert len(report) == 4 * len(names)
+    assert len(report) == 8 * len(names)
     for function, counts in report.items():
         where = f"{function} sm_{architecture}: {counts}"
         format_ = next(f for f, name in names.items() if f"{len(name)}{name}" in function)
-        finishes = "finish_kernel" in function
-        for name, count in (WIDE_FINISH if finishes else WIDE)[format_].items():
+        other = next((kernel for kernel in WIDE_OF_KERNEL if kernel in function), None)
+        for name, count in (WIDE if other is None else WIDE_OF_KERNEL[other])[format_].items():
             assert counts.get(name, 0) >= count, where
         assert not any(key.startswith(("LDL", "STL")) for key in counts), where
-        assert finishes or counts["fma"] >= 16, where
+        assert other is not None or counts["fma"] >= 16, where

@@ -31,6 +31,10 @@ FoldFunction: TypeAlias = Callable[
 FinishFunction: TypeAlias = Callable[
     [Format, Start, list[Tensor], "list[Tensor] | None", "float | Tensor", "float | Tensor"], None
 ]
+DecodeFunction: TypeAlias = Callable[[Format, list[Tensor], "list[Tensor] | None", list[Tensor]], None]
+EncodeFunction: TypeAlias = Callable[
+    [Format, list[Tensor], "float | Tensor", list[Tensor], "list[Tensor] | None"], None
+]
 
 
 def available_backends() -> dict[str, str | None]:
@@ -98,6 +102,32 @@ def finish_function(name: str) -> FinishFunction:
     module, suffix = _module(name)
     finish: FinishFunction = getattr(module, f"finish{suffix}")
     return finish
+
+
+@cache
+def decode_function(name: str) -> DecodeFunction:
+    """Return the kernel of a backend that takes accumulated values out of their format.
+
+    It is called as ``decode(format_, sums, residuals, values)`` and computes ``value = decode(sum, residual)`` for
+    every element of every tensor. ``values`` are FP32, written, and laid out as the sums, which are only read, as the
+    residuals are. The rest is as for :func:`fold_function`.
+    """
+    module, suffix = _module(name)
+    decode: DecodeFunction = getattr(module, f"decode{suffix}")
+    return decode
+
+
+@cache
+def encode_function(name: str) -> EncodeFunction:
+    """Return the kernel of a backend that puts FP32 values into a format.
+
+    It is called as ``encode(format_, values, divisor, sums, residuals)`` and computes ``(sum, residual) = encode(value
+    / divisor)`` for every element of every tensor. ``values`` are FP32, laid out as the sums, and only read;
+    ``divisor`` is a number or a 0-dim tensor on their device. The rest is as for :func:`fold_function`.
+    """
+    module, suffix = _module(name)
+    encode: EncodeFunction = getattr(module, f"encode{suffix}")
+    return encode
 
 
 def _module(name: str) -> tuple[ModuleType, str]:

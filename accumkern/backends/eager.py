@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from accumkern.formats import BLOCK_NUMEL, Format, Start, decode, encode, round_to
+from accumkern import formats
+from accumkern.formats import BLOCK_NUMEL, Format, Start, round_to
 
 
 def fold(
@@ -29,7 +30,7 @@ def fold(
         x = g * scale
         old = None
         if start is Start.CONTINUE:
-            x += decode(format_, total, residual)
+            x += formats.decode(format_, total, residual)
         elif start is Start.FROM_SUM:
             old = total.float()
             x += old
@@ -38,7 +39,7 @@ def fold(
             for column, values in enumerate((g, x) if old is None else (g, x, old)):
                 for row, block in enumerate(values.flatten().split(BLOCK_NUMEL)):
                     partials[i][row, column] = block.square().sum()
-        new_sum, new_residual = encode(format_, x)
+        new_sum, new_residual = formats.encode(format_, x)
         total.copy_(new_sum)
         if residual is not None and new_residual is not None:
             residual.copy_(new_residual)
@@ -55,8 +56,30 @@ def finish(
     """Divide, multiply and round each sum; see :func:`accumkern.backends.finish_function` for the contract."""
     for i, total in enumerate(_uncounted(sums)):
         residual = None if residuals is None or start is Start.FROM_SUM else _shaped_like(total, residuals[i])
-        x = decode(format_, total, residual)
+        x = formats.decode(format_, total, residual)
         total.copy_(round_to(format_.sum_dtype, x / divisor * factor))
+
+
+def decode(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
+    """Write the FP32 values of each sum; see :func:`accumkern.backends.decode_function` for the contract."""
+    for i, value in enumerate(_uncounted(values)):
+        residual = None if residuals is None else _shaped_like(sums[i], residuals[i])
+        value.copy_(formats.decode(format_, sums[i], residual))
+
+
+def encode(
+    format_: Format,
+    values: list[Tensor],
+    divisor: float | Tensor,
+    sums: list[Tensor],
+    residuals: list[Tensor] | None,
+) -> None:
+    """Divide FP32 values and store them; see :func:`accumkern.backends.encode_function` for the contract."""
+    for i, total in enumerate(_uncounted(sums)):
+        new_sum, new_residual = formats.encode(format_, values[i] / divisor)
+        total.copy_(new_sum)
+        if residuals is not None and new_residual is not None:
+            _shaped_like(total, residuals[i]).copy_(new_residual)
 
 
 def _shaped_like(total: Tensor, residual: Tensor) -> Tensor:

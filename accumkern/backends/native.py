@@ -107,6 +107,74 @@ def finish_cuda(
     )
 
 
+def decode_cpu(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
+    """Write the FP32 values of each sum; see :func:`accumkern.backends.decode_function` for the contract."""
+    _C.decode_cpu(
+        format_,
+        _addresses(sums),
+        _addresses(residuals),
+        _addresses(values),
+        [total.numel() for total in sums],
+        torch.get_num_threads(),
+    )
+
+
+def decode_cuda(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
+    """Write the FP32 values of each sum; see :func:`accumkern.backends.decode_function` for the contract."""
+    device = sums[0].device
+    _C.decode_cuda(
+        format_,
+        _addresses(sums),
+        _addresses(residuals),
+        _addresses(values),
+        [total.numel() for total in sums],
+        device.index,
+        torch.cuda.current_stream(device).cuda_stream,
+    )
+
+
+def encode_cpu(
+    format_: Format,
+    values: list[Tensor],
+    divisor: float | Tensor,
+    sums: list[Tensor],
+    residuals: list[Tensor] | None,
+) -> None:
+    """Divide FP32 values and store them; see :func:`accumkern.backends.encode_function` for the contract."""
+    divisor_pair, _held = _scalar(divisor)
+    _C.encode_cpu(
+        format_,
+        _addresses(values),
+        divisor_pair,
+        _addresses(sums),
+        _addresses(residuals),
+        [total.numel() for total in sums],
+        torch.get_num_threads(),
+    )
+
+
+def encode_cuda(
+    format_: Format,
+    values: list[Tensor],
+    divisor: float | Tensor,
+    sums: list[Tensor],
+    residuals: list[Tensor] | None,
+) -> None:
+    """Divide FP32 values and store them; see :func:`accumkern.backends.encode_function` for the contract."""
+    device = sums[0].device
+    divisor_pair, _held = _scalar(divisor)
+    _C.encode_cuda(
+        format_,
+        _addresses(values),
+        divisor_pair,
+        _addresses(sums),
+        _addresses(residuals),
+        [total.numel() for total in sums],
+        device.index,
+        torch.cuda.current_stream(device).cuda_stream,
+    )
+
+
 def _addresses(tensors: list[Tensor] | None) -> list[int]:
     return [] if tensors is None else [tensor.data_ptr() for tensor in tensors]
 

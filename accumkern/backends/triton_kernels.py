@@ -71,7 +71,7 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def decode(total, residual, FORMAT: tl.constexpr):
+def decoded(total, residual, FORMAT: tl.constexpr):
     """Return the accumulated value, FP32."""
     wide = widen(total)
     if FORMAT == SPLIT24 or FORMAT == SPLIT32:
@@ -87,7 +87,7 @@ def decode(total, residual, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def encode(x, dtype: tl.constexpr, FORMAT: tl.constexpr):
+def encoded(x, dtype: tl.constexpr, FORMAT: tl.constexpr):
     """Return (sum, residual) of the canonical FP32 x."""
     bits = x.to(tl.int32, bitcast=True)
     if FORMAT == SPLIT24:
@@ -113,7 +113,7 @@ def load_value(sum_ptr, residual_ptr, offsets, mask, FORMAT: tl.constexpr, START
     """Return the accumulated values, FP32: of sum and residual, or of the sum alone."""
     total = tl.load(sum_ptr + offsets, mask=mask)
     if START == CONTINUE and FORMAT != PLAIN32:
-        return decode(total, tl.load(residual_ptr + offsets, mask=mask), FORMAT)
+        return decoded(total, tl.load(residual_ptr + offsets, mask=mask), FORMAT)
     else:
         return widen(total)
 
@@ -154,7 +154,7 @@ def fold_block(
         tl.store(partials_ptr, sum_of_squares(g, offsets, left, MASKED))
         tl.store(partials_ptr + 1, sum_of_squares(x, offsets, left, MASKED))
         tl.store(partials_ptr + 2, sum_of_squares(old, offsets, left, MASKED) if START == FROM_SUM else 0.0)
-    new_sum, new_residual = encode(canonical(x), sum_ptr.dtype.element_ty, FORMAT)
+    new_sum, new_residual = encoded(canonical(x), sum_ptr.dtype.element_ty, FORMAT)
     tl.store(sum_ptr + offsets, new_sum, mask=mask)
     if FORMAT != PLAIN32:
         tl.store(residual_ptr + offsets, new_residual, mask=mask)
@@ -181,6 +181,38 @@ def finish_block(
         tl.store(sum_ptr + offsets, x, mask=mask)
     else:
         tl.store(sum_ptr + offsets, round_to(x, sum_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def decode_block(
+    sum_ptr, residual_ptr, value_ptr, left, FORMAT: tl.constexpr, MASKED: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
+    """Decode BLOCK_SIZE elements, or the `left` that are left of the tensor when MASKED."""
+    offsets = tl.max_contiguous(tl.arange(0, BLOCK_SIZE), VECTOR)
+    mask = offsets < left if MASKED else None
+    tl.store(value_ptr + offsets, load_value(sum_ptr, residual_ptr, offsets, mask, FORMAT, CONTINUE), mask=mask)
+
+
+@triton.jit
+def encode_block(
+    value_ptr,
+    sum_ptr,
+    residual_ptr,
+    left,
+    divisor,
+    FORMAT: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Encode BLOCK_SIZE elements, or the `left` that are left of the tensor when MASKED."""
+    offsets = tl.max_contiguous(tl.arange(0, BLOCK_SIZE), VECTOR)
+    mask = offsets < left if MASKED else None
+    x = tl.load(value_ptr + offsets, mask=mask)
+    x = canonical(tl.div_rn(x, tl.zeros_like(x) + divisor))
+    new_sum, new_residual = encoded(x, sum_ptr.dtype.element_ty, FORMAT)
+    tl.store(sum_ptr + offsets, new_sum, mask=mask)
+    if FORMAT != PLAIN32:
+        tl.store(residual_ptr + offsets, new_residual, mask=mask)
 
 
 # ---- kernels -----------------------------------------------------------------------------------------------------
@@ -248,11 +280,62 @@ def finish_kernel(
         finish_block(sum_ptr, residual_ptr, left, divide_by, multiply_by, FORMAT, START, True, BLOCK_SIZE)
 
 
+@triton.jit(do_not_specialize=["numel"])
+def decode_kernel(
+    sum_ptr,
+    residual_ptr,  # unused for PLAIN32
+    value_ptr,  # float32
+    numel,
+    FORMAT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """value = decode(sum, residual). One program per block."""
+    begin = tl.program_id(0).to(tl.int64) * BLOCK_SIZE
+    left = numel - begin
+    sum_ptr += begin
+    residual_ptr += begin
+    value_ptr += begin
+    if left >= BLOCK_SIZE:
+        decode_block(sum_ptr, residual_ptr, value_ptr, left, FORMAT, False, BLOCK_SIZE)
+    else:
+        decode_block(sum_ptr, residual_ptr, value_ptr, left, FORMAT, True, BLOCK_SIZE)
+
+
+@triton.jit(do_not_specialize=["numel"])
+def encode_kernel(
+    value_ptr,  # float32
+    sum_ptr,
+    residual_ptr,  # unused for PLAIN32
+    numel,
+    divisor,
+    FORMAT: tl.constexpr,
+    DIVISOR_IS_POINTER: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """(sum, residual) = encode(value / divisor). One program per block."""
+    begin = tl.program_id(0).to(tl.int64) * BLOCK_SIZE
+    left = numel - begin
+    divide_by = tl.load(divisor) if DIVISOR_IS_POINTER else divisor
+    value_ptr += begin
+    sum_ptr += begin
+    residual_ptr += begin
+    if left >= BLOCK_SIZE:
+        encode_block(value_ptr, sum_ptr, residual_ptr, left, divide_by, FORMAT, False, BLOCK_SIZE)
+    else:
+        encode_block(value_ptr, sum_ptr, residual_ptr, left, divide_by, FORMAT, True, BLOCK_SIZE)
+
+
 @triton.jit
-def load_row(table_ptr, SUM_DTYPE: tl.constexpr, RESIDUAL_DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def load_row(
+    table_ptr,
+    GRAD_DTYPE: tl.constexpr,
+    SUM_DTYPE: tl.constexpr,
+    RESIDUAL_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """Return the tensor of this program's row: pointers to grad, sum and residual."""
     row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * 5
-    grad_ptr = tl.load(row_ptr).to(tl.pointer_type(SUM_DTYPE))
+    grad_ptr = tl.load(row_ptr).to(tl.pointer_type(GRAD_DTYPE))
     sum_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(SUM_DTYPE))
     residual_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(RESIDUAL_DTYPE))
     if ALIGNED:
@@ -281,7 +364,7 @@ def accumulate_list_kernel(
     begin = block * BLOCK_SIZE
     left = tl.load(row_ptr + 4) - begin
     if left > 0:
-        grad_ptr, sum_ptr, residual_ptr = load_row(table_ptr, SUM_DTYPE, RESIDUAL_DTYPE, ALIGNED)
+        grad_ptr, sum_ptr, residual_ptr = load_row(table_ptr, SUM_DTYPE, SUM_DTYPE, RESIDUAL_DTYPE, ALIGNED)
         grad_ptr += begin
         sum_ptr += begin
         residual_ptr += begin
@@ -315,7 +398,7 @@ def finish_list_kernel(
     begin = tl.program_id(1).to(tl.int64) * BLOCK_SIZE
     left = tl.load(table_ptr + tl.program_id(0).to(tl.int64) * 5 + 4) - begin
     if left > 0:
-        _, sum_ptr, residual_ptr = load_row(table_ptr, SUM_DTYPE, RESIDUAL_DTYPE, ALIGNED)
+        _, sum_ptr, residual_ptr = load_row(table_ptr, SUM_DTYPE, SUM_DTYPE, RESIDUAL_DTYPE, ALIGNED)
         sum_ptr += begin
         residual_ptr += begin
         divide_by = tl.load(divisor) if DIVISOR_IS_POINTER else divisor
@@ -324,6 +407,55 @@ def finish_list_kernel(
             finish_block(sum_ptr, residual_ptr, left, divide_by, multiply_by, FORMAT, START, False, BLOCK_SIZE)
         else:
             finish_block(sum_ptr, residual_ptr, left, divide_by, multiply_by, FORMAT, START, True, BLOCK_SIZE)
+
+
+@triton.jit
+def decode_list_kernel(
+    table_ptr,  # (tensors, 5) int64: addresses of sum, values, residual, unused; numel
+    SUM_DTYPE: tl.constexpr,
+    RESIDUAL_DTYPE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Decode a list of tensors: program (t, b) decodes block b of tensor t, if it has one."""
+    begin = tl.program_id(1).to(tl.int64) * BLOCK_SIZE
+    left = tl.load(table_ptr + tl.program_id(0).to(tl.int64) * 5 + 4) - begin
+    if left > 0:
+        sum_ptr, value_ptr, residual_ptr = load_row(table_ptr, SUM_DTYPE, tl.float32, RESIDUAL_DTYPE, ALIGNED)
+        sum_ptr += begin
+        value_ptr += begin
+        residual_ptr += begin
+        if left >= BLOCK_SIZE:
+            decode_block(sum_ptr, residual_ptr, value_ptr, left, FORMAT, False, BLOCK_SIZE)
+        else:
+            decode_block(sum_ptr, residual_ptr, value_ptr, left, FORMAT, True, BLOCK_SIZE)
+
+
+@triton.jit
+def encode_list_kernel(
+    table_ptr,  # (tensors, 5) int64: addresses of values, sum, residual, unused; numel
+    divisor,
+    SUM_DTYPE: tl.constexpr,
+    RESIDUAL_DTYPE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DIVISOR_IS_POINTER: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Encode a list of tensors: program (t, b) encodes block b of tensor t, if it has one."""
+    begin = tl.program_id(1).to(tl.int64) * BLOCK_SIZE
+    left = tl.load(table_ptr + tl.program_id(0).to(tl.int64) * 5 + 4) - begin
+    if left > 0:
+        value_ptr, sum_ptr, residual_ptr = load_row(table_ptr, tl.float32, SUM_DTYPE, RESIDUAL_DTYPE, ALIGNED)
+        value_ptr += begin
+        sum_ptr += begin
+        residual_ptr += begin
+        divide_by = tl.load(divisor) if DIVISOR_IS_POINTER else divisor
+        if left >= BLOCK_SIZE:
+            encode_block(value_ptr, sum_ptr, residual_ptr, left, divide_by, FORMAT, False, BLOCK_SIZE)
+        else:
+            encode_block(value_ptr, sum_ptr, residual_ptr, left, divide_by, FORMAT, True, BLOCK_SIZE)
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------------
@@ -409,6 +541,56 @@ def finish(
             _load_for_capture("finish", options, lambda: launch(small[0], 0))
             table, grid, list_options = _table(format_, small, None, sums, residuals, None)
             finish_list_kernel[grid](table, divisor, factor, **list_options, **options)
+        for i in others:
+            launch(i, sums[i].numel())
+
+
+def decode(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
+    """Write the FP32 values of each sum; see :func:`accumkern.backends.decode_function` for the contract."""
+    options = {"FORMAT": int(format_), "BLOCK_SIZE": BLOCK_NUMEL, **OPTIONS}
+
+    def launch(i: int, numel: int) -> None:
+        decode_kernel[(max(1, partial_rows(numel)),)](
+            sums[i], sums[i] if residuals is None else residuals[i], values[i], numel, **options
+        )
+
+    with _device_of(sums[0]):
+        small, others = _split_by_size(sums)
+        if small:
+            _load_for_capture("decode", options, lambda: launch(small[0], 0))
+            table, grid, list_options = _table(format_, small, sums, values, residuals, None)
+            decode_list_kernel[grid](table, **list_options, **options)
+        for i in others:
+            launch(i, sums[i].numel())
+
+
+def encode(
+    format_: Format,
+    values: list[Tensor],
+    divisor: float | Tensor,
+    sums: list[Tensor],
+    residuals: list[Tensor] | None,
+) -> None:
+    """Divide FP32 values and store them; see :func:`accumkern.backends.encode_function` for the contract."""
+    divisor = _scalar(divisor)
+    options = {
+        "FORMAT": int(format_),
+        "DIVISOR_IS_POINTER": isinstance(divisor, Tensor),
+        "BLOCK_SIZE": BLOCK_NUMEL,
+        **OPTIONS,
+    }
+
+    def launch(i: int, numel: int) -> None:
+        encode_kernel[(max(1, partial_rows(numel)),)](
+            values[i], sums[i], sums[i] if residuals is None else residuals[i], numel, divisor, **options
+        )
+
+    with _device_of(sums[0]):
+        small, others = _split_by_size(sums)
+        if small:
+            _load_for_capture("encode", options, lambda: launch(small[0], 0))
+            table, grid, list_options = _table(format_, small, values, sums, residuals, None)
+            encode_list_kernel[grid](table, divisor, **list_options, **options)
         for i in others:
             launch(i, sums[i].numel())
 
