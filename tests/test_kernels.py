@@ -67,6 +67,20 @@ def run(
     return sums, residuals
 
 
+def rounds_once(backend: str, device: torch.device) -> bool:
+    """Return whether a fused multiply-add is one here: triton's interpreter multiplied and added up to some version."""
+    if backend != "triton" or device.type != "cpu":
+        return True
+    import numpy
+    from triton import language
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    x, minus_x_squared = (
+        TensorHandle(numpy.array([value], numpy.float32), language.float32) for value in (1 + 2**-12, -1 - 2**-11)
+    )
+    return bool(InterpreterBuilder().create_fma(x, x, minus_x_squared).data[0] == 2.0**-24)
+
+
 @ALL_FORMATS
 @ALL_STARTS
 @pytest.mark.parametrize("scale", [1.0, 0.25, THIRD], ids=["one", "quarter", "third"])
@@ -75,6 +89,8 @@ def test_bits_agree_with_the_reference(
 ) -> None:
     if backend == "eager" and scale == THIRD and start is not Start.FROM_ZERO:
         pytest.skip("eager rounds the product before it adds; how far that may go has a test of its own")
+    if scale == THIRD and start is not Start.FROM_ZERO and not rounds_once(backend, device):
+        pytest.skip("the interpreter of this triton rounds the product before it adds")
     for numel in SIZES:
         grad, total, residual = problem(format_, numel)
         want_sum, want_residual = expected(format_, start, grad, total, residual, scale)
