@@ -40,6 +40,7 @@ from accumkern.planning.noise import _interval, measure_noise, samples_factor, s
 from accumkern.planning.predict import PredictionError, fake_setup, predict_memory
 from accumkern.planning.preserve import Preserved
 from accumkern.planning.protocol import Setup, check_setup, compute_loss, load_setup, make_batch, run_setup
+from accumkern.planning.ranks import Ranks
 from accumkern.planning.throughput import Speed, knee, measure_speed
 from accumkern.planning.window import accumulation, choose_buffer, train_window
 
@@ -448,7 +449,7 @@ def hungry(loss: Callable[[nn.Module, Tensor], Tensor] = lambda model, batch: mo
 
 def fit_of(setup: Setup, limit: int, at_most: int = 64) -> fit_module.Fit:
     with Preserved(setup) as preserved:
-        return find_fit(setup, preserved, limit, at_most, None)
+        return find_fit(setup, preserved, Ranks(), limit, at_most, None)
 
 
 def test_the_largest_that_fits_is_found_and_the_next_does_not_fit() -> None:
@@ -564,7 +565,7 @@ def test_predictions_are_near_what_is_measured(
     setup = maker()
     buffer = choose_buffer(setup, None)
     with Preserved(setup) as preserved:
-        trial, _ = fit_module._try(setup, preserved, size, buffer, 2, micro_batches, 10**10)
+        trial, _ = fit_module._try(setup, preserved, Ranks(), size, buffer, 2, micro_batches, 10**10)
     with fake_setup(maker) as fake:
         memory = predict_memory(fake, size, buffer, micro_batches)
     assert least <= memory.total / trial.peak_bytes - 1 <= most
@@ -649,7 +650,7 @@ def test_speed_is_measured_and_nothing_is_left() -> None:
     setup = mlp()
     before = fingerprint(setup)
     with Preserved(setup) as preserved:
-        speed = measure_speed(setup, preserved, 4, "split24")
+        speed = measure_speed(setup, preserved, Ranks(), 4, "split24")
     assert speed.micro_batch == 4
     assert speed.seconds > 0
     assert speed.step_seconds > 0
@@ -669,7 +670,7 @@ def test_the_noise_scale_is_in_samples_and_near_the_truth() -> None:
         for seed in range(8):
             torch.manual_seed(seed)
             with Preserved(setup) as preserved:
-                found.append(measure_noise(setup, preserved, micro_batch, 64))
+                found.append(measure_noise(setup, preserved, Ranks(), micro_batch, 64))
         assert sum(noise.noise_scale for noise in found) / 8 == pytest.approx(16, rel=0.1)
         assert sum(noise.low < 16 < noise.high for noise in found) >= 4  # an 80% interval
         assert all((noise.windows, noise.batch) == (32, 8 * micro_batch) for noise in found)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from accumkern.accumulator import attach
 from accumkern.noise_scale import Estimate
-from accumkern.planning import ranks
 from accumkern.planning.preserve import Preserved
 from accumkern.planning.protocol import Setup, make_batch
+from accumkern.planning.ranks import Ranks
 from accumkern.planning.window import accumulate, choose_buffer
 
 _MICRO_BATCHES = 8
@@ -48,7 +48,7 @@ class Noise:
     last_loss: float
 
 
-def measure_noise(setup: Setup, preserved: Preserved, micro_batch: int, windows: int) -> Noise:
+def measure_noise(setup: Setup, preserved: Preserved, ranks: Ranks, micro_batch: int, windows: int) -> Noise:
     """Train some windows of eight micro-batches, and estimate the noise scale from the second half, of all ranks.
 
     The first half takes the weights away from where they were made, where gradients are unlike those of training. It
@@ -67,7 +67,7 @@ def measure_noise(setup: Setup, preserved: Preserved, micro_batch: int, windows:
             setup.optimizer.step()
             setup.optimizer.zero_grad()
     preserved.rewind()
-    estimates = ranks.gathered(estimates[windows // 2 :])
+    estimates = [estimate for of_rank in ranks.gathered(estimates[windows // 2 :]) for estimate in of_rank]
     low, high = _interval(estimates)
     noise_scale = _mean(estimates).noise_scale
     return Noise(

@@ -91,7 +91,7 @@ def load_setup(target: str) -> SetupFunction:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[path.stem]
-        raise RuntimeError(f"{path_text} raised {_describe(error)} while it was imported") from error
+        raise RuntimeError(f"{path_text} raised {describe(error)} while it was imported") from error
     if not hasattr(module, name):
         raise AttributeError(f"{path_text} has no function {name!r}; write one that returns {_WANTED}")
     function = getattr(module, name)
@@ -114,7 +114,7 @@ def run_setup(function: SetupFunction) -> Setup:
     try:
         returned = function()
     except (Exception, SystemExit) as error:
-        raise RuntimeError(f"setup() raised {_describe(error)}; run it by itself to see where") from error
+        raise RuntimeError(f"setup() raised {describe(error)}; run it by itself to see where") from error
     return check_setup(returned)
 
 
@@ -181,7 +181,7 @@ def make_batch(setup: Setup, size: int, kind: str = "make_batch") -> Any:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise RuntimeError(f"{name}({size}) of setup() raised {_describe(error)}") from error
+        raise RuntimeError(f"{name}({size}) of setup() raised {describe(error)}") from error
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     if not tensors:
         raise TypeError(f"{name}({size}) of setup() returned a {type(batch).__name__} without a tensor in it")
@@ -222,5 +222,6 @@ def compute_loss(setup: Setup, batch: Any, model: nn.Module | None = None) -> Te
 _WANTED = "model, optimizer, make_batch and loss"
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
+    """Return an error's type and message."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
