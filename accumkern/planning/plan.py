@@ -15,7 +15,7 @@ from accumkern import __version__
 from accumkern.planning.decide import Rate, Split, best_batch, relative_time, split, split_by_size, useful_batches
 from accumkern.planning.explain import explain
 from accumkern.planning.fit import Trial, find_fit, largest, try_window
-from accumkern.planning.memory import available_bytes, format_bytes, parse_bytes
+from accumkern.planning.memory import available_bytes, check_margin, format_bytes, parse_bytes
 from accumkern.planning.noise import Noise, measure_noise
 from accumkern.planning.predict import PredictionError, fake_setup, predict_memory
 from accumkern.planning.preserve import Preserved
@@ -390,7 +390,4 @@ def _check_arguments(effective_batch: int | None, margin: float, largest_micro_b
             raise ValueError(f"{name} is {value}; it must be at least {least}")
     if 0 < noise_windows < 4:
         raise ValueError(f"noise_windows is {noise_windows}; it must be at least 4, or 0 to leave the noise scale out")
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
-        raise TypeError(f"margin is a {type(margin).__name__}; it must be a number")
-    if not 0 <= margin < 1:
-        raise ValueError(f"margin is {margin}; it must be at least 0 and less than 1")
+    check_margin(margin)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from accumkern.planning.files import write_json
 from accumkern.planning.fit import find_fit, try_window
-from accumkern.planning.memory import available_bytes, is_out_of_memory, parse_bytes
+from accumkern.planning.memory import available_bytes, check_margin, is_out_of_memory, parse_bytes
 from accumkern.planning.outcome import Point, Run, Sweep
 from accumkern.planning.preserve import Preserved, RandomState
 from accumkern.planning.protocol import Setup, SetupFunction, compute_loss, make_batch, run_setup
@@ -100,6 +100,7 @@ def sweep(
     settings = _checked_settings(
         effective_batches, samples, rules, seeds, base_batch, micro_batch, evaluations, validation_samples
     )
+    check_margin(margin)
     random_state = RandomState(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         _check_setup_is_new(setup)
