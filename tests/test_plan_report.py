@@ -47,6 +47,9 @@ SCRIPT = """
     def raising():
         return 1 / 0
 
+    def wrong_shapes():
+        return setup()._replace(make_batch=lambda size: torch.randn(size, 15, dtype=torch.bfloat16))
+
     def learning_nothing():
         made = setup()
         made.optimizer.param_groups[0]["lr"] = 0.0
@@ -121,6 +124,9 @@ def test_sweep_prints_a_table_and_fails_where_nothing_was_learnt(
     ("arguments", "message"),
     [
         (["plan", "{script}:raising"], "accumkern plan: setup() raised ZeroDivisionError: division by zero"),
+        (["plan", "{script}:raising"], "script.py:17: return 1 / 0"),
+        (["plan", "{script}:wrong_shapes"], "loss of setup() raised RuntimeError: mat1 and mat2 shapes cannot be"),
+        (["plan", "{script}:wrong_shapes"], "script.py:12: lambda model, batch: (model(batch)"),
         (["plan", "{script}:none"], "has no function 'none'"),
         (["plan", "{script}"], "it must be a script and a function in it"),
         (["plan", "nowhere.py:setup"], "there is no script 'nowhere.py'"),
@@ -138,6 +144,14 @@ def test_errors_are_messages(
     assert message in " ".join(err.split())
     assert out == ""
     assert "Traceback" not in err
+
+
+def test_a_folder_that_cannot_be_written_is_named_at_once(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", f"{script}:setup", "--output", str(script / "out")]) == 2
+    err = capsys.readouterr().err
+    assert "Not a directory" in err
+    assert "what fits" not in err
+    assert "raised at" not in err
 
 
 def test_an_error_in_the_script_is_located(script: Path, capsys: pytest.CaptureFixture[str]) -> None:

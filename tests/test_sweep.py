@@ -148,6 +148,10 @@ def test_a_run_out_of_memory_is_a_result(tmp_path: Path) -> None:
     assert "4096 (sqrt, seed 0): out of memory after 0 steps" in " ".join(result.findings)
 
 
+def test_memory_that_is_less_than_the_model_is_a_result(tmp_path: Path) -> None:
+    assert {run.status for run in small(regression, tmp_path, memory="10B").runs} == {"out of memory"}
+
+
 def test_memory_that_runs_out_while_training_is_a_result(tmp_path: Path) -> None:
     trained = 0
 
@@ -206,6 +210,7 @@ def test_a_setup_that_returns_the_same_model_again_is_refused(tmp_path: Path) ->
         ({"rules": "sqrt"}, TypeError, "rules is a str; it must be a list"),
         ({"seeds": []}, ValueError, "seeds is empty"),
         ({"micro_batch": 0}, ValueError, "micro_batch is 0"),
+        ({"margin": 2}, ValueError, "margin is 2; it must be at least 0 and less than 1"),
         ({"memory": "1 kB", "micro_batch": None}, ValueError, "memory limit"),
         ({"setup": lambda: None}, TypeError, r"setup\(\) returned a NoneType"),
     ],

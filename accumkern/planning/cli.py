@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import traceback
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+import accumkern
 from accumkern.planning.outcome import Run, Sweep
 from accumkern.planning.plan import plan
 from accumkern.planning.protocol import load_setup
+from accumkern.planning.ranks import is_first
 from accumkern.planning.report.folder import write_plan, write_sweep
 from accumkern.planning.report.tables import plan_table, sweep_table
 from accumkern.planning.result import Plan
@@ -22,18 +27,24 @@ _LEAST_WIDTH = 100  # where there is no terminal to fit into
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run a command; return its exit status: 1 where nothing was learnt, 2 where it failed."""
+    """Run a command; return its exit status: 1 where nothing was learnt, 2 where it failed.
+
+    Of several ranks, the first prints and writes the result, and every rank its own error.
+    """
     errors = _console(stderr=True)
     try:
+        if args.output is not None:
+            args.output = args.output.expanduser()
+            args.output.mkdir(parents=True, exist_ok=True)  # before hours of measuring
         with _Live(errors) as live:
             result = _plan(args, live) if args.command == "plan" else _sweep(args, live)
+            if not is_first():
+                return 0
             page = _write(result, args)
     except (AttributeError, OSError, TypeError, ValueError, RuntimeError) as error:
-        cause = error.__cause__
         errors.print(f"accumkern {args.command}: {error}", style="red", markup=False, highlight=False)
-        if cause is not None and cause.__traceback__ is not None:
-            where = traceback.extract_tb(cause.__traceback__)[-1]
-            errors.print(f"  raised at {where.filename}:{where.lineno}: {where.line}", markup=False, highlight=False)
+        for frame in _frames_of_script(error.__cause__ or error, args.setup.rpartition(":")[0])[-1:]:
+            errors.print(f"  raised at {frame.filename}:{frame.lineno}: {frame.line}", markup=False, highlight=False)
         return 2
     if args.json:
         print(json.dumps(result.to_dict(), indent=1, allow_nan=False))
@@ -87,8 +98,16 @@ def _sweep(args: argparse.Namespace, live: _Live) -> Sweep:
 def _write(result: Plan | Sweep, args: argparse.Namespace) -> Any:
     if args.output is None:
         return None
-    folder = args.output.expanduser()
-    return write_plan(result, folder) if isinstance(result, Plan) else write_sweep(result, folder)
+    return write_plan(result, args.output) if isinstance(result, Plan) else write_sweep(result, args.output)
+
+
+def _frames_of_script(error: BaseException, script: str) -> list[traceback.FrameSummary]:
+    """Return where an error passed through the code in a script's folder, called from accumkern."""
+    own, of_torch = (Path(str(package.__file__)).parent for package in (accumkern, torch))
+    frames = [(frame, Path(frame.filename).parents) for frame in traceback.extract_tb(error.__traceback__)]
+    called = itertools.dropwhile(lambda frame: own not in frame[1], frames)
+    folder = Path(script).expanduser().resolve().parent
+    return [frame for frame, parents in called if folder in parents and not {own, of_torch} & set(parents)]
 
 
 class _Live:
@@ -112,6 +131,8 @@ class _Live:
 
     def tell(self, stage: str, detail: str) -> None:
         """Show what came of a stage."""
+        if not is_first():
+            return
         if not self._console.is_terminal:
             self._console.print(f"{stage}: {detail}", markup=False, highlight=False)
         if stage not in self._tasks:

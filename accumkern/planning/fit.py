@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from accumkern.planning import ranks
 from accumkern.planning.memory import MemoryMeter, format_bytes, held_tensors, is_out_of_memory, storage_bytes
 from accumkern.planning.preserve import Preserved
 from accumkern.planning.protocol import Setup, make_batch
+from accumkern.planning.ranks import Ranks
 from accumkern.planning.window import accumulation, train_window
 
 # The optimizer's states appear in its first step, so only the second window needs all the memory that training needs.
@@ -59,6 +59,7 @@ class Fit:
 def find_fit(
     setup: Setup,
     preserved: Preserved,
+    ranks: Ranks,
     limit_bytes: int,
     at_most: int,
     buffer: str | None,
@@ -73,6 +74,7 @@ def find_fit(
     Args:
         setup: what to train.
         preserved: the block that puts the setup back.
+        ranks: that try it together.
         limit_bytes: of all memory together.
         at_most: the largest micro-batch to try.
         buffer: what gradients are accumulated in; None leaves it to stock PyTorch.
@@ -81,6 +83,7 @@ def find_fit(
     Raises:
         ValueError: the limit is less than what the model holds.
         RuntimeError: not even one sample fits, the setup leaks memory from trial to trial, or another rank failed.
+            What the setup itself raises is passed on.
     """
     held = storage_bytes(held_tensors(setup.model, setup.optimizer))
     if held > limit_bytes:
@@ -93,7 +96,7 @@ def find_fit(
     trials: list[Trial] = []
 
     def fits(micro_batch: int, windows: int = _TRIAL_WINDOWS, micro_batches: int = _TRIAL_MICRO_BATCHES) -> bool:
-        trial, _ = _try(setup, preserved, micro_batch, buffer, windows, micro_batches, limit_bytes)
+        trial, _ = _try(setup, preserved, ranks, micro_batch, buffer, windows, micro_batches, limit_bytes)
         trials.append(trial)
         progress(trial)
         return trial.fits
@@ -104,7 +107,7 @@ def find_fit(
             f"(model and optimizer held {format_bytes(held)}; it ran out at {format_bytes(trials[-1].peak_bytes)}); "
             "raise the limit, use activation checkpointing, shorter samples, or an optimizer with smaller states"
         )
-    _check_leaks(setup, preserved, buffer, limit_bytes)
+    _check_leaks(setup, preserved, ranks, buffer, limit_bytes)
     found = largest(fits, at_most)
     is_limited = found < at_most
     while not fits(found, _VERIFY_WINDOWS, _VERIFY_MICRO_BATCHES):
@@ -119,7 +122,13 @@ def find_fit(
 
 
 def try_window(
-    setup: Setup, preserved: Preserved, micro_batch: int, micro_batches: int, buffer: str | None, limit_bytes: int
+    setup: Setup,
+    preserved: Preserved,
+    ranks: Ranks,
+    micro_batch: int,
+    micro_batches: int,
+    buffer: str | None,
+    limit_bytes: int,
 ) -> Trial:
     """Train as for verification, with windows of up to ``micro_batches``; return what happened.
 
@@ -127,7 +136,7 @@ def try_window(
         RuntimeError: another rank failed. What the setup itself raises is passed on.
     """
     count = min(micro_batches, _VERIFY_MICRO_BATCHES)
-    return _try(setup, preserved, micro_batch, buffer, _VERIFY_WINDOWS, count, limit_bytes)[0]
+    return _try(setup, preserved, ranks, micro_batch, buffer, _VERIFY_WINDOWS, count, limit_bytes)[0]
 
 
 def largest(fits: Callable[[int], bool], at_most: int) -> int:
@@ -149,6 +158,7 @@ def largest(fits: Callable[[int], bool], at_most: int) -> int:
 def _try(
     setup: Setup,
     preserved: Preserved,
+    ranks: Ranks,
     micro_batch: int,
     buffer: str | None,
     windows: int,
@@ -157,7 +167,6 @@ def _try(
 ) -> tuple[Trial, int]:
     """Train some windows; return what happened, and the bytes that were still there after the rewind."""
     held_bytes = storage_bytes(held_tensors(setup.model, setup.optimizer))
-    failure: Exception | None = None
     fits = True
     with MemoryMeter(setup.device, held_bytes, limit_bytes) as meter:
         try:
@@ -166,22 +175,16 @@ def _try(
                     batches = (make_batch(setup, micro_batch, "longest_batch") for _ in range(micro_batches))
                     train_window(setup, batches, micro_batches, accumulator)
         except Exception as error:
-            fits = False
             if not is_out_of_memory(error):
-                failure = error
+                raise
+            fits = False
         preserved.rewind()
-    fits = fits and meter.peak_bytes <= limit_bytes
-    outcome = -1.0 if failure is not None else float(fits)
-    lowest = ranks.lowest(outcome, setup.device)
-    if failure is not None:
-        raise failure
-    if lowest < 0:
-        raise RuntimeError(f"a micro-batch of {micro_batch} failed on another rank; see the error there")
-    peak = int(ranks.highest(float(meter.peak_bytes), setup.device))
-    return Trial(micro_batch, lowest > 0, peak), meter.left_bytes
+    outcomes = ranks.gathered((fits and meter.peak_bytes <= limit_bytes, meter.peak_bytes))
+    trial = Trial(micro_batch, all(fits for fits, _ in outcomes), max(peak for _, peak in outcomes))
+    return trial, meter.left_bytes
 
 
-def _check_leaks(setup: Setup, preserved: Preserved, buffer: str | None, limit_bytes: int) -> None:
+def _check_leaks(setup: Setup, preserved: Preserved, ranks: Ranks, buffer: str | None, limit_bytes: int) -> None:
     """Try one sample several times more: caches may grow at first, but not again and again.
 
     Raises:
@@ -189,7 +192,7 @@ def _check_leaks(setup: Setup, preserved: Preserved, buffer: str | None, limit_b
     """
     left = []
     for _ in range(_LEAK_TRIALS):
-        trial, left_bytes = _try(setup, preserved, 1, buffer, _TRIAL_WINDOWS, _TRIAL_MICRO_BATCHES, limit_bytes)
+        trial, left_bytes = _try(setup, preserved, ranks, 1, buffer, _TRIAL_WINDOWS, _TRIAL_MICRO_BATCHES, limit_bytes)
         left.append(left_bytes)
     held = storage_bytes(held_tensors(setup.model, setup.optimizer))
     least = _LEAK_FRACTION * (trial.peak_bytes - held)

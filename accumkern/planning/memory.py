@@ -43,6 +43,19 @@ def parse_bytes(size: int | str) -> int:
     return size
 
 
+def check_margin(margin: float) -> None:
+    """Check the part of the memory that is to stay free.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is less than 0, or 1 or more.
+    """
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+        raise TypeError(f"margin is a {type(margin).__name__}; it must be a number")
+    if not 0 <= margin < 1:
+        raise ValueError(f"margin is {margin}; it must be at least 0 and less than 1")
+
+
 def format_bytes(size: float) -> str:
     """Return ``size`` for people, in decimal units like the memory of a GPU on its box."""
     for unit, one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
@@ -179,10 +192,11 @@ class _Guard(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         given = {storage._cdata for storage in _storages((args, kwargs))}
+        before = self.bytes
         for storage in _storages(result):
             if storage._cdata not in given and storage._cdata not in self._alive:
                 self._count(storage)
-        if self.bytes > self.limit_bytes:
+        if self.bytes > max(before, self.limit_bytes):  # what allocates nothing, such as putting values back, may go on
             raise MemoryLimitError(f"{func} needs {format_bytes(self.bytes)} of {format_bytes(self.limit_bytes)}")
         return result
 

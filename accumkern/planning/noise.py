@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from accumkern.accumulator import attach
 from accumkern.noise_scale import Estimate
-from accumkern.planning import ranks
 from accumkern.planning.preserve import Preserved
 from accumkern.planning.protocol import Setup, make_batch
+from accumkern.planning.ranks import Ranks
 from accumkern.planning.window import accumulate, choose_buffer
 
 _MICRO_BATCHES = 8
@@ -48,26 +48,35 @@ class Noise:
     last_loss: float
 
 
-def measure_noise(setup: Setup, preserved: Preserved, micro_batch: int, windows: int) -> Noise:
+def measure_noise(setup: Setup, preserved: Preserved, ranks: Ranks, micro_batch: int, windows: int) -> Noise:
     """Train some windows of eight micro-batches, and estimate the noise scale from the second half, of all ranks.
 
     The first half takes the weights away from where they were made, where gradients are unlike those of training. It
     is still the noise scale of the beginning, unless the setup loads a checkpoint: it grows while a model trains. Each
     rank must draw batches of its own.
+
+    Raises:
+        RuntimeError: a loss or a gradient is not finite.
     """
     estimates: list[Estimate] = []
     losses: list[float] = []
     with attach(setup.optimizer, choose_buffer(setup, None) or "split24", stats=True) as accumulator:
         accumulator.scale = 1 / _MICRO_BATCHES
-        for _ in range(windows):
+        for window in range(windows):
             batches = (make_batch(setup, micro_batch) for _ in range(_MICRO_BATCHES))
             of_window = accumulate(setup, batches, _MICRO_BATCHES, accumulator)
             losses.append(sum(loss.item() for loss in of_window) / _MICRO_BATCHES)
             estimates.append(accumulator.noise_scale().window)
+            if not math.isfinite(losses[-1] + estimates[-1].trace + estimates[-1].squared_gradient):
+                raise RuntimeError(
+                    f"training for the noise scale diverged: in window {window + 1} of {windows} the loss was "
+                    f"{losses[-1]:.3g}, and the loss or a gradient was not finite; lower the learning rate, check the "
+                    "loss, or leave the noise scale out (noise_windows=0)"
+                )
             setup.optimizer.step()
             setup.optimizer.zero_grad()
     preserved.rewind()
-    estimates = ranks.gathered(estimates[windows // 2 :])
+    estimates = [estimate for of_rank in ranks.gathered(estimates[windows // 2 :]) for estimate in of_rank]
     low, high = _interval(estimates)
     noise_scale = _mean(estimates).noise_scale
     return Noise(

@@ -12,15 +12,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from accumkern import __version__
-from accumkern.planning import ranks
 from accumkern.planning.decide import Rate, Split, best_batch, relative_time, split, split_by_size, useful_batches
 from accumkern.planning.explain import explain
 from accumkern.planning.fit import Trial, find_fit, largest, try_window
-from accumkern.planning.memory import available_bytes, format_bytes, parse_bytes
+from accumkern.planning.memory import available_bytes, check_margin, format_bytes, parse_bytes
 from accumkern.planning.noise import Noise, measure_noise
 from accumkern.planning.predict import PredictionError, fake_setup, predict_memory
 from accumkern.planning.preserve import Preserved
 from accumkern.planning.protocol import Setup, SetupFunction, run_setup
+from accumkern.planning.ranks import Ranks
 from accumkern.planning.result import Batch, Choice, Plan, Prediction
 from accumkern.planning.throughput import knee, measure_speeds
 from accumkern.planning.window import choose_buffer
@@ -49,7 +49,8 @@ def plan(
 
     It tries what fits, times what fits, estimates the gradient noise scale, and predicts memory without using it; see
     ``docs/batch-size.md`` for how, and for what can be relied on. The setup's model, optimizer and gradients, and all
-    random numbers, are afterwards as ``setup()`` made them. With a process group, call it on every rank: they agree.
+    random numbers, are afterwards as ``setup()`` made them. With a process group, call it on every rank: they get the
+    same plan, or all of them raise.
 
     Args:
         setup: a function that returns model, optimizer, make_batch and loss; see
@@ -66,34 +67,50 @@ def plan(
     Raises:
         TypeError, ValueError: an argument or what ``setup()`` returned is wrong, or the limit is less than the
             parameters take.
-        RuntimeError: ``setup()`` or one of its functions failed, memory leaks, or no micro-batch fits.
+        RuntimeError: ``setup()`` or one of its functions failed, memory leaks, no micro-batch fits, or another rank
+            failed (:class:`accumkern.planning.ranks.RanksError` says which one, in which phase, with what error).
         PredictionError: with ``measure=False``, the script does not run on fake tensors.
     """
-    _check_arguments(effective_batch, margin, largest_micro_batch, noise_windows)
-    limit = None if memory is None else parse_bytes(memory)
-    if not measure:
-        if limit is None:
-            raise ValueError("memory is None; a prediction (measure=False) needs it, such as memory='24GB'")
-        return _predicted_plan(setup, effective_batch, limit, margin, buffer, largest_micro_batch, progress)
-    made = run_setup(setup)
-    if isinstance(made.model, DistributedDataParallel):
-        made = made._replace(model=made.model.module)  # whose backward pass waits for no other rank
-    buffer = choose_buffer(made, buffer)
-    limit = int(ranks.lowest(float(limit or available_bytes(made.device)), made.device))
-    world = ranks.world_size()
-    at_most = largest_micro_batch
-    if effective_batch is not None:
-        at_most = min(at_most, max(1, math.ceil(effective_batch / world)))
-    with Preserved(made) as preserved:
-        return _measured_plan(
-            setup, made, preserved, effective_batch, limit, margin, buffer, at_most, noise_windows, progress
-        )
+    with Ranks() as ranks:
+        with ranks.phase("arguments"):
+            _check_arguments(effective_batch, margin, largest_micro_batch, noise_windows)
+            limit = None if memory is None else parse_bytes(memory)
+            if limit is None and not measure:
+                raise ValueError("memory is None; a prediction (measure=False) needs it, such as memory='24GB'")
+            ranks.check_same(
+                effective_batch=effective_batch,
+                margin=margin,
+                buffer=buffer,
+                largest_micro_batch=largest_micro_batch,
+                noise_windows=noise_windows,
+                measure=measure,
+            )
+        if limit is not None and not measure:
+            limit = min(ranks.gathered(limit))
+            with ranks.phase("what would fit"):
+                plan = _predicted_plan(setup, effective_batch, limit, margin, buffer, largest_micro_batch, progress)
+            return ranks.gathered(plan)[0]
+        with ranks.phase("setup()"):
+            made = run_setup(setup)
+            if isinstance(made.model, DistributedDataParallel):
+                made = made._replace(model=made.model.module)  # whose backward pass waits for no other rank
+            buffer = choose_buffer(made, buffer)
+            limit = min(ranks.gathered(limit or available_bytes(made.device)))
+        at_most = largest_micro_batch
+        if effective_batch is not None:
+            at_most = min(at_most, max(1, math.ceil(effective_batch / ranks.count)))
+        with Preserved(made) as preserved:
+            plan = _measured_plan(
+                setup, made, preserved, ranks, effective_batch, limit, margin, buffer, at_most, noise_windows, progress
+            )
+        return ranks.gathered(plan)[0]  # predictions, losses and the machine may differ
 
 
 def _measured_plan(
     function: SetupFunction,
     setup: Setup,
     preserved: Preserved,
+    ranks: Ranks,
     target: int | None,
     limit: int,
     margin: float,
@@ -108,25 +125,29 @@ def _measured_plan(
         outcome = "fits" if trial.fits else "does not fit"
         progress("what fits", f"micro-batch {trial.micro_batch}: {format_bytes(trial.peak_bytes)}, {outcome}")
 
-    fit = find_fit(setup, preserved, allowed, at_most, buffer, tell)
-    world = ranks.world_size()
-    speeds = measure_speeds(
-        setup,
-        preserved,
-        _sizes(fit.micro_batch, None if target is None else target // world),
-        buffer,
-        lambda speed: progress(
-            "what is fast", f"micro-batch {speed.micro_batch}: {speed.limit_per_second:.4g} samples per second"
-        ),
-    )
+    with ranks.phase("what fits"):
+        fit = find_fit(setup, preserved, ranks, allowed, at_most, buffer, tell)
+    with ranks.phase("what is fast"):
+        speeds = measure_speeds(
+            setup,
+            preserved,
+            ranks,
+            _sizes(fit.micro_batch, None if target is None else target // ranks.count),
+            buffer,
+            lambda speed: progress(
+                "what is fast", f"micro-batch {speed.micro_batch}: {speed.limit_per_second:.4g} samples per second"
+            ),
+        )
     noise = None
     if noise_windows:
-        progress("what helps training", f"gradient noise over {noise_windows} windows")
-        noise = measure_noise(setup, preserved, min(fit.micro_batch, _NOISE_MICRO_BATCH), noise_windows)
-        progress("what helps training", f"gradient noise scale {noise.noise_scale:.3g} samples")
+        with ranks.phase("what helps training"):
+            progress("what helps training", f"gradient noise over {noise_windows} windows")
+            noise = measure_noise(setup, preserved, ranks, min(fit.micro_batch, _NOISE_MICRO_BATCH), noise_windows)
+            progress("what helps training", f"gradient noise scale {noise.noise_scale:.3g} samples")
     fitting = sorted({trial.micro_batch for trial in fit.trials if trial.fits})
     powers = [size for size in fitting if size & (size - 1) == 0 or size == fitting[-1]]
-    predictions, problem = _predictions(function, powers, buffer, progress)
+    with ranks.phase("what would fit elsewhere"):
+        predictions, problem = _predictions(function, powers, buffer, progress)
 
     by_size = {speed.micro_batch: speed for speed in speeds}
 
@@ -134,24 +155,26 @@ def _measured_plan(
         return by_size[micro_batch].samples_per_second(accumulation_steps)
 
     sizes = list(by_size)
-    if target is not None:
-        batch = target
-    else:
-        batch = best_batch(world, sizes, rate, math.inf if noise is None else noise.noise_scale)
-    way = split(batch, world, sizes, rate)
-    progress("the plan", f"micro-batch {way.micro_batch}, {way.accumulation_steps} accumulation steps")
-    verified = try_window(setup, preserved, way.micro_batch, way.accumulation_steps, buffer, allowed)
-    if not verified.fits:
-        raise RuntimeError(
-            f"a micro-batch of {way.micro_batch} fitted before and does not now ({format_bytes(verified.peak_bytes)}); "
-            "other programs take memory, or the setup's use of it changes: leave a larger margin"
-        )
+    with ranks.phase("the plan"):
+        if target is not None:
+            batch = target
+        else:
+            batch = best_batch(ranks.count, sizes, rate, math.inf if noise is None else noise.noise_scale)
+        way = ranks.gathered(split(batch, ranks.count, sizes, rate))[0]
+        progress("the plan", f"micro-batch {way.micro_batch}, {way.accumulation_steps} accumulation steps")
+        verified = try_window(setup, preserved, ranks, way.micro_batch, way.accumulation_steps, buffer, allowed)
+        if not verified.fits:
+            raise RuntimeError(
+                f"a micro-batch of {way.micro_batch} fitted before and does not now "
+                f"({format_bytes(verified.peak_bytes)}); other programs take memory, or the setup's use of it changes: "
+                "leave a larger margin"
+            )
     peaks = {trial.micro_batch: trial.peak_bytes for trial in fit.trials if trial.fits}
     peaks[verified.micro_batch] = verified.peak_bytes
     gradient_bytes = _gradient_bytes(setup)
 
     def choice(way: Split) -> Choice:
-        buckets = gradient_bytes if way.ranks > world == 1 else 0  # of DistributedDataParallel
+        buckets = gradient_bytes if way.ranks > ranks.count == 1 else 0  # of DistributedDataParallel
         memory = _interpolated(peaks, way.micro_batch) + buckets
         useful: tuple[float | None, float | None] = (None, None)
         if noise is not None:
@@ -163,8 +186,8 @@ def _measured_plan(
         Plan(
             choice=choice(way),
             by_ranks=tuple(
-                choice(way if n == world else split(way.effective_batch, n, sizes, rate))
-                for n in sorted({*_RANKS, world})
+                choice(way if n == ranks.count else split(way.effective_batch, n, sizes, rate))
+                for n in sorted({*_RANKS, ranks.count})
             ),
             target=target,
             buffer=buffer,
@@ -367,7 +390,4 @@ def _check_arguments(effective_batch: int | None, margin: float, largest_micro_b
             raise ValueError(f"{name} is {value}; it must be at least {least}")
     if 0 < noise_windows < 4:
         raise ValueError(f"noise_windows is {noise_windows}; it must be at least 4, or 0 to leave the noise scale out")
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
-        raise TypeError(f"margin is a {type(margin).__name__}; it must be a number")
-    if not 0 <= margin < 1:
-        raise ValueError(f"margin is {margin}; it must be at least 0 and less than 1")
+    check_margin(margin)

@@ -65,8 +65,9 @@ def fake_setup(function: SetupFunction) -> Iterator[Setup]:
                 raise RuntimeError("setup() returned a model that was made before it was called")
             yield setup
     except RuntimeError as error:
+        reason = str(error).partition("\n")[0]  # torch adds advice that does not apply
         raise PredictionError(
-            f"memory cannot be predicted, because the script does not run on fake tensors: {error}; measure it on the "
+            f"memory cannot be predicted, because the script does not run on fake tensors: {reason}; measure it on the "
             "device instead (and without a GPU, let setup() choose the CPU: tensors are as large there)"
         ) from error
     finally:

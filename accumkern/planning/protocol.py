@@ -30,6 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from accumkern.planning.memory import is_out_of_memory
+
 
 class Setup(NamedTuple):
     """What ``setup()`` returns: the first four fields, as a plain tuple if you like; the others are optional.
@@ -91,7 +93,7 @@ def load_setup(target: str) -> SetupFunction:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[path.stem]
-        raise RuntimeError(f"{path_text} raised {_describe(error)} while it was imported") from error
+        raise RuntimeError(f"{path_text} raised {describe(error)} while it was imported") from error
     if not hasattr(module, name):
         raise AttributeError(f"{path_text} has no function {name!r}; write one that returns {_WANTED}")
     function = getattr(module, name)
@@ -114,7 +116,7 @@ def run_setup(function: SetupFunction) -> Setup:
     try:
         returned = function()
     except (Exception, SystemExit) as error:
-        raise RuntimeError(f"setup() raised {_describe(error)}; run it by itself to see where") from error
+        raise RuntimeError(f"setup() raised {describe(error)}; run it by itself to see where") from error
     return check_setup(returned)
 
 
@@ -164,6 +166,8 @@ def _check_parameters(setup: Setup) -> None:
     devices = sorted({str(param.device) for param in of_model})
     if len(devices) > 1:
         raise ValueError(f"model of setup() is on several devices ({', '.join(devices)}); put it on one")
+    if setup.device.type == "meta":
+        raise ValueError("model of setup() is on the meta device, without memory; put it on the device to train on")
 
 
 def make_batch(setup: Setup, size: int, kind: str = "make_batch") -> Any:
@@ -174,21 +178,17 @@ def make_batch(setup: Setup, size: int, kind: str = "make_batch") -> Any:
         ValueError: no tensor of the batch has ``size`` samples in its first dimension.
         TypeError: there is no tensor in it.
     """
-    function = getattr(setup, kind) or setup.make_batch
-    name = getattr(function, "__name__", kind)
-    try:
-        batch = function(size)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise RuntimeError(f"{name}({size}) of setup() raised {_describe(error)}") from error
+    function = getattr(setup, kind)
+    if function is None:
+        function, kind = setup.make_batch, "make_batch"
+    batch = _called(f"{kind}({size})", function, size)
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     if not tensors:
-        raise TypeError(f"{name}({size}) of setup() returned a {type(batch).__name__} without a tensor in it")
+        raise TypeError(f"{kind}({size}) of setup() returned a {type(batch).__name__} without a tensor in it")
     shapes = [tuple(tensor.shape) for tensor in tensors]
     if not any(shape[:1] == (size,) for shape in shapes):
         raise ValueError(
-            f"{name}({size}) of setup() made tensors of shape {', '.join(map(str, shapes))}; the first dimension of "
+            f"{kind}({size}) of setup() made tensors of shape {', '.join(map(str, shapes))}; the first dimension of "
             f"one of them must be {size}"
         )
     return batch
@@ -205,22 +205,33 @@ def compute_loss(setup: Setup, batch: Any, model: nn.Module | None = None) -> Te
     Raises:
         TypeError: it is not a floating tensor.
         ValueError: it is not of one element, or has no graph to go backward through.
-
-    What the loss function itself raises is passed on: it may have run out of memory.
+        RuntimeError: the function raised an error of its own; running out of memory is passed on as it is.
     """
-    loss = setup.loss(setup.model if model is None else model, batch)
+    loss = _called("loss", setup.loss, setup.model if model is None else model, batch)
     if not isinstance(loss, Tensor) or not loss.is_floating_point():
         found = f"{loss.dtype} tensor" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(f"loss of setup() returned a {found}; it must return a floating tensor of one element")
     if loss.dim() != 0:
         raise ValueError(f"loss of setup() returned shape {tuple(loss.shape)}; it must be 0-dim: take the mean")
     if torch.is_grad_enabled() and not loss.requires_grad:
-        raise ValueError("loss of setup() returned a tensor without a graph; don't detach it or call item()")
+        raise ValueError(
+            "loss of setup() returned a tensor without a graph; don't detach it, call item(), or use no_grad()"
+        )
     return loss
+
+
+def _called(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise RuntimeError(f"{name} of setup() raised {describe(error)}") from error
 
 
 _WANTED = "model, optimizer, make_batch and loss"
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
+    """Return an error's type and message."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_leaves
 
 from accumkern.planning.files import write_json
 from accumkern.planning.fit import find_fit, try_window
-from accumkern.planning.memory import available_bytes, is_out_of_memory, parse_bytes
+from accumkern.planning.memory import available_bytes, check_margin, is_out_of_memory, parse_bytes
 from accumkern.planning.outcome import Point, Run, Sweep
 from accumkern.planning.preserve import Preserved, RandomState
 from accumkern.planning.protocol import Setup, SetupFunction, compute_loss, make_batch, run_setup
+from accumkern.planning.ranks import Ranks
 from accumkern.planning.window import accumulate, accumulation, choose_buffer, now
 
 #: Factor of the learning rate for an effective batch that is ``ratio`` times the one it was chosen for.
@@ -99,9 +100,16 @@ def sweep(
     settings = _checked_settings(
         effective_batches, samples, rules, seeds, base_batch, micro_batch, evaluations, validation_samples
     )
+    check_margin(margin)
     random_state = RandomState(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         _check_setup_is_new(setup)
+        ranks = Ranks()
+        if ranks.count > 1:
+            raise RuntimeError(
+                f"a sweep trains in one process, and there are {ranks.count} ranks; start it without torchrun: an "
+                "effective batch trains alike however many ranks share it"
+            )
         made = _seeded_setup(setup, _VALIDATION_SEED)
         limit = int((available_bytes(made.device) if memory is None else parse_bytes(memory)) * (1 - margin))
         settings |= {"buffer": choose_buffer(made, buffer), "script_sha256": _source_hash(setup)}
@@ -110,7 +118,7 @@ def sweep(
         if micro_batch is None:
             if "micro_batch_found" not in found:
                 with Preserved(made) as preserved:
-                    fit = find_fit(made, preserved, limit, settings["effective_batches"][-1], settings["buffer"])
+                    fit = find_fit(made, preserved, ranks, limit, settings["effective_batches"][-1], settings["buffer"])
                 found = settings | {"micro_batch_found": fit.micro_batch}
                 write_json(folder / SETTINGS, found)
             settings["micro_batch"] = found["micro_batch_found"]
@@ -156,7 +164,7 @@ def _train(
     setup = _scaled_setup(function, batch / settings["base_batch"], rule, seed)
     learning_rate = float(setup.optimizer.param_groups[0]["lr"])
     with Preserved(setup) as preserved:
-        trial = try_window(setup, preserved, micro_batch, accumulation_steps, buffer, limit_bytes)
+        trial = try_window(setup, preserved, Ranks(), micro_batch, accumulation_steps, buffer, limit_bytes)
     steps, seconds, points = 0, 0.0, []
     status = "out of memory"
     if trial.fits:

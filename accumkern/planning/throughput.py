@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from accumkern.planning import ranks
 from accumkern.planning.preserve import Preserved
 from accumkern.planning.protocol import Setup, make_batch
+from accumkern.planning.ranks import Ranks
 from accumkern.planning.window import accumulate, accumulation, now
 
 _MICRO_BATCHES = 2  # in a window
@@ -47,11 +47,11 @@ class Speed:
         return self.micro_batch / self.seconds
 
 
-def measure_speed(setup: Setup, preserved: Preserved, micro_batch: int, buffer: str | None) -> Speed:
+def measure_speed(setup: Setup, preserved: Preserved, ranks: Ranks, micro_batch: int, buffer: str | None) -> Speed:
     """Time a size: a window of two micro-batches and a step to warm up, then more until there is enough to go by.
 
     Making the batches is not timed: a data loader does that while the model trains. With several ranks, the slowest
-    counts.
+    counts, and all run equally many windows: the model may hold collectives of its own.
     """
     times: list[float] = []
     step_times: list[float] = []
@@ -70,16 +70,17 @@ def measure_speed(setup: Setup, preserved: Preserved, micro_batch: int, buffer: 
             if window > 0:
                 times += of_window
                 step_times.append(step)
-            if len(step_times) >= _LEAST_WINDOWS and sum(times) >= _LEAST_SECONDS:
+            if len(step_times) >= _LEAST_WINDOWS and min(ranks.gathered(sum(times))) >= _LEAST_SECONDS:
                 break
     preserved.rewind()
-    median, step_median = (ranks.highest(statistics.median(values), setup.device) for values in (times, step_times))
-    return Speed(micro_batch, median, step_median)
+    medians = ranks.gathered((statistics.median(times), statistics.median(step_times)))
+    return Speed(micro_batch, max(median for median, _ in medians), max(median for _, median in medians))
 
 
 def measure_speeds(
     setup: Setup,
     preserved: Preserved,
+    ranks: Ranks,
     sizes: Sequence[int],
     buffer: str | None,
     progress: Callable[[Speed], None],
@@ -87,7 +88,7 @@ def measure_speeds(
     """Time sizes from small to large, until two in a row bring nothing over the best before them."""
     speeds: list[Speed] = []
     for size in sorted(sizes):
-        speeds.append(measure_speed(setup, preserved, size, buffer))
+        speeds.append(measure_speed(setup, preserved, ranks, size, buffer))
         progress(speeds[-1])
         if len(speeds) > 2:
             best = max(speed.limit_per_second for speed in speeds[:-2])

@@ -58,8 +58,16 @@ def accumulate(setup: Setup, batches: Iterable[Any], micro_batches: int, accumul
 
 
 def train_window(setup: Setup, batches: Iterable[Any], micro_batches: int, accumulator: object) -> list[torch.Tensor]:
-    """Accumulate a window, step, and begin a new one; return the losses."""
+    """Accumulate a window, step, and begin a new one; return the losses.
+
+    Raises:
+        ValueError: no parameter of the optimizer got a gradient.
+    """
     losses = accumulate(setup, batches, micro_batches, accumulator)
+    if all(param.grad is None for group in setup.optimizer.param_groups for param in group["params"]):
+        raise ValueError(
+            "loss of setup() gives no parameter of the optimizer a gradient; compute it with the model that it is given"
+        )
     setup.optimizer.step()
     setup.optimizer.zero_grad()
     return losses
