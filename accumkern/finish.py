@@ -94,7 +94,7 @@ def total_norm(gradients: list[Gradient], norm_type: float, backend_on: Callable
     norms += [torch.cat(rows)[:, 1].sum(dtype=torch.float64).sqrt().float() for rows in measured.values()]
     device = gradients[0].grad.device
     if not norms:
-        return torch.zeros((), device=device)
+        return torch.zeros((), dtype=torch.float32, device=device)
     return _norm_of(norms, device, norm_type)
 
 

@@ -196,7 +196,7 @@ class WindowSquares:
         if count < 2:
             found = "no micro-batch" if count == 0 else "one micro-batch"
             raise RuntimeError(f"the noise scale is undefined: the window has {found}, and it needs at least two")
-        squares = [torch.zeros((), dtype=torch.float64)] * (count + 1)
+        squares = [torch.zeros((), dtype=torch.float64, device="cpu")] * (count + 1)
         square_of_sum = 0.0
         for index, of in enumerate(self._squares):
             for (of_group, _), square in of.items():

@@ -187,6 +187,19 @@ def test_one_gradient_without_a_fold_and_unused_parameters() -> None:
         assert unused.grad is None
 
 
+def test_norm_of_nothing_is_float32_whatever_the_default() -> None:
+    empty = nn.Parameter(torch.zeros(0))
+    acc = accumkern.attach(torch.optim.SGD([empty]))
+    empty.sum().backward()
+    torch.set_default_dtype(torch.float64)
+    try:
+        finished = acc.finish(max_norm=1.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert finished.norm == 0
+    assert finished.norm.dtype is finished.clip_coefficient.dtype is torch.float32
+
+
 @pytest.mark.parametrize("norm_type", [2.0, math.inf], ids=str)
 def test_gradients_without_elements(norm_type: float) -> None:
     empty, other = nn.Parameter(torch.zeros(0, 3).bfloat16()), nn.Parameter(torch.zeros(4).bfloat16())

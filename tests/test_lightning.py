@@ -36,6 +36,7 @@ class Module(L.LightningModule):  # type: ignore[name-defined,misc]
         super().__init__()
         self.model = Classifier(dtype)
         self.attached = attached
+        self.accumulator: accumkern.GradAccumulator | None = None
         self.window: Any = None
         self.losses: list[float] = []
         self.norms: list[float] = []
@@ -43,6 +44,8 @@ class Module(L.LightningModule):  # type: ignore[name-defined,misc]
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        if self.accumulator is not None:
+            self.accumulator.detach()  # <- accumkern; trained before, with another optimizer
         if self.attached:
             self.accumulator = accumkern.attach(optimizer)  # <- accumkern
         self.truth = MicroGradients(self.model)
@@ -61,15 +64,16 @@ class Module(L.LightningModule):  # type: ignore[name-defined,misc]
     # Checkpoints in the middle of a window.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.attached:
+        if self.accumulator is not None:
             checkpoint["accumkern"] = self.accumulator.state_dict()  # <- accumkern
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.window = checkpoint["accumkern"]  # <- accumkern; there is no optimizer yet
+        self.window = checkpoint.get("accumkern")  # <- accumkern; there is no optimizer yet
 
     def on_train_start(self) -> None:
-        if self.window is not None:
+        if self.accumulator is not None and self.window is not None:
             self.accumulator.load_state_dict(self.window)  # <- accumkern
+            self.window = None
 
 
 def trainer(folder: Path, **changes: Any) -> Any:
@@ -222,6 +226,20 @@ def test_manual_optimization_of_two_optimizers(tmp_path: Path) -> None:
         trainer(tmp_path, **settings).fit(module, DataLoader(examples(32), batch_size=2))
         runs.append(module)
     assert_same_weights(runs[0], runs[1])
+
+
+@lightning_feature
+def test_trained_after_a_search_for_a_learning_rate_and_again(tmp_path: Path) -> None:
+    runs = []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        module, loader = Module(attached, torch.float32), DataLoader(examples(24), batch_size=2)
+        first = trainer(tmp_path, max_epochs=1)
+        L.tuner.Tuner(first).lr_find(module, loader, num_training=8, attr_name="unused", update_attr=False)
+        first.fit(module, loader)
+        trainer(tmp_path, max_epochs=1).fit(module, loader)
+        runs.append(module)
+    assert_same_runs(runs[1], runs[0])
 
 
 # ---- Fabric ------------------------------------------------------------------------------------------------------

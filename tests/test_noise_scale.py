@@ -57,6 +57,17 @@ def test_measures_what_the_micro_gradients_say(dtype: torch.dtype, scale: Any, c
             p.grad = None
 
 
+def test_default_device_is_not_asked() -> None:
+    params = parameters(torch.bfloat16)
+    acc = accumkern.attach(torch.optim.SGD(params), stats=True)
+    for factor in (1.0, 3.0):
+        backward(params, [torch.full_like(p, factor) for p in params])
+    with torch.device("meta"):
+        found = acc.noise_scale()
+    squares = [sum(p.numel() for p in params) * factor**2 for factor in (1.0, 3.0, 4.0)]
+    assert close(found.window, estimate(squares[:2], squares[2], [1.0, 1.0]))
+
+
 def test_zero_filled_gradients_begin_a_window_too() -> None:
     params = parameters(torch.bfloat16)
     optimizer = torch.optim.SGD(params)
