@@ -333,16 +333,18 @@ class GradAccumulator:
         """Return what a checkpoint in the middle of a window needs: sums and residuals, bit for bit.
 
         Save it beside the state of model and optimizer, which hold no gradients. Like an optimizer's, the tensors are
-        the live ones: save or copy them before training goes on. The dictionary holds only strings, numbers, lists and
-        tensors, so ``torch.load(weights_only=True)`` takes it. What belongs to a DTensor is a DTensor, laid out alike.
+        the live ones: save or copy them before training goes on. ``state["sums"]["0"]`` is ``.grad`` of the optimizer's
+        first parameter, ``state["residuals"]["0"]`` what lies beside it, each None where there is none. There is
+        nothing but dictionaries, strings and tensors, so ``torch.load(weights_only=True)`` takes it. What belongs to a
+        DTensor is a DTensor, laid out alike.
 
         Raises:
             RuntimeError: the gradient of a DTensor is a sum over ranks that is still to be taken (``Partial``, as of a
                 norm under sequence parallelism), of which a checkpoint would keep one term.
         """
         self._settle()
-        sums: list[Tensor | None] = []
-        residuals: list[Tensor | None] = []
+        sums: dict[str, Tensor | None] = {}
+        residuals: dict[str, Tensor | None] = {}
         for i, param in enumerate(_parameters_of(self._optimizer)):
             parameter = self._parameters.get(param)
             grad = None if parameter is None else param.grad
@@ -351,11 +353,11 @@ class GradAccumulator:
                     f"the gradient of parameter {i} of optimizer is a sum over ranks that is still to be taken "
                     "(Partial); save between two windows"
                 )
-            sums.append(None if grad is None else grad.detach())
+            sums[str(i)] = None if grad is None else grad.detach()
             residual = None if grad is None or parameter is None else parameter.valid_residual(grad, self.buffer)
             if residual is not None and parameter is not None and parameter.is_dtensor:
                 residual = distributed.with_shard(residual.view(distributed.shard(grad).shape), grad)
-            residuals.append(residual)
+            residuals[str(i)] = residual
         return {"buffer": self.buffer, "sums": sums, "residuals": residuals}
 
     def empty_state_dict(self) -> dict[str, Any]:
@@ -364,19 +366,19 @@ class GradAccumulator:
         It has a sum for every parameter that requires a gradient, and every residual. What the checkpoint has not, is
         None after it was loaded. Give the result to :meth:`load_state_dict`.
         """
-        sums: list[Tensor | None] = []
-        residuals: list[Tensor | None] = []
-        for param in _parameters_of(self._optimizer):
+        sums: dict[str, Tensor | None] = {}
+        residuals: dict[str, Tensor | None] = {}
+        for i, param in enumerate(_parameters_of(self._optimizer)):
             parameter = self._parameters.get(param) if param.requires_grad else None
-            sums.append(None if parameter is None else torch.zeros_like(param, requires_grad=False))
+            total = sums[str(i)] = None if parameter is None else torch.zeros_like(param, requires_grad=False)
             format_ = BUFFERS[self.buffer].get(param.dtype)
             dtype = None if format_ is None else format_.residual_dtype
             residual = None
             if parameter is not None and dtype is not None:
                 residual = torch.zeros(parameter.numel, dtype=dtype, device=parameter.device)
                 if parameter.is_dtensor:
-                    residual = distributed.with_shard(residual.view(distributed.shard(sums[-1]).shape), param)
-            residuals.append(residual)
+                    residual = distributed.with_shard(residual.view(distributed.shard(total).shape), param)
+            residuals[str(i)] = residual
         return {"buffer": self.buffer, "sums": sums, "residuals": residuals}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

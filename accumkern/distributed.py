@@ -184,7 +184,7 @@ class Fp32Reduction:
             self._in_flight.wait()  # so that there is one copy in FP32 at a time
         accumulator = self._accumulator()
         backend = "eager" if accumulator is None else accumulator._backend_on(buffer.device)
-        wide = torch.empty(buffer.numel(), device=buffer.device)
+        wide = torch.empty(buffer.numel(), dtype=torch.float32, device=buffer.device)
         members = []
         stored: dict[Format, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for param, half in zip(bucket.parameters(), bucket.gradients(), strict=True):

@@ -173,7 +173,8 @@ class Parameter:
     def partials_of(self, grad: Tensor) -> Tensor:
         """Return the rows for partial sums, made when they are needed first and kept."""
         if self.partials is None:
-            self.partials = torch.empty(partial_rows(grad.numel()), PARTIALS, device=self.device)
+            shape = partial_rows(grad.numel()), PARTIALS
+            self.partials = torch.empty(shape, dtype=torch.float32, device=self.device)
         self.is_measured = True
         return self.partials
 

@@ -19,14 +19,20 @@ def checked_state(
         raise ValueError(f"state_dict was saved with buffer={state_dict['buffer']!r}; this accumulator has {buffer!r}")
     sums, residuals = state_dict["sums"], state_dict["residuals"]
     for key, tensors in (("sums", sums), ("residuals", residuals)):
-        if not isinstance(tensors, list):
-            raise TypeError(f"{key} of state_dict is a {type(tensors).__name__}; it must be a list")
-        for i, tensor in enumerate(tensors):
+        if not isinstance(tensors, dict):
+            raise TypeError(f"{key} of state_dict is a {type(tensors).__name__}; it must be a dictionary")
+        if len(tensors) != len(parameters):
+            raise ValueError(
+                f"{key} of state_dict are of {len(tensors)} parameters; the optimizer has {len(parameters)}"
+            )
+        for i in range(len(parameters)):  # as strings: torch.distributed.checkpoint makes strings of numbers
+            if str(i) not in tensors:
+                raise ValueError(f"{key} of state_dict has no entry {str(i)!r}; it must have one for each parameter")
+            tensor = tensors[str(i)]
             if tensor is not None and not isinstance(tensor, Tensor):
                 raise TypeError(f"{key}[{i}] of state_dict is a {type(tensor).__name__}; it must be a tensor or None")
-    if len(sums) != len(parameters) or len(residuals) != len(parameters):
-        raise ValueError(f"state_dict is of {len(sums)} parameters; the optimizer has {len(parameters)}")
-    for i, (param, total, residual) in enumerate(zip(parameters, sums, residuals, strict=True)):
+    entries = [(sums[str(i)], residuals[str(i)]) for i in range(len(parameters))]
+    for i, (param, (total, residual)) in enumerate(zip(parameters, entries, strict=True)):
         if total is None:
             if residual is not None:
                 raise ValueError(f"state_dict holds a residual but no sum for parameter {i}")
@@ -49,4 +55,4 @@ def checked_state(
             shape = tuple(total.shape) if distributed.is_dtensor(total) else (total.numel(),)
             if residual.shape != shape:
                 raise ValueError(f"residuals[{i}] of state_dict has shape {tuple(residual.shape)}; it must be {shape}")
-    return list(zip(sums, residuals, strict=True))
+    return entries

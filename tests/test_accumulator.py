@@ -310,7 +310,7 @@ def test_first_micro_batch_keeps_the_gradient_that_autograd_made(launches: list[
     assert param.grad is not None
     assert param.grad.data_ptr() == address[0]
     assert launches == []
-    assert acc.state_dict()["residuals"] == [None]
+    assert acc.state_dict()["residuals"] == {"0": None}
     gc.collect()
     assert not [t for t in gc.get_objects() if type(t) is Tensor and t.dtype is torch.int8 and t.numel() == 12347]
 
@@ -327,7 +327,7 @@ def test_residual_is_allocated_once_and_stays_where_it_is(
     for window in range(5):
         for n, grad in enumerate(micro_gradients(4, 300, dtype=dtype)):
             backward(param, grad)
-            residual = acc.state_dict()["residuals"][0]
+            residual = acc.state_dict()["residuals"]["0"]
             if n > 0 or average_over is not None:
                 assert residual.dtype is BUFFERS[buffer][dtype].residual_dtype
                 addresses.add(residual.data_ptr())
@@ -340,7 +340,7 @@ def test_float32_parameters_have_no_residual() -> None:
     acc = accumkern.attach(sgd(param), average_over=3)
     for grad in micro_gradients(3, 300, dtype=torch.float32):
         backward(param, grad)
-        assert acc.state_dict()["residuals"] == [None]
+        assert acc.state_dict()["residuals"] == {"0": None}
 
 
 NEW_WINDOW: dict[str, Callable[[torch.nn.Module, torch.optim.Optimizer], object]] = {
@@ -385,7 +385,7 @@ def test_zeros_written_through_data_beside_any_residual_count_as_zero(buffer: st
     for grad in micro_gradients(3, 4096, mean=0.0):
         backward(param, grad * torch.linspace(0.01, 3, 4096, dtype=BF16))
     if buffer != "fp32":  # a borrow from the sum, and none
-        residual = acc.state_dict()["residuals"][0]
+        residual = acc.state_dict()["residuals"]["0"]
         assert (residual < 0).any()
         assert (residual > 0).any()
     assert param.grad is not None

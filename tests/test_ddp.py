@@ -268,6 +268,18 @@ def test_mean_in_fp32_of_other_buffers(ranks: Ranks, way: dict[str, Any], buffer
     ranks.run(mean_in_fp32, way, True, buffer)
 
 
+def mean_in_fp32_beside_another_default() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        mean_in_fp32({}, True, "split32")
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_mean_in_fp32_whatever_the_default_dtype(ranks: Ranks) -> None:
+    ranks.run(mean_in_fp32_beside_another_default)
+
+
 def mean_in_fp32_of_another_layout() -> None:
     """A gradient may lie in memory in another order than its parameter and its bucket; so does its residual."""
     module = net(BF16, {})

@@ -200,6 +200,23 @@ def test_norm_of_nothing_is_float32_whatever_the_default() -> None:
     assert finished.norm.dtype is finished.clip_coefficient.dtype is torch.float32
 
 
+@pytest.mark.parametrize("buffer", BUFFERS)
+def test_partial_sums_are_float32_whatever_the_default(buffer: str) -> None:
+    # float64, because rows of a 16-bit default would be too short, and a kernel would write beyond them.
+    param = nn.Parameter(torch.zeros(5000).bfloat16())
+    acc = accumkern.attach(torch.optim.SGD([param]), buffer, stats=True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for _ in range(3):
+            param.sum().backward()
+        noise = acc.noise_scale()
+        finished = acc.finish()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert finished.norm.item() == pytest.approx(3 * 5000**0.5)
+    assert noise.window.squared_gradient == pytest.approx(5000)
+
+
 @pytest.mark.parametrize("norm_type", [2.0, math.inf], ids=str)
 def test_gradients_without_elements(norm_type: float) -> None:
     empty, other = nn.Parameter(torch.zeros(0, 3).bfloat16()), nn.Parameter(torch.zeros(4).bfloat16())

@@ -186,9 +186,10 @@ def test_state_holds_only_strings_lists_and_tensors() -> None:
     assert set(state) == {"buffer", "sums", "residuals"}
     assert state["buffer"] == "split24"
     for name in ("sums", "residuals"):
-        assert type(state[name]) is list
-        assert len(state[name]) == len(list(run.model.parameters()))
-        assert all(entry is None or (type(entry) is Tensor and not entry.requires_grad) for entry in state[name])
+        assert list(state[name]) == [str(i) for i, _ in enumerate(run.model.parameters())]
+        assert all(
+            entry is None or (type(entry) is Tensor and not entry.requires_grad) for entry in state[name].values()
+        )
 
 
 def test_state_has_no_residual_where_grad_was_edited() -> None:
@@ -196,11 +197,11 @@ def test_state_has_no_residual_where_grad_was_edited() -> None:
     run.micro_batches(4)
     weight = run.model.out.weight
     place = [p is weight for p in run.model.parameters()].index(True)
-    assert run.acc.state_dict()["residuals"][place] is not None
+    assert run.acc.state_dict()["residuals"][str(place)] is not None
     assert weight.grad is not None
     weight.grad.mul_(0.7)
     state = through_a_file(run.save())
-    assert state["accumulator"]["residuals"][place] is None
+    assert state["accumulator"]["residuals"][str(place)] is None
     resumed = Run("split32", None, BF16)
     resumed.load(state, run.done)
     resumed.assert_same(run)
@@ -221,7 +222,7 @@ def test_loaded_state_is_a_copy() -> None:
         before = copy.deepcopy(state)
         other.micro_batches(2)
         for name in ("sums", "residuals"):
-            for entry, kept in zip(state[name], before[name], strict=True):
+            for entry, kept in zip(state[name].values(), before[name].values(), strict=True):
                 assert_same_bits(entry, kept)
 
 
@@ -344,11 +345,16 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], type[Exception],
     "an optimizer's": (lambda s: sgd(parameter(1)).state_dict(), TypeError, "state_dict is .*param_groups"),
     "other buffer": (lambda s: s | {"buffer": "fp32"}, ValueError, "buffer='fp32'; this accumulator has 'split24'"),
     "too few": (
-        lambda s: s | {"sums": s["sums"][:1], "residuals": s["residuals"][:1]},
+        lambda s: s | {"sums": {"0": s["sums"]["0"]}, "residuals": {"0": s["residuals"]["0"]}},
         ValueError,
-        "state_dict is of 1 parameters; the optimizer has 2",
+        "sums of state_dict are of 1 parameters; the optimizer has 2",
     ),
-    "too few residuals": (lambda s: s | {"residuals": s["residuals"][:1]}, ValueError, "the optimizer has 2"),
+    "too few residuals": (
+        lambda s: s | {"residuals": {}},
+        ValueError,
+        "residuals .* 0 parameters; the optimizer has 2",
+    ),
+    "other keys": (lambda s: s | {"sums": dict(enumerate(s["sums"].values()))}, ValueError, "sums .* no entry '0'"),
     "sums of another kind": (lambda s: s | {"sums": 5}, TypeError, "sums of state_dict is .*int"),
     "residuals of another kind": (
         lambda s: s | {"residuals": None},
@@ -356,37 +362,37 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], type[Exception],
         "residuals of state_dict is .*NoneType",
     ),
     "sum of another kind": (
-        lambda s: s | {"sums": [s["sums"][0], "x"]},
+        lambda s: s | {"sums": s["sums"] | {"1": "x"}},
         TypeError,
         r"sums\[1\] of state_dict is .*str",
     ),
     "residual of another kind": (
-        lambda s: s | {"residuals": [s["residuals"][0], 1.5]},
+        lambda s: s | {"residuals": s["residuals"] | {"1": 1.5}},
         TypeError,
         r"residuals\[1\] of state_dict is .*float",
     ),
     "sum of another shape": (
-        lambda s: s | {"sums": [s["sums"][0], s["sums"][1].flatten()]},
+        lambda s: s | {"sums": s["sums"] | {"1": s["sums"]["1"].flatten()}},
         ValueError,
         r"sums\[1\] of state_dict has shape \(6,\); parameter 1 has \(2, 3\)",
     ),
     "sum of another dtype": (
-        lambda s: s | {"sums": [s["sums"][0], s["sums"][1].float()]},
+        lambda s: s | {"sums": s["sums"] | {"1": s["sums"]["1"].float()}},
         TypeError,
         r"sums\[1\] of state_dict is torch.float32; parameter 1 is torch.bfloat16",
     ),
     "residual of another dtype": (
-        lambda s: s | {"residuals": [s["residuals"][0], s["residuals"][1].short()]},
+        lambda s: s | {"residuals": s["residuals"] | {"1": s["residuals"]["1"].short()}},
         TypeError,
         r"residuals\[1\] of state_dict is torch.int16, .*'split24'",
     ),
     "residual of another shape": (
-        lambda s: s | {"residuals": [s["residuals"][0], s["residuals"][1][1:]]},
+        lambda s: s | {"residuals": s["residuals"] | {"1": s["residuals"]["1"][1:]}},
         ValueError,
         r"residuals\[1\] of state_dict has shape \(5,\); it must be \(6,\)",
     ),
     "residual without sum": (
-        lambda s: s | {"sums": [s["sums"][0], None]},
+        lambda s: s | {"sums": s["sums"] | {"1": None}},
         ValueError,
         "state_dict holds a residual but no sum for parameter 1",
     ),

@@ -648,7 +648,9 @@ def _table(
     columns.append([sums[i].numel() for i in small])
     device = sums[0].device
     rows = list(zip(*columns, strict=True))
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda").to(
+        device, non_blocking=True
+    )
     options: dict[str, object] = {
         "SUM_DTYPE": _TRITON_DTYPES[format_.sum_dtype],
         "RESIDUAL_DTYPE": _TRITON_DTYPES[format_.residual_dtype],
