@@ -23,7 +23,15 @@ from accumkern import backends, distributed, ops
 from accumkern.finish import Finished, check_divide_by, check_max_norm, total_norm, write
 from accumkern.formats import BUFFERS, Start, decode
 from accumkern.lost_bits import LostBitsMeter, LostBitsReport
-from accumkern.noise_scale import NoiseScale, Smoother, WindowSquares, estimate
+from accumkern.noise_scale import (
+    NoiseScale,
+    Smoother,
+    WindowSquares,
+    check_group,
+    check_smoothing,
+    counts_of,
+    estimate,
+)
 from accumkern.parameter import FOLDED_DTYPES, NOT_CALLED, Parameter, is_attached, refuse_compiled_autograd
 from accumkern.state import checked_state
 
@@ -262,29 +270,25 @@ class GradAccumulator:
 
         Raises:
             RuntimeError: ``stats`` is off, the window has fewer than two micro-batches, ``.grad`` was changed in the
-                middle of it, or it is over.
+                middle of it, it is over, or this was called in it already.
+            TypeError: an argument is of the wrong kind.
             ValueError: ``tokens`` does not hold one positive number per micro-batch, or ``group`` or ``smoothing`` is
                 out of range.
         """
         if self._squares is None:
             raise RuntimeError("noise_scale() needs the squared norms that attach(..., stats=True) takes")
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing is {smoothing}; it must be at least 0 and less than 1")
-        groups = len(self._optimizer.param_groups)
-        if group is not None and not 0 <= group < groups:
-            raise ValueError(f"group is {group}; the optimizer has {groups} parameter groups, from 0")
+        check_smoothing(smoothing)
+        check_group(group, len(self._optimizer.param_groups))
+        smoother = self._smoothers.setdefault(group, Smoother())
         self._settle()
+        if smoother.last_window == self._squares.window:
+            raise RuntimeError("noise_scale() was called already in this window; call it once per window and group")
         shares = [parameter.share for parameter in self._parameters.values()]
         squares, square_of_sum = self._squares.totals(shares, group)
-        counts = [1.0] * len(squares) if tokens is None else [float(count) for count in tokens]
-        if len(counts) != len(squares) or not all(math.isfinite(count) and count > 0 for count in counts):
-            raise ValueError(
-                f"tokens is {counts}; it must hold one positive number for each of the window's {len(squares)} "
-                "micro-batches"
-            )
+        counts = counts_of(tokens, len(squares))
         window = estimate(squares, square_of_sum, counts)
-        smoother = self._smoothers.setdefault(group, Smoother())
         smoothed = smoother.add(window, smoothing)
+        smoother.last_window = self._squares.window
         self._squares.close()
         return NoiseScale(smoothed.noise_scale, smoothed, window, len(squares), smoother.windows)
 

@@ -41,7 +41,7 @@ class Gradient(NamedTuple):
 
 def check_divide_by(divide_by: object, gradients: list[Gradient]) -> None:
     """Raise unless ``divide_by`` is a positive number, or a 0-dim tensor on a device of the gradients."""
-    right = "it must be a positive number or a 0-dim tensor"
+    right = "it must be a number or a 0-dim tensor, positive and finite in FP32"
     if isinstance(divide_by, Tensor):
         if divide_by.dim() != 0 or divide_by.is_complex() or divide_by.dtype is torch.bool:
             shape, dtype = tuple(divide_by.shape), divide_by.dtype
@@ -54,7 +54,7 @@ def check_divide_by(divide_by: object, gradients: list[Gradient]) -> None:
             check_divide_by(divide_by.item(), gradients)
     elif isinstance(divide_by, bool) or not isinstance(divide_by, (int, float)):
         raise TypeError(f"divide_by is a {type(divide_by).__name__}; {right}")
-    elif not math.isfinite(divide_by) or divide_by <= 0:
+    elif not 2.0**-149 <= divide_by <= torch.finfo(torch.float32).max:  # what FP32 holds
         raise ValueError(f"divide_by is {divide_by}; {right}")
 
 

@@ -80,12 +80,59 @@ def estimate(squares: Sequence[float], square_of_sum: float, tokens: Sequence[fl
     return Estimate(total * (a - q) / (count - 1), (count * q - a) / (count - 1))
 
 
+def check_smoothing(smoothing: object) -> None:
+    """Raise unless ``smoothing`` is a number from 0 to 1, 1 excluded."""
+    right = "it must be a number of at least 0 and less than 1"
+    if isinstance(smoothing, bool) or not isinstance(smoothing, (int, float)):
+        raise TypeError(f"smoothing is a {type(smoothing).__name__}; {right}")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing is {smoothing}; {right}")
+
+
+def check_group(group: object, groups: int) -> None:
+    """Raise unless ``group`` is None or the index of one of ``groups`` parameter groups."""
+    right = f"it must be None or the index of one of the optimizer's {groups} parameter groups, from 0"
+    if group is not None and (isinstance(group, bool) or not isinstance(group, int)):
+        raise TypeError(f"group is a {type(group).__name__}; {right}")
+    if group is not None and not 0 <= group < groups:
+        raise ValueError(f"group is {group}; {right}")
+
+
+def counts_of(tokens: object, micro_batches: int) -> list[float]:
+    """Return what each micro-batch counts: ``tokens``, or one each where that is None.
+
+    Raises:
+        TypeError: ``tokens`` is no sequence of numbers.
+        ValueError: it does not hold one positive number for each micro-batch.
+    """
+    if tokens is None:
+        return [1.0] * micro_batches
+    right = f"it must hold one positive number for each of the window's {micro_batches} micro-batches"
+    if isinstance(tokens, Tensor):
+        if tokens.dim() != 1 or tokens.is_complex() or tokens.dtype is torch.bool:
+            raise ValueError(f"tokens is a tensor of shape {tuple(tokens.shape)} and {tokens.dtype}; {right}")
+        tokens = tokens.tolist()
+    if isinstance(tokens, str) or not isinstance(tokens, Sequence):
+        raise TypeError(f"tokens is a {type(tokens).__name__}; {right}")
+    counts = []
+    for i, count in enumerate(tokens):
+        if isinstance(count, Tensor) and count.numel() == 1:
+            count = count.item()
+        if isinstance(count, bool) or not isinstance(count, (int, float)):
+            raise TypeError(f"tokens[{i}] is a {type(count).__name__}; {right}")
+        counts.append(float(count))
+    if len(counts) != micro_batches or not all(math.isfinite(count) and count > 0 for count in counts):
+        raise ValueError(f"tokens is {counts}; {right}")
+    return counts
+
+
 class Smoother:
     """An exponential average over windows that weighs the first windows fully."""
 
     def __init__(self) -> None:
         self.trace = self.squared_gradient = self.weight = 0.0
         self.windows = 0
+        self.last_window = -1  # the number of the one that was added last
 
     def add(self, window: Estimate, smoothing: float) -> Estimate:
         """Return the average after one more window."""
@@ -117,7 +164,7 @@ class WindowSquares:
     """
 
     def __init__(self) -> None:
-        self._window = 0
+        self.window = 0  # its number
         self._closed = False
         self._edited = False
         self._squares: list[dict[tuple[int, torch.device], Tensor]] = []  # of each micro-batch
@@ -126,14 +173,14 @@ class WindowSquares:
 
     def arrive(self, share: Share, is_first: bool) -> None:
         """Count a gradient; ``is_first`` says that ``.grad`` was None before."""
-        if self._closed or (is_first and share.window == self._window):
-            self._window += 1
+        if self._closed or (is_first and share.window == self.window):
+            self.window += 1
             self._closed = self._edited = False
             self._squares.clear()
             self._sums.clear()
             self._folded.clear()
-        if share.window != self._window:
-            share.window, share.count, share.first = self._window, 0, None
+        if share.window != self.window:
+            share.window, share.count, share.first = self.window, 0, None
         share.count += 1
 
     def keep(self, share: Share, grad: Tensor) -> None:
@@ -191,7 +238,7 @@ class WindowSquares:
             RuntimeError: there is nothing to estimate from, or gradients were changed in the middle of the window.
         """
         self.reduce()
-        members = [share for share in shares if share.window == self._window and group in (None, share.group)]
+        members = [share for share in shares if share.window == self.window and group in (None, share.group)]
         count = max((share.count for share in members), default=0)
         if count < 2:
             found = "no micro-batch" if count == 0 else "one micro-batch"

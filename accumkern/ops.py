@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor
 
 from accumkern import backends
 from accumkern.formats import FORMAT_OF_DTYPES, Format, Start
+
+_GREATEST = torch.finfo(torch.float32).max
 
 
 @torch.no_grad()
@@ -82,7 +83,7 @@ def accumulate_(
 
 
 def check_scale(name: str, scale: object) -> None:
-    """Raise unless ``scale`` can be the factor of a fold: a finite number, or a floating 0-dim tensor."""
+    """Raise unless ``scale`` can be the factor of a fold: a number, finite in FP32, or a floating 0-dim tensor."""
     if isinstance(scale, Tensor):
         if scale.dim() != 0 or not scale.is_floating_point():
             raise ValueError(
@@ -91,8 +92,8 @@ def check_scale(name: str, scale: object) -> None:
             )
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{name} is {_kind(scale)}; it must be a number or a floating 0-dim tensor")
-    elif not math.isfinite(scale):
-        raise ValueError(f"{name} is {scale}; it must be finite")
+    elif not abs(scale) <= _GREATEST:
+        raise ValueError(f"{name} is {scale}; it must be finite in FP32")
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -504,7 +504,9 @@ def test_ordinary_unscale_and_clip_stay_right(buffer: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"divide_by": 0}, ValueError, "divide_by is 0; it must be a positive number"),
+        ({"divide_by": 0}, ValueError, "divide_by is 0; it must be a number or .*positive"),
+        ({"divide_by": 1e300}, ValueError, r"divide_by is 1e\+300; .* finite in FP32"),
+        ({"divide_by": 1e-300}, ValueError, "divide_by is 1e-300; .*positive"),
         ({"divide_by": -2.0}, ValueError, "divide_by is -2.0"),
         ({"divide_by": math.nan}, ValueError, "divide_by is nan"),
         ({"divide_by": torch.tensor(0)}, ValueError, "divide_by is 0"),

@@ -238,10 +238,17 @@ def attached(count: int, **options: Any) -> tuple[accumkern.GradAccumulator, lis
         (3, {}, {"tokens": [1, 2]}, ValueError, "one positive number for each of the window's 3 micro-batches"),
         (3, {}, {"tokens": [1, 0, 2]}, ValueError, "tokens is"),
         (3, {}, {"tokens": [1, math.nan, 2]}, ValueError, "tokens is"),
-        (3, {}, {"group": 1}, ValueError, "group is 1; the optimizer has 1 parameter groups"),
+        (3, {}, {"tokens": 3}, TypeError, "tokens is a int; it must hold one positive number"),
+        (3, {}, {"tokens": "abc"}, TypeError, "tokens is a str"),
+        (3, {}, {"tokens": [1, "a", 2]}, TypeError, r"tokens\[1\] is a str"),
+        (3, {}, {"tokens": torch.ones(3, 1)}, ValueError, r"tokens is a tensor of shape \(3, 1\)"),
+        (3, {}, {"group": 1}, ValueError, "group is 1; it must be None or the index of one of the optimizer's 1 param"),
+        (3, {}, {"group": "a"}, TypeError, "group is a str"),
+        (3, {}, {"group": 0.5}, TypeError, "group is a float"),
+        (3, {}, {"smoothing": "x"}, TypeError, "smoothing is a str"),
         (3, {}, {"smoothing": 1.0}, ValueError, "smoothing is 1.0"),
     ],
-    ids=["off", "none", "one", "short", "zero", "nan", "group", "smoothing"],
+    ids=lambda value: str(value) if isinstance(value, dict) and value else "",
 )
 def test_bad_calls_say_so_and_change_nothing(
     count: int, options: dict[str, Any], arguments: dict[str, Any], error: type[Exception], words: str
@@ -253,6 +260,19 @@ def test_bad_calls_say_so_and_change_nothing(
     for p, value in zip(params, before, strict=True):
         after = acc.gradient(p)
         assert (after is None and value is None) or torch.equal(after, value)  # type: ignore[arg-type]
+
+
+def test_a_window_counts_once_for_each_group() -> None:
+    acc, params = attached(2)
+    found = acc.noise_scale()
+    with pytest.raises(RuntimeError, match=r"noise_scale\(\) was called already in this window"):
+        acc.noise_scale()
+    assert acc.noise_scale(group=0).window == found.window
+    for p in params:
+        p.grad = None
+    for _ in range(2):
+        backward(params, [torch.randn(p.shape).bfloat16() for p in params])
+    assert acc.noise_scale().windows == acc.noise_scale(group=0).windows == 2
 
 
 def test_changed_gradients_in_the_middle_of_a_window_are_noticed() -> None:

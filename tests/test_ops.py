@@ -177,6 +177,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], None], type[Exception], str]] = 
     "grad is a sum": (overlapping_grad, ValueError, r"grads\[1\] and sums\[1\] overlap"),
     "residual in a sum": (overlapping_residual, ValueError, r"sums\[0\] and residuals\[1\] overlap"),
     "scale is a string": (set_to("scale", "2"), TypeError, "scale is a str; it must be a number or a floating 0-dim"),
+    "scale is infinite in FP32": (set_to("scale", 1e300), ValueError, r"scale is 1e\+300; it must be finite in FP32"),
     "scale is NaN": (set_to("scale", float("nan")), ValueError, "scale is nan; it must be finite"),
     "scale is a vector": (set_to("scale", torch.ones(2)), ValueError, r"scale is a tensor of shape \(2,\)"),
     "scale is integer": (set_to("scale", torch.tensor(2)), ValueError, "scale is a tensor .* torch.int64"),
