@@ -135,6 +135,11 @@ def kernels_summary(content: Content) -> list[str]:
             f"{number(_ratio(split24, stock_bf16))} times as long as its addition in bf16, and reaches "
             f"**{_of_copy(split24)}** of `copy_` bandwidth. The table has times over split24's: above 1 is slower than "
             "split24, below 1 is faster."
+            + (
+                " A fraction above 1 says that `copy_` itself stays below what this memory gives."
+                if split24.get("fraction_of_copy", 0) > 1
+                else ""
+            )
         )
     rows = [
         [name, *(_over_split24(found) for found in by_case.values()), _of_copy(by_case[largest])]
