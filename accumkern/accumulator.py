@@ -142,6 +142,8 @@ class GradAccumulator:
 
         self._hook(self._unhooked())
         self._watch_param_groups()
+        steps = _optimizer_with_hooks(optimizer)
+        self._step_hook = None if steps is None else steps.register_step_pre_hook(self._check_hooks)
 
     # ---- public ------------------------------------------------------------------------------------------------
 
@@ -157,6 +159,7 @@ class GradAccumulator:
 
     @scale.setter
     def scale(self, scale: float | Tensor) -> None:
+        self._check_attached()
         ops.check_scale("scale", scale)
         if isinstance(scale, Tensor):
             devices = {parameter.device for parameter in self._parameters.values()}
@@ -199,6 +202,8 @@ class GradAccumulator:
             RuntimeError: there are no gradients, ``finish`` was called already since the last backward pass, or the
                 norm is not finite and ``error_if_nonfinite`` is set. ``.grad`` is untouched then.
         """
+        self._check_attached()
+        self._check_hooks()
         self._settle()
         params = [param for param in self._parameters if param.grad is not None]
         if not params:
@@ -243,6 +248,7 @@ class GradAccumulator:
             TypeError: ``model`` is not a DistributedDataParallel.
             RuntimeError: ``model`` has a communication hook already.
         """
+        self._check_attached()
         if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
             raise TypeError(f"model is a {type(model).__name__}; it must be a DistributedDataParallel")
         reduction = distributed.Fp32Reduction(self, model.process_group)
@@ -275,6 +281,7 @@ class GradAccumulator:
             ValueError: ``tokens`` does not hold one positive number per micro-batch, or ``group`` or ``smoothing`` is
                 out of range.
         """
+        self._check_attached()
         if self._squares is None:
             raise RuntimeError("noise_scale() needs the squared norms that attach(..., stats=True) takes")
         check_smoothing(smoothing)
@@ -300,6 +307,7 @@ class GradAccumulator:
         Raises:
             RuntimeError: ``report`` is off, or no 16-bit gradient has been accumulated yet.
         """
+        self._check_attached()
         if self._lost_bits is None:
             raise RuntimeError("report() needs the samples that attach(..., report=True) takes")
         self._settle()
@@ -313,6 +321,7 @@ class GradAccumulator:
         Raises:
             ValueError: ``param`` is not a parameter of the attached optimizer.
         """
+        self._check_attached()
         self._settle()
         parameter = self._parameters.get(param) if isinstance(param, Tensor) else None
         if parameter is None:
@@ -346,6 +355,7 @@ class GradAccumulator:
             RuntimeError: the gradient of a DTensor is a sum over ranks that is still to be taken (``Partial``, as of a
                 norm under sequence parallelism), of which a checkpoint would keep one term.
         """
+        self._check_attached()
         self._settle()
         sums: dict[str, Tensor | None] = {}
         residuals: dict[str, Tensor | None] = {}
@@ -370,6 +380,7 @@ class GradAccumulator:
         It has a sum for every parameter that requires a gradient, and every residual. What the checkpoint has not, is
         None after it was loaded. Give the result to :meth:`load_state_dict`.
         """
+        self._check_attached()
         sums: dict[str, Tensor | None] = {}
         residuals: dict[str, Tensor | None] = {}
         for i, param in enumerate(_parameters_of(self._optimizer)):
@@ -394,6 +405,7 @@ class GradAccumulator:
 
         After an error nothing has changed.
         """
+        self._check_attached()
         parameters = _parameters_of(self._optimizer)
         entries = checked_state(state_dict, self.buffer, parameters)
         self._settle()
@@ -423,6 +435,8 @@ class GradAccumulator:
             parameter.unhook()
         self._parameters.clear()
         self._attached = False
+        if self._step_hook is not None:
+            self._step_hook.remove()
         if vars(self._optimizer).get("add_param_group") is self._add_param_group:
             del self._optimizer.add_param_group
 
@@ -435,6 +449,16 @@ class GradAccumulator:
     def __repr__(self) -> str:
         state = f"{len(self._parameters)} parameters" if self._attached else "detached"
         return f"GradAccumulator(buffer={self.buffer!r}, scale={self._scale!r}, {state})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a GradAccumulator cannot be copied or pickled, because hooks of parameters cannot: save its state_dict(), "
+            "and attach() to the optimizer of the copy"
+        )
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise RuntimeError("this accumulator is detached from its optimizer; attach() makes another one")
 
     # ---- hooks -------------------------------------------------------------------------------------------------
 
@@ -478,13 +502,7 @@ class GradAccumulator:
     def _hook(self, params: list[Tensor]) -> None:
         group_of = {p: i for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
         for param in params:
-            # A frozen parameter has no node to hook. The node made here stays its node when it is unfrozen.
-            frozen = not param.requires_grad
-            if frozen:
-                param.requires_grad_(True)
             self._parameters[param] = Parameter(param, self, group_of[param])
-            if frozen:
-                param.requires_grad_(False)
 
     def _hook_again(self, grad: Tensor, was_added: bool) -> None:
         """Hook the new nodes of parameters that were moved or cast after attach: the first hook was not called.
@@ -504,6 +522,26 @@ class GradAccumulator:
                 f"a parameter of shape {tuple(grad.shape)} was moved or cast in the middle of a window, and its "
                 "gradients with average_over or scale can no longer be told apart; call zero_grad() and begin the "
                 "window again"
+            )
+
+    def _check_hooks(self, *_arguments: object) -> None:
+        """Hook parameters again that have lost their hooks; called before every step and by :meth:`finish`.
+
+        Raises:
+            RuntimeError: one of them has a gradient, which torch has accumulated by itself.
+        """
+        if torch.compiler.is_compiling():  # of the optimizer's step
+            return
+        lost = [parameter for parameter in self._parameters.values() if not parameter.is_hooked()]
+        for parameter in lost:
+            parameter.hook()
+        missed = [parameter.param for parameter in lost if parameter.param.grad is not None]
+        if missed:
+            raise RuntimeError(
+                f"{len(missed)} parameters, the first of shape {tuple(missed[0].shape)}, have lost their hooks since "
+                "attach(), and torch has accumulated their gradients by itself: module.to() has put other tensors into "
+                "them (torch.utils.swap_tensors, which it uses for DTensors). They are hooked again now: call "
+                "zero_grad() and begin the window again, or attach() after module.to()"
             )
 
     def _watch_param_groups(self) -> None:
@@ -873,6 +911,15 @@ def _is_plain(grad: Tensor, dtype: torch.dtype | None) -> bool:
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _optimizer_with_hooks(optimizer: Any) -> torch.optim.Optimizer | None:
+    """Return the optimizer whose step calls hooks: this one, or what it wraps, as Accelerate's does."""
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        optimizer = getattr(optimizer, "optimizer", None)
+        if optimizer is None:
+            return None
+    return optimizer
 
 
 def _memory_strides(grad: Tensor) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from accumkern import distributed, ops
@@ -86,15 +86,40 @@ class Parameter:
         self.start = Start.FROM_ZERO
         self.stream = 0
         self.before, self.after = _hooks(weakref.ref(self), self.is_dtensor)
-        self.node: Node | None = None
+        self.node: Any = None  # of autograd, which accumulates the gradient
         self.node_handle: RemovableHandle | None = None
-        self.hook_node()
-        hooks = _drop_dead_hooks(param)
-        self.handle = param.register_post_accumulate_grad_hook(self.after)
-        # Ours goes first, so that the others see the sum. torch reads the dict in the order of insertion.
-        for key, hook in hooks:
-            del param._post_accumulate_grad_hooks[key]
-            param._post_accumulate_grad_hooks[key] = hook
+        self.handle: RemovableHandle | None = None
+        self.hook()
+
+    def hook(self) -> None:
+        """Hook the parameter, and the node that accumulates its gradient."""
+        param = self.param
+        is_frozen = not param.requires_grad
+        with torch.inference_mode(False):
+            if is_frozen:  # it has no node to hook; the one that is made here stays its node when it is unfrozen
+                param.requires_grad_(True)
+            self.hook_node()
+            if self.handle is not None:
+                self.handle.remove()
+            hooks = _drop_dead_hooks(param)
+            self.handle = param.register_post_accumulate_grad_hook(self.after)
+            param._post_accumulate_grad_hooks = (
+                param._post_accumulate_grad_hooks
+            )  # for autograd, which may have lost it
+            # Ours goes first, so that the others see the sum. torch reads the dict in the order of insertion.
+            for key, hook in hooks:
+                del param._post_accumulate_grad_hooks[key]
+                param._post_accumulate_grad_hooks[key] = hook
+            if is_frozen:
+                param.requires_grad_(False)
+
+    def is_hooked(self) -> bool:
+        """Return whether the parameter has its hooks still.
+
+        ``torch.utils.swap_tensors``, by which ``module.to()`` moves a DTensor, gives it the content of another tensor,
+        which then has the node and the hooks of this one.
+        """
+        return self.node.variable is self.param
 
     def hook_node(self) -> None:
         """Hook the node that accumulates the gradient, if it is another one than before, and take over its device."""
@@ -118,7 +143,8 @@ class Parameter:
         """Remove both hooks."""
         if self.node_handle is not None:
             self.node_handle.remove()
-        self.handle.remove()
+        if self.handle is not None:
+            self.handle.remove()
 
     def forget(self) -> None:
         """Note that the residual belongs to no gradient."""

@@ -30,6 +30,11 @@ std::vector<FoldTensor> gather(const Addresses& grads, const Addresses& sums, co
   if (numels.size() != count) throw std::invalid_argument("accumkern._C: lists differ in length");
   std::vector<FoldTensor> tensors(count);
   for (size_t i = 0; i < count; ++i) {
+    for (const Addresses* column : {&grads, &sums, &residuals}) {
+      if (numels[i] > 0 && !column->empty() && (*column)[i] == 0) {
+        throw std::runtime_error("accumkern: a tensor has no memory, as torch's immutable ZeroTensors; clone() it first");
+      }
+    }
     tensors[i] = {grads.empty() ? nullptr : reinterpret_cast<const void*>(grads[i]), reinterpret_cast<void*>(sums[i]),
                   residuals.empty() ? nullptr : reinterpret_cast<void*>(residuals[i]),
                   partials.empty() ? nullptr : reinterpret_cast<float*>(partials[i]), numels[i]};

@@ -331,6 +331,17 @@ def test_partial_sums_of_squares(backend: str, device: torch.device, format_: Fo
         assert torch.equal(both[0][i], both[1][i])  # deterministic
 
 
+def test_tensors_without_memory_are_refused() -> None:
+    if available_backends()["cpu"] is not None:
+        pytest.skip(f"backend cpu: {available_backends()['cpu']}")
+    zero = torch._efficientzerotensor((5,), dtype=torch.bfloat16)
+    total, residual = torch.ones(5).bfloat16(), torch.zeros(5, dtype=torch.int8)
+    fold = backends.fold_function("cpu")
+    with pytest.raises(RuntimeError, match=r"a tensor has no memory, .*clone\(\) it first"):
+        fold(Format.SPLIT24, Start.CONTINUE, [zero], [total], [residual], 1.0, None)
+    assert (total == 1).all()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_cpu_result_does_not_depend_on_threads(threads: int) -> None:
     if available_backends()["cpu"] is not None:

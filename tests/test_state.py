@@ -534,8 +534,80 @@ def test_detach_restores_stock_behaviour() -> None:
     acc.detach()
     for param in params:
         assert_stock(param)
-    with pytest.raises(ValueError, match="param is not a parameter of the attached optimizer"):
-        acc.gradient(params[0])
+
+
+WHEN_DETACHED: dict[str, Callable[[accumkern.GradAccumulator, Tensor], object]] = {
+    "finish": lambda acc, p: acc.finish(),
+    "gradient": lambda acc, p: acc.gradient(p),
+    "noise_scale": lambda acc, p: acc.noise_scale(),
+    "report": lambda acc, p: acc.report(),
+    "reduce_in_fp32": lambda acc, p: acc.reduce_in_fp32(p),  # type: ignore[arg-type]
+    "scale": lambda acc, p: setattr(acc, "scale", torch.tensor(0.5)),
+    "state_dict": lambda acc, p: acc.state_dict(),
+    "empty_state_dict": lambda acc, p: acc.empty_state_dict(),
+    "load_state_dict": lambda acc, p: acc.load_state_dict({}),
+}
+
+
+@pytest.mark.parametrize("method", WHEN_DETACHED)
+def test_what_is_detached_says_so(method: str) -> None:
+    param = parameter(4)
+    acc = accumkern.attach(sgd(param), stats=True, report=True)
+    backward([param], [torch.ones(4)])
+    acc.detach()
+    assert "detached" in repr(acc)
+    with pytest.raises(
+        RuntimeError, match=r"this accumulator is detached from its optimizer; attach\(\) makes another"
+    ):
+        WHEN_DETACHED[method](acc, param)
+    assert param.grad is not None
+    assert (param.grad == 1).all()
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps], ids=["copy", "deepcopy", "pickle"])
+def test_an_accumulator_cannot_be_copied_and_says_what_can(way: Callable[[object], object]) -> None:
+    acc = accumkern.attach(sgd(parameter(4)))
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled.*state_dict\(\), and attach\(\)"):
+        way(acc)
+
+
+def test_attach_in_inference_mode() -> None:
+    params = [parameter(4), parameter(4).requires_grad_(False)]
+    with torch.inference_mode():
+        acc = accumkern.attach(sgd(*params))
+    assert [p.requires_grad for p in params] == [True, False]
+    params[1].requires_grad_(True)
+    for param in params:
+        assert_attached(param)
+    acc.detach()
+
+
+@pytest.mark.parametrize("notices", ["step", "finish"])
+def test_parameters_that_were_given_another_tensor_are_noticed_and_hooked_again(notices: str) -> None:
+    model = torch.nn.Linear(3, 2).to(BF16)
+    optimizer = sgd(*model.parameters())
+    acc = accumkern.attach(optimizer, average_over=2)
+    model(torch.ones(1, 3, dtype=BF16)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"2 parameters, the first of shape \(2, 3\), have lost their hooks"):
+        optimizer.step() if notices == "step" else acc.finish()
+    assert all(map(torch.equal, before, model.parameters()))
+    optimizer.zero_grad()
+    for _ in range(2):
+        model(torch.ones(1, 3)).sum().backward()
+    acc.finish()
+    assert all((p.grad == 1).all() for p in model.parameters() if p.grad is not None)
+    optimizer.step()
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert not torch.equal(p, old)
 
 
 def test_detach_in_the_middle_of_a_window_leaves_grad_to_stock_additions() -> None:

@@ -168,3 +168,24 @@ def pending_state() -> None:
 
 def test_the_state_of_pending_sums_is_refused(ranks: Ranks) -> None:
     ranks.run(pending_state)
+
+
+def moved() -> None:
+    """Even where nothing has to move, module.to() gives DTensor parameters other tensors."""
+    model = parallel(block(BF16), init_device_mesh(device().type, (dist.get_world_size(),)), False)
+    optimizer = torch.optim.SGD(model.parameters())
+    acc = accumkern.attach(optimizer, "split32")
+    model.to(device())
+    run_window(model, BF16, 1)
+    with pytest.raises(RuntimeError, match=r"have lost their hooks .* attach\(\) after module.to\(\)"):
+        optimizer.step()
+    optimizer.zero_grad()
+    truth = fp64_sums(model.parameters())
+    run_window(model, BF16, MICRO_BATCHES)
+    found = [full(acc.gradient(p)) for p in model.parameters()]
+    assert relative_error(found, truth) < 1e-6
+    optimizer.step()
+
+
+def test_a_model_that_is_moved_after_attach_is_noticed(ranks: Ranks) -> None:
+    ranks.run(moved)

@@ -23,11 +23,11 @@ def fold_cpu(
     _C.accumulate_cpu(
         format_,
         start,
-        [grad.data_ptr() for grad in grads],
-        [total.data_ptr() for total in sums],
+        _addresses(grads),
+        _addresses(sums),
         _addresses(residuals),
         _addresses(partials),
-        [grad.numel() for grad in grads],
+        list(map(Tensor.numel, grads)),
         scale_pair,
         torch.get_num_threads(),
     )
@@ -48,11 +48,11 @@ def fold_cuda(
     _C.accumulate_cuda(
         format_,
         start,
-        [grad.data_ptr() for grad in grads],
-        [total.data_ptr() for total in sums],
+        _addresses(grads),
+        _addresses(sums),
         _addresses(residuals),
         _addresses(partials),
-        [grad.numel() for grad in grads],
+        list(map(Tensor.numel, grads)),
         scale_pair,
         device.index,
         torch.cuda.current_stream(device).cuda_stream,
@@ -73,9 +73,9 @@ def finish_cpu(
     _C.finish_cpu(
         format_,
         start,
-        [total.data_ptr() for total in sums],
+        _addresses(sums),
         _addresses(residuals),
-        [total.numel() for total in sums],
+        list(map(Tensor.numel, sums)),
         divisor_pair,
         factor_pair,
         torch.get_num_threads(),
@@ -97,9 +97,9 @@ def finish_cuda(
     _C.finish_cuda(
         format_,
         start,
-        [total.data_ptr() for total in sums],
+        _addresses(sums),
         _addresses(residuals),
-        [total.numel() for total in sums],
+        list(map(Tensor.numel, sums)),
         divisor_pair,
         factor_pair,
         device.index,
@@ -176,7 +176,7 @@ def encode_cuda(
 
 
 def _addresses(tensors: list[Tensor] | None) -> list[int]:
-    return [] if tensors is None else [tensor.data_ptr() for tensor in tensors]
+    return [] if tensors is None else list(map(Tensor.data_ptr, tensors))  # faster than a comprehension
 
 
 def _scalar(factor: float | Tensor) -> tuple[tuple[float, int], Tensor | None]:
