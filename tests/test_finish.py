@@ -292,7 +292,7 @@ def test_layouts(layout: str) -> None:
     assert param.grad is not None
     grad = param.grad.to_dense() if layout == "sparse" else param.grad.detach()
     value = acc.gradient(param) if layout in ("channels_last", "transposed") else None
-    wanted = (grad if value is None else value) / 3
+    wanted = (grad if value is None else value).to(torch.complex128 if layout == "complex" else torch.float64) / 3
     torch.testing.assert_close(acc.finish(3).norm, torch.linalg.vector_norm(wanted).float(), rtol=1e-3, atol=0)
     found = param.grad.to_dense() if layout == "sparse" else param.grad
     torch.testing.assert_close(found, wanted.to(found.dtype), rtol=1e-2, atol=0)
