@@ -103,9 +103,8 @@ class Parameter:
                 self.handle.remove()
             hooks = _drop_dead_hooks(param)
             self.handle = param.register_post_accumulate_grad_hook(self.after)
-            param._post_accumulate_grad_hooks = (
-                param._post_accumulate_grad_hooks
-            )  # for autograd, which may have lost it
+            # Autograd may have lost the dict, with the hooks of others in it: it takes what is set.
+            param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks
             # Ours goes first, so that the others see the sum. torch reads the dict in the order of insertion.
             for key, hook in hooks:
                 del param._post_accumulate_grad_hooks[key]
