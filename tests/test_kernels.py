@@ -324,7 +324,8 @@ def test_partial_sums_of_squares(backend: str, device: torch.device, format_: Fo
     for i, grad in enumerate(grads):
         base = decode(format_, stored[i][0], stored[i][1] if start is Start.CONTINUE else None).double()
         x = 0.5 * grad.double() + (0 if start is Start.FROM_ZERO else base)
-        for column, exact in ((0, grad.double()), (1, x)):
+        before = base if start is Start.FROM_SUM else torch.zeros_like(base)
+        for column, exact in ((0, grad.double()), (1, x), (2, before)):
             found = both[0][i][:, column].double()
             wanted = torch.stack([block.square().sum() for block in exact.split(BLOCK_NUMEL)])
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-12)

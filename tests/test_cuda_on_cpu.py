@@ -1,0 +1,111 @@
+"""The CUDA kernels' logic without a GPU: csrc/accumulate_cuda.cu compiled for the CPU and put through the kernel tests.
+
+A C++ compiler gets the file as it is, but for its launches, with cuda_on_cpu/cuda_runtime.h in place of NVIDIA's
+header. That shows which elements are read and written, in which format and how wide, how lists are cut into launches
+and squares added up. It shows no race, no speed, and nothing of the GPU's own arithmetic: for those, see
+test_machine_code.py and test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from test_finish import test_kernel_bits as test_finish_bits
+from test_kernels import (
+    test_bits_agree_with_the_reference,
+    test_decode,
+    test_empty_tensors_anywhere_in_a_list,
+    test_encode,
+    test_every_half_and_residual_decodes_alike,
+    test_list_of_small_and_large,
+    test_list_of_two_thousand,
+    test_lists,
+    test_partial_sums_of_squares,
+    test_scale_from_a_tensor,
+    test_sum_may_be_the_gradient_itself_from_zero,
+    test_writes_its_range_and_nothing_else,
+)
+
+__all__ = [
+    "test_bits_agree_with_the_reference",
+    "test_decode",
+    "test_empty_tensors_anywhere_in_a_list",
+    "test_encode",
+    "test_every_half_and_residual_decodes_alike",
+    "test_finish_bits",
+    "test_list_of_small_and_large",
+    "test_list_of_two_thousand",
+    "test_lists",
+    "test_partial_sums_of_squares",
+    "test_scale_from_a_tensor",
+    "test_sum_may_be_the_gradient_itself_from_zero",
+    "test_writes_its_range_and_nothing_else",
+]
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = re.compile(r"(\w+_kernel<F>)<<<(\w+), (\w+), 0, stream>>>\((.*)\);")
+
+
+@pytest.fixture(scope="module")
+def extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """accumkern._C with kernels that take CPU tensors for CUDA's, and report what the sanitizer finds on stderr."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to compile with")
+    pybind11 = pytest.importorskip("pybind11")
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    source, count = LAUNCH.subn(
+        r"emulator::launch(\2, \3, [&] { \1(\4); });", (ROOT / "csrc/accumulate_cuda.cu").read_text()
+    )
+    assert count == 4
+    assert "<<<" not in source
+    (folder / "accumulate_cuda.cpp").write_text(source)
+    paths = [str(ROOT / "tests/cuda_on_cpu"), str(ROOT / "csrc"), pybind11.get_include(), sysconfig.get_path("include")]
+    flags = ["-std=c++17", "-ffp-contract=off", "-fPIC", *(f"-I{path}" for path in paths)]
+    flags += ['-DACCUMKERN_CUDA_TARGETS="cpu"', '-DACCUMKERN_VERSION="0"']
+
+    def compile_(*arguments: str | Path) -> None:
+        done = subprocess.run([compiler, *flags, *map(str, arguments)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    compiled, library = folder / "accumulate_cuda.o", folder / "_C.so"
+    compile_("-O1", "-fsanitize=undefined", "-c", folder / "accumulate_cuda.cpp", "-o", compiled)
+    others = [ROOT / "csrc" / name for name in ("bindings.cpp", "accumulate_cpu.cpp")]
+    compile_("-shared", *others, compiled, "-lubsan", "-o", library)
+    spec = importlib.util.spec_from_file_location("cuda_on_cpu._C", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def backend(extension: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[str]:
+    """The cuda backend over that extension; a CPU tensor has no index of a device and no stream to hand on."""
+    from accumkern.backends import native
+
+    names = ["accumulate_cuda", "finish_cuda", "decode_cuda", "encode_cuda"]
+
+    def on_cpu(name: str) -> Callable[..., None]:
+        return lambda *arguments: getattr(extension, name)(*arguments[:-2], 0, 0)
+
+    monkeypatch.setattr(native, "_C", SimpleNamespace(**{name: on_cpu(name) for name in names}))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    yield "cuda"
+    assert "runtime error" not in capfd.readouterr().err
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cpu")
