@@ -1,9 +1,6 @@
 # Everything from a fresh machine. `make demo` and `make test` set up what they need.
 .PHONY: demo test lint bench gpu gpu-build gpu-test gpu-kernels gpu-training clean help
 
-# Threads that wait for one another by spinning crawl where something else keeps a core busy.
-export OMP_WAIT_POLICY ?= passive
-
 PYTHON ?= python3
 TEXT ?=
 VENV := .venv
@@ -42,6 +39,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The tests run many processes at once, and threads that wait for one another by spinning take their cores from them.
+test: export OMP_WAIT_POLICY ?= passive
 test: $(BUILT) lint
 	$(BIN)/python -m accumkern doctor
 	$(BIN)/python -m pytest

@@ -119,6 +119,7 @@ def main() -> None:
     arguments = options.parse_args()
     device = torch.device(arguments.device)
     counts = [int(text) for text in arguments.parameters.split(",")] if arguments.parameters else list(PARAMETERS)
+    torch.set_num_threads(1)  # the hook's time is Python's; torch's threads would add their waits for one another
     work = 300 if arguments.quick else 3_000  # parameters that a variant sees in all rounds
 
     results = []
@@ -131,6 +132,7 @@ def main() -> None:
         "over_stock": "median over rounds of the difference to stock of the same round, divided by the parameters",
         "models": f"bare: parameters of {BARE_NUMEL} elements, all gradients by one autograd node; "
         f"transformer: blocks of width {HIDDEN}, {TOKENS} tokens; compiled: each block by torch.compile",
+        "threads": "one",
         "buffer": "split24",
         "backend": backends.choose(None, device),
     }

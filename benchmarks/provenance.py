@@ -19,6 +19,8 @@ import torch
 import accumkern
 
 ROOT = Path(__file__).resolve().parent.parent
+# How OpenMP's threads wait for one another moves the time of small operations by a factor.
+STEERS_THREADS = ("OMP_", "GOMP_", "KMP_", "MKL_")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -40,6 +42,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "accumkern": accumkern.__version__,
         "backends": [name for name, reason in accumkern.available_backends().items() if reason is None],
         "cpu_threads": torch.get_num_threads(),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(STEERS_THREADS)},
         "commit": commit,
         "uncommitted_changes": dirty,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -34,8 +34,6 @@ def _stop_at_once(*_: object) -> None:
 
 # Importing torch takes seconds, and may swallow the KeyboardInterrupt that Ctrl-C means otherwise.
 ctrl_c = signal.signal(signal.SIGINT, _stop_at_once)
-# torch's threads else spin while they wait for one another, and crawl where another program keeps a core busy.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 try:
     import torch
     from matplotlib.axes import Axes

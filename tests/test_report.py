@@ -27,6 +27,7 @@ SOURCE = {
     "accumkern": "0.1.0",
     "backends": ["cpu", "eager"],
     "cpu_threads": 1,
+    "environment": {"OMP_NUM_THREADS": "1"},
     "commit": "a" * 40,
     "uncommitted_changes": False,
     "date": "2026-01-02T03:04:05+00:00",
