@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ from accumkern.noise_scale import (
 )
 from accumkern.parameter import FOLDED_DTYPES, NOT_CALLED, Parameter, is_attached, refuse_compiled_autograd
 from accumkern.state import checked_state
+
+# A small gradient that waits for the end of the backward pass: its parameter; it; the running sum, which is .grad until
+# then, and its version; where the fold starts; the stream that made the gradient.
+_Waiting: TypeAlias = tuple[Parameter, Any, Any, int, Start, int]
 
 # Small gradients wait for the end of the backward pass, unless so many elements wait already that their memory counts.
 _MAX_WAITING_NUMEL = 2**22
@@ -126,7 +130,7 @@ class GradAccumulator:
         self._parameters: dict[Tensor, Parameter] = {}
         # Autograd calls the hooks of each device from a thread of its own. What they share is a deque, whose append and
         # popleft cannot be torn apart, and flags that are set under a lock when a backward pass begins.
-        self._waiting: deque[Parameter] = deque()  # whose small gradients wait for the end of the backward pass
+        self._waiting: deque[_Waiting] = deque()
         self._waiting_numel = 0
         self._lock = threading.RLock()
         self._backward = _NO_BACKWARD  # autograd's number of the backward pass that is under way
@@ -615,15 +619,8 @@ class GradAccumulator:
 
         param.grad = running
         if self._may_wait and parameter.is_small and len(param._post_accumulate_grad_hooks) == 1:
-            parameter.waiting, parameter.running, parameter.start, parameter.running_version = (
-                new,
-                running,
-                start,
-                version,
-            )
-            if parameter.is_cuda:
-                parameter.stream = torch._C._cuda_getCurrentRawStream(parameter.device.index)
-            self._waiting.append(parameter)
+            stream = torch._C._cuda_getCurrentRawStream(parameter.device.index) if parameter.is_cuda else 0
+            self._waiting.append((parameter, new, running, version, start, stream))
             self._waiting_numel += parameter.numel
             if self._waiting_numel > _MAX_WAITING_NUMEL:
                 self._fold_waiting()
@@ -813,22 +810,20 @@ class GradAccumulator:
         popleft = self._waiting.popleft
         while True:
             try:
-                parameter = popleft()
+                parameter, new, running, version, start, stream = popleft()
             except IndexError:
                 break
-            new, running, start = parameter.waiting, parameter.running, parameter.start
-            parameter.waiting = parameter.running = None
             grad: Any = parameter.param.grad
-            if grad is not running or running._version != parameter.running_version:
+            if grad is not running or running._version != version:
                 if grad is None or not of_this_backward:
                     continue
                 start = Start.FROM_SUM
                 if not _is_plain(grad, parameter.dtype):
                     self._accumulate_any(parameter, parameter.param, grad, new, start)
                     continue
-            if parameter.is_cuda and parameter.stream != torch._C._cuda_getCurrentRawStream(parameter.device.index):
+            if parameter.is_cuda and stream != torch._C._cuda_getCurrentRawStream(parameter.device.index):
                 current = torch.cuda.current_stream(parameter.device)
-                current.wait_stream(torch.cuda.ExternalStream(parameter.stream, parameter.device))
+                current.wait_stream(torch.cuda.ExternalStream(stream, parameter.device))
                 new.record_stream(current)
             key = parameter.kind + start
             if key not in groups:

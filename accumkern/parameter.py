@@ -1,4 +1,4 @@
-"""What belongs to one parameter: its two hooks, the running gradient while autograd works, and the residual."""
+"""What belongs to one parameter: its two hooks, the gradient that they set aside, and the residual."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from accumkern import distributed, ops
 from accumkern.finish import Gradient
-from accumkern.formats import BUFFERS, PARTIALS, Start, partial_rows
+from accumkern.formats import BUFFERS, PARTIALS, partial_rows
 from accumkern.noise_scale import Share
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ NOT_CALLED: Any = object()
 
 
 class Parameter:
-    """What belongs to one parameter: the running gradient while autograd works, and the residual.
+    """What belongs to one parameter: the gradient set aside while autograd works, and the residual.
 
     The residual belongs to a gradient if that is the very tensor that was written last, unchanged since. The kernels
     do not count as a change: they leave a tensor's version alone, which gradients that are views of one flat buffer
@@ -56,14 +56,9 @@ class Parameter:
         "param",
         "partials",
         "residual",
-        "running",
-        "running_version",
         "set_aside",
         "share",
-        "start",
-        "stream",
         "version",
-        "waiting",
         "written",
     )
 
@@ -79,12 +74,6 @@ class Parameter:
         self.is_small = self.numel <= SMALL_NUMEL
         self.set_aside: Any = NOT_CALLED  # a tensor, or None where there was no gradient
         self.last: Callable[[], Any] = _nothing  # .grad as the last window or fold left it
-        # A small gradient that waits, .grad being the running sum until then, and the stream that made it.
-        self.waiting: Any = None
-        self.running: Any = None
-        self.running_version = 0
-        self.start = Start.FROM_ZERO
-        self.stream = 0
         self.before, self.after = _hooks(weakref.ref(self), self.is_dtensor)
         self.node: Any = None  # of autograd, which accumulates the gradient
         self.node_handle: RemovableHandle | None = None
