@@ -17,8 +17,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # pip brings its own; `python setup.py` takes what is there
+    sys.exit(f"setuptools is {setuptools.__version__}; accumkern is built with 77 or newer: pip install -U setuptools")
 
 SOURCES = ["csrc/bindings.cpp", "csrc/accumulate_cpu.cpp"]
 HEADERS = ["csrc/accumulate.h", "csrc/accumulate_math.h"]

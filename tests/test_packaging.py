@@ -114,6 +114,14 @@ def test_a_wrong_choice_of_build_is_refused(tmp_path: Path) -> None:
     assert "ACCUMKERN_BUILD is 'gpu'; it must be cpu, cuda, 0 or unset" in done.stderr
 
 
+@needs_build_tools
+def test_an_old_setuptools_is_named() -> None:
+    code = "import runpy, setuptools; setuptools.__version__ = '76.1.0'; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "setuptools is 76.1.0; accumkern is built with 77 or newer" in done.stderr
+
+
 def test_import_needs_and_loads_nothing_optional() -> None:
     code = (
         "import sys\n"
