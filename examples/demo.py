@@ -3,8 +3,8 @@
     python examples/demo.py                                    # on the source text of Python's standard library
     python examples/demo.py --text my/folder --output demo     # writes demo/demo.png and demo/demo.json
 
-All designs start from the same weights and see the same micro-batches. They take turns, a step each, so that whatever
-else the machine does slows down all of them.
+All designs start from the same weights and see the same micro-batches. They take turns, a few micro-batches each, so
+that whatever else the machine does slows down all of them, and times are compared for the same micro-batch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from itertools import pairwise
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"demo: {error.name} is not installed; install what the demo needs with: pip install accumkern[demo]")
 signal.signal(signal.SIGINT, ctrl_c)
 
+TURN = 8  # micro-batches that a design trains on before the next has its turn
 DESIGNS: tuple[type[StockBF16], ...] = (StockBF16, StockFP32, StockFP32Masters, Split24, Split32)
 ERROR_WINDOWS = 4  # the error is followed over so many times the micro-batches of a step
 MEMORY_MICRO_BATCHES = 2  # the first keeps the gradient, the second allocates what is missing
@@ -64,13 +66,6 @@ def new_model(device: torch.device, seed: int) -> GPT:
     """Return the model, with the weights that belong to ``seed``."""
     torch.manual_seed(seed)
     return GPT().to(device, torch.bfloat16)
-
-
-def train_step(design: StockBF16, batches: list[Tensor]) -> tuple[float, list[float]]:
-    """Train one step; return its mean loss and the milliseconds that micro-batches took, forward and backward."""
-    losses, times = run_micro_batches(design, batches, range(len(batches)))
-    design.step()
-    return torch.stack(losses).mean().item(), times
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------------
@@ -115,16 +110,23 @@ def compare(args: argparse.Namespace, text: Tensor, console: Console) -> dict[st
             design.begin()
         losses: list[list[float]] = [[] for _ in designs]
         times: list[list[float]] = [[] for _ in designs]
-        task = progress.add_task("training", total=args.steps * len(designs), loss="")
+        task = progress.add_task("training", total=args.steps * count * len(designs), loss="")
         began = time.perf_counter()
         for step in range(args.steps):
             batches = draw(count)
-            for turn in range(len(designs)):
-                i = (step + turn) % len(designs)
-                loss, milliseconds = train_step(designs[i], batches)
-                losses[i].append(loss)
-                times[i] += milliseconds
-                progress.update(task, advance=1, loss=f"loss {loss:.3f}")
+            of_step: list[list[Tensor]] = [[] for _ in designs]
+            for turn, first in enumerate(range(0, count, TURN)):
+                numbers = range(first, min(first + TURN, count))
+                for k in range(len(designs)):
+                    i = (step + turn + k) % len(designs)
+                    found, milliseconds = run_micro_batches(designs[i], batches, numbers)
+                    of_step[i] += found
+                    times[i] += milliseconds
+                    progress.update(task, advance=len(numbers))
+            for i, design in enumerate(designs):
+                design.step()
+                losses[i].append(torch.stack(of_step[i]).mean().item())
+            progress.update(task, loss=f"loss {losses[0][-1]:.3f}")
             if not console.is_terminal and (step + 1) % max(1, args.steps // 5) == 0:
                 console.print(f"step {step + 1} of {args.steps}, loss {losses[0][-1]:.3f}")
             now = time.perf_counter()
@@ -166,6 +168,10 @@ def compare(args: argparse.Namespace, text: Tensor, console: Console) -> dict[st
                 "ms_per_micro_batch": {
                     "median": statistics.median(milliseconds),
                     "p90": sorted(milliseconds)[int(0.9 * (len(milliseconds) - 1))],
+                    "over": {
+                        other.key: _quartiles(list(map(truediv, milliseconds, theirs)))
+                        for other, theirs in zip(DESIGNS, times, strict=True)
+                    },
                 },
                 "loss": loss,
                 "final_loss": statistics.fmean(loss[-5:]),
@@ -279,11 +285,12 @@ def findings(results: dict[str, Any]) -> list[str]:
     held, fp32_held = (e["gradient_bytes_per_parameter"]["held"] for e in (split, fp32))
     lines.append(f"{split['label']} holds {held:.2f} gradient bytes per weight, {fp32['label']} {fp32_held:.2f}.")
 
-    median, stock_median, fp32_median = (e["ms_per_micro_batch"]["median"] for e in (split, stock, fp32))
+    over = split["ms_per_micro_batch"]["over"]
+    (low, median, high), (_, fp32_median, _) = over[StockBF16.key], over[StockFP32.key]
     lines.append(
-        f"{split['label']} takes {_more(median / stock_median)} time for a micro-batch than {stock['label']} and "
-        f"{_more(median / fp32_median)} than {fp32['label']}. These are medians; its slowest tenth took "
-        f"{_more(split['ms_per_micro_batch']['p90'] / median)} than its median."
+        f"{split['label']} takes {_more(median)} time for a micro-batch than {stock['label']} and {_more(fp32_median)} "
+        f"than {fp32['label']}. These are medians over pairs of the same micro-batch; half of the first lie between "
+        f"{_more(low)} and {_more(high)}."
     )
 
     same_optimizer = [e for key, e in designs.items() if key != StockFP32Masters.key]
@@ -304,6 +311,11 @@ def findings(results: dict[str, Any]) -> list[str]:
     if not results["same_micro_gradients"]:
         lines.append("The micro-gradients differed from design to design; each error is against its own FP64 sum.")
     return lines
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    ordered = sorted(values)
+    return [ordered[(len(ordered) - 1) * quarter // 4] for quarter in (1, 2, 3)]
 
 
 def _more(ratio: float) -> str:

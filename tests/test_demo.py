@@ -116,6 +116,11 @@ def test_loss_and_time(quick: tuple[dict[str, Any], Path, str]) -> None:
         assert entry["loss"][2] < entry["loss"][0] - 0.5
         assert entry["loss"][2] == pytest.approx(results["designs"]["stock_fp32"]["loss"][2], abs=0.05)
         assert 0 < entry["ms_per_micro_batch"]["median"] <= entry["ms_per_micro_batch"]["p90"]
+        assert len(entry["ms_per_micro_batch"]["over"]) == len(results["designs"])
+        for low, median, high in entry["ms_per_micro_batch"]["over"].values():
+            assert 0 < low <= median <= high
+    for key, entry in results["designs"].items():
+        assert entry["ms_per_micro_batch"]["over"][key] == [1, 1, 1]
 
 
 def test_what_is_shown_and_written(quick: tuple[dict[str, Any], Path, str], demo: ModuleType) -> None:
