@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import platform
@@ -46,7 +47,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "commit": commit,
         "uncommitted_changes": dirty,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_options_but_results()]),
     }
 
 
@@ -60,6 +61,13 @@ def machine(device: torch.device) -> str:
 def folder_name(machine_name: str) -> str:
     """Return the name of a machine's folder of results: ``nvidia-h100-80gb-hbm3`` is one."""
     return re.sub(r"[^a-z0-9]+", "-", machine_name.lower()).strip("-")
+
+
+def _options_but_results() -> list[str]:
+    """Return the options of this run without ``--results``, a path that says nothing of the measurement."""
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument("--results")
+    return where.parse_known_args()[1]
 
 
 def _cpu_model() -> str:

@@ -53,6 +53,7 @@ def test_a_benchmark_runs_and_keeps_to_its_schema(name: str, tmp_path: Path) -> 
     content = results[folder_name(provenance(CPU)["machine"])][name]
     assert content["provenance"]["commit"] == "0" * 40
     assert content["provenance"]["uncommitted_changes"] is True
+    assert str(tmp_path) not in json.dumps(content)
     assert [r for r in content["results"] if "error" in r] == []
     assert SECTIONS[name].title in report.document(results, set())
     assert f"{name}.json" in printed

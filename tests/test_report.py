@@ -63,6 +63,7 @@ def test_every_result_was_measured_on_a_commit() -> None:
         for of_benchmark in benchmarks.values():
             assert of_benchmark["provenance"]["uncommitted_changes"] is False
             assert "--quick" not in of_benchmark["provenance"]["command"]
+            assert "--results" not in of_benchmark["provenance"]["command"]  # a path of the machine
 
 
 @pytest.mark.parametrize("missing", sorted(SOURCE))
