@@ -5,22 +5,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-__version__ = "0.1.0"
-
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
     raise ImportError(f"accumkern needs torch 2.10 or newer; torch {torch.__version__} is installed")
 
-from accumkern.accumulator import GradAccumulator, attach
+from accumkern.accumulator import GradAccumulator
 from accumkern.backends import available_backends
 from accumkern.finish import Finished
 from accumkern.lost_bits import LostBitsReport
 from accumkern.noise_scale import NoiseScale
 from accumkern.ops import accumulate_
+from accumkern.slot import Parts
+from accumkern.version import __version__ as __version__
+from accumkern.wiring import accumulator_of, attach
 
 __all__ = [
     "attach",
+    "accumulator_of",
     "GradAccumulator",
     "Finished",
+    "Parts",
     "NoiseScale",
     "LostBitsReport",
     "accumulate_",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from accumkern import backends, distributed
+from accumkern.backends import Kernels
+from accumkern.dtensor import norm_over
 from accumkern.formats import Format, Start, decode
+from accumkern.slot import Stored
+
+_KernelsOn: TypeAlias = Callable[[torch.device], Kernels]
 
 _PART_NUMEL = 2**22
 
@@ -29,36 +33,98 @@ class Finished(NamedTuple):
     found_nonfinite: Tensor
 
 
-class Gradient(NamedTuple):
-    """One gradient as it lies in memory at the end of a window."""
+def finish(
+    gradients: list[Stored],
+    divide_by: float | Tensor,
+    max_norm: float | None,
+    norm_type: float,
+    error_if_nonfinite: bool,
+    kernels_on: _KernelsOn,
+) -> Finished:
+    """Divide, clip and round gradients; see :meth:`accumkern.GradAccumulator.finish`."""
+    _check_divide_by(divide_by, gradients)
+    _check_max_norm(max_norm, norm_type)
+    norm = total_norm(gradients, float(norm_type), kernels_on)
+    divisor: float | Tensor = divide_by
+    if isinstance(divide_by, Tensor):
+        divisor = divide_by.detach().to(norm.device, torch.float32, non_blocking=True)
+    norm = norm / divisor
+    nonfinite = ~norm.isfinite()
+    if error_if_nonfinite and bool(nonfinite):
+        raise RuntimeError(
+            f"the total norm of order {norm_type} of the gradients is {norm.item()}; they are left as they were"
+        )
+    coefficient = torch.ones_like(norm) if max_norm is None else torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    if max_norm is not None or isinstance(divisor, Tensor) or divisor != 1:
+        write(gradients, divisor, 1.0 if max_norm is None else coefficient, kernels_on)
+    return Finished(norm, coefficient, nonfinite)
 
-    grad: Tensor  # of a DTensor, this rank's shard
-    format_: Format | None  # None: not folded by a kernel (complex, sparse, float64, or with holes in memory)
-    residual: Tensor | None  # flat, in the memory order of grad; None counts as zero
-    partials: Tensor | None  # left by the last fold, if nobody changed the gradient since
-    dtensor: Any = None  # what the gradient is a shard of
+
+@torch.no_grad()
+def total_norm(gradients: list[Stored], norm_type: float, kernels_on: _KernelsOn) -> Tensor:
+    """Return the norm of all accumulated values as one vector: FP32, 0-dim, on the device of the first gradient.
+
+    The 2-norm of a gradient whose last fold left partial sums is read from them; the others cost a pass. Norms of
+    shards are combined over the ranks that hold the others.
+    """
+    norms: list[Tensor] = []
+    measured: dict[torch.device, list[Tensor]] = {}
+    shards: dict[tuple[Any, ...], list[Tensor]] = {}
+    for gradient in gradients:
+        if norm_type == 2 and gradient.partials is not None:
+            measured.setdefault(gradient.partials.device, []).append(gradient.partials)
+        elif gradient.groups:
+            zero = gradient.parts.sum.new_zeros((), dtype=torch.float32)  # every rank takes part in the reduction
+            shards.setdefault(gradient.groups, []).extend([zero, *_norms(gradient, norm_type, kernels_on)])
+        else:
+            norms += _norms(gradient, norm_type, kernels_on)
+    for groups, of_groups in shards.items():
+        norms.append(norm_over(groups, _norm_of(of_groups, of_groups[0].device, norm_type), norm_type))
+    norms += [torch.cat(rows)[:, 1].sum(dtype=torch.float64).sqrt().float() for rows in measured.values()]
+    device = gradients[0].parts.sum.device
+    if not norms:
+        return torch.zeros((), dtype=torch.float32, device=device)
+    return _norm_of(norms, device, norm_type)
 
 
-def check_divide_by(divide_by: object, gradients: list[Gradient]) -> None:
+@torch.no_grad()
+def write(gradients: list[Stored], divisor: float | Tensor, factor: Tensor | float, kernels_on: _KernelsOn) -> None:
+    """Set each ``.grad`` to ``round((x / divisor) * factor)``, computed in FP32 from the accumulated value ``x``."""
+    launches: dict[tuple[torch.device, Format, Start], tuple[list[Tensor], list[Any]]] = {}
+    for total, residual, format_ in (gradient.parts for gradient in gradients):
+        if format_ is None:
+            total.div_(_on(divisor, total.device)).mul_(_on(factor, total.device))
+        else:
+            start = Start.FROM_SUM if residual is None else Start.CONTINUE
+            sums, residuals = launches.setdefault((total.device, format_, start), ([], []))
+            sums.append(total)
+            residuals.append(residual)
+    for (device, format_, start), (sums, residuals) in launches.items():
+        beside = residuals if start is Start.CONTINUE else None
+        kernels_on(device).finish(format_, start, sums, beside, _on(divisor, device), _on(factor, device))
+        torch.autograd.graph.increment_version(sums)
+
+
+def _check_divide_by(divide_by: object, gradients: list[Stored]) -> None:
     """Raise unless ``divide_by`` is a positive number, or a 0-dim tensor on a device of the gradients."""
     right = "it must be a number or a 0-dim tensor, positive and finite in FP32"
     if isinstance(divide_by, Tensor):
         if divide_by.dim() != 0 or divide_by.is_complex() or divide_by.dtype is torch.bool:
             shape, dtype = tuple(divide_by.shape), divide_by.dtype
             raise ValueError(f"divide_by is a tensor of shape {shape} and {dtype}; {right}")
-        devices = {gradient.grad.device for gradient in gradients}
+        devices = {gradient.parts.sum.device for gradient in gradients}
         if divide_by.device not in devices:
             on = ", ".join(sorted(map(str, devices)))
             raise ValueError(f"divide_by is on {divide_by.device} and the gradients on {on}; move it there")
         if divide_by.device.type == "cpu":  # on a GPU, looking would wait for it
-            check_divide_by(divide_by.item(), gradients)
+            _check_divide_by(divide_by.item(), gradients)
     elif isinstance(divide_by, bool) or not isinstance(divide_by, (int, float)):
         raise TypeError(f"divide_by is a {type(divide_by).__name__}; {right}")
     elif not 2.0**-149 <= divide_by <= torch.finfo(torch.float32).max:  # what FP32 holds
         raise ValueError(f"divide_by is {divide_by}; {right}")
 
 
-def check_max_norm(max_norm: object, norm_type: object) -> None:
+def _check_max_norm(max_norm: object, norm_type: object) -> None:
     """Raise unless ``max_norm`` is None or a positive number, and ``norm_type`` a positive number or infinity."""
     if max_norm is not None:
         if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)):
@@ -71,88 +137,31 @@ def check_max_norm(max_norm: object, norm_type: object) -> None:
         raise ValueError(f"norm_type is {norm_type}; it must be a positive number or infinity")
 
 
-@torch.no_grad()
-def total_norm(gradients: list[Gradient], norm_type: float, backend_on: Callable[[torch.device], str]) -> Tensor:
-    """Return the norm of all accumulated values as one vector: FP32, 0-dim, on the device of the first gradient.
-
-    The 2-norm of a gradient whose last fold left partial sums is read from them; the others cost a pass. Norms of
-    shards are combined over the ranks that hold the others.
-    """
-    norms: list[Tensor] = []
-    measured: dict[torch.device, list[Tensor]] = {}
-    shards: dict[tuple[Any, ...], list[Tensor]] = {}
-    for gradient in gradients:
-        if gradient.dtensor is not None:
-            of_groups = shards.setdefault(distributed.groups_of_shards(gradient.dtensor), [])
-            of_groups += [gradient.grad.new_zeros((), dtype=torch.float32), *_norms(gradient, norm_type, backend_on)]
-        elif norm_type == 2 and gradient.partials is not None:
-            measured.setdefault(gradient.grad.device, []).append(gradient.partials)
-        else:
-            norms += _norms(gradient, norm_type, backend_on)
-    for groups, of_groups in shards.items():
-        norms.append(distributed.norm_over(groups, _norm_of(of_groups, of_groups[0].device, norm_type), norm_type))
-    norms += [torch.cat(rows)[:, 1].sum(dtype=torch.float64).sqrt().float() for rows in measured.values()]
-    device = gradients[0].grad.device
-    if not norms:
-        return torch.zeros((), dtype=torch.float32, device=device)
-    return _norm_of(norms, device, norm_type)
+def _on(scalar: float | Tensor, device: torch.device) -> float | Tensor:
+    return scalar.to(device, non_blocking=True) if isinstance(scalar, Tensor) else scalar
 
 
 def _norm_of(norms: list[Tensor], device: torch.device, norm_type: float) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([norm.to(device, non_blocking=True) for norm in norms]), norm_type)
 
 
-@torch.no_grad()
-def write(
-    gradients: list[Gradient],
-    divisor: float | Tensor,
-    factor: Tensor | float,
-    backend_on: Callable[[torch.device], str],
-) -> None:
-    """Set each ``.grad`` to ``round((x / divisor) * factor)``, computed in FP32 from the accumulated value ``x``."""
-    groups: dict[tuple[torch.device, Format, Start], list[Gradient]] = {}
-    for gradient in gradients:
-        if gradient.format_ is None:
-            gradient.grad.div_(_on(divisor, gradient.grad.device)).mul_(_on(factor, gradient.grad.device))
-        else:
-            start = Start.FROM_SUM if gradient.residual is None else Start.CONTINUE
-            groups.setdefault((gradient.grad.device, gradient.format_, start), []).append(gradient)
-    for (device, format_, start), members in groups.items():
-        residuals: Any = None if start is Start.FROM_SUM else [member.residual for member in members]
-        sums = [member.grad for member in members]
-        finish = backends.finish_function(backend_on(device))
-        finish(format_, start, sums, residuals, _on(divisor, device), _on(factor, device))
-        torch.autograd.graph.increment_version(sums)
-
-
-def _on(scalar: float | Tensor, device: torch.device) -> float | Tensor:
-    return scalar.to(device, non_blocking=True) if isinstance(scalar, Tensor) else scalar
-
-
-def _norms(gradient: Gradient, norm_type: float, backend_on: Callable[[torch.device], str]) -> list[Tensor]:
+def _norms(gradient: Stored, norm_type: float, kernels_on: _KernelsOn) -> list[Tensor]:
     """Return norms of parts of a gradient's accumulated values, FP32; what decodes is only as large as a part."""
-    grad, residual = gradient.grad, gradient.residual
-    if gradient.dtensor is not None and distributed.is_pending(gradient.dtensor):
-        value = grad.float() if gradient.format_ is None else decode(gradient.format_, grad, _like(residual, grad))
-        value = distributed.reduced(value, gradient.dtensor)
+    total, residual, format_ = gradient.parts
+    if gradient.reduce is not None:
+        value = gradient.reduce(total.float() if format_ is None else decode(format_, total, residual))
         return [torch.linalg.vector_norm(value, norm_type)] if value.numel() else []
-    if grad.numel() == 0:  # which has no maximum
+    if total.numel() == 0:  # which has no maximum
         return []
-    if gradient.format_ is None or residual is None:
-        if grad.layout is not torch.strided:
-            grad = grad.coalesce().values() if grad.layout is torch.sparse_coo else grad.values()
-        dtype = torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else None
-        return [torch.linalg.vector_norm(grad, norm_type, dtype=dtype).float()]
-    flat = grad.as_strided((grad.numel(),), (1,))
-    decode_into = backends.decode_function(backend_on(grad.device))
+    if format_ is None or residual is None:
+        if total.layout is not torch.strided:
+            total = total.coalesce().values() if total.layout is torch.sparse_coo else total.values()
+        dtype = torch.float32 if total.dtype in (torch.bfloat16, torch.float16) else None
+        return [torch.linalg.vector_norm(total, norm_type, dtype=dtype).float()]
+    flat, low = (tensor.as_strided((tensor.numel(),), (1,)) for tensor in (total, residual))
     norms = []
-    for part, low in zip(flat.split(_PART_NUMEL), residual.split(_PART_NUMEL), strict=True):
+    for part, low_part in zip(flat.split(_PART_NUMEL), low.split(_PART_NUMEL), strict=True):
         value = torch.empty_like(part, dtype=torch.float32)
-        decode_into(gradient.format_, [part], [low], [value])
+        kernels_on(total.device).decode(format_, [part], [low_part], [value])
         norms.append(torch.linalg.vector_norm(value, norm_type))
     return norms
-
-
-def _like(residual: Tensor | None, grad: Tensor) -> Tensor | None:
-    """Return a flat residual with the shape of its gradient."""
-    return None if residual is None else residual.as_strided(grad.shape, grad.stride())

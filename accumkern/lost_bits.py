@@ -133,10 +133,15 @@ class LostBitsMeter:
         sample.truth = sample.truth + exact
         sample.micro_batches += 1
 
-    def report(self, optimizer: torch.optim.Optimizer, gradient: Callable[[Tensor], Tensor | None]) -> LostBitsReport:
-        """Return the errors of the last window."""
+    def report(self, groups: list[dict[str, Any]], gradient: Callable[[Tensor], Tensor | None]) -> LostBitsReport:
+        """Return the errors of the last window.
+
+        Args:
+            groups: of the optimizer.
+            gradient: the accumulated gradient of a parameter, FP32.
+        """
         rows, totals = [], [0.0, 0.0, 0.0]
-        for g, group in enumerate(optimizer.param_groups):
+        for g, group in enumerate(groups):
             names = group.get("param_names")
             for i, param in enumerate(group["params"]):
                 sample = self._samples.get(param)

@@ -12,8 +12,9 @@ al., "An Empirical Model of Large-Batch Training", arXiv 1812.06162, appendix A,
 from __future__ import annotations
 
 import math
+import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,7 @@ def estimate(squares: Sequence[float], square_of_sum: float, tokens: Sequence[fl
     return Estimate(total * (a - q) / (count - 1), (count * q - a) / (count - 1))
 
 
-def check_smoothing(smoothing: object) -> None:
+def check_smoothing(smoothing: Any) -> None:
     """Raise unless ``smoothing`` is a number from 0 to 1, 1 excluded."""
     right = "it must be a number of at least 0 and less than 1"
     if isinstance(smoothing, bool) or not isinstance(smoothing, (int, float)):
@@ -89,7 +90,7 @@ def check_smoothing(smoothing: object) -> None:
         raise ValueError(f"smoothing is {smoothing}; {right}")
 
 
-def check_group(group: object, groups: int) -> None:
+def check_group(group: Any, groups: int) -> None:
     """Raise unless ``group`` is None or the index of one of ``groups`` parameter groups."""
     right = f"it must be None or the index of one of the optimizer's {groups} parameter groups, from 0"
     if group is not None and (isinstance(group, bool) or not isinstance(group, int)):
@@ -143,17 +144,20 @@ class Smoother:
         return Estimate(self.trace / self.weight, self.squared_gradient / self.weight)
 
 
-class Share:
-    """What one parameter adds to the squares of a window."""
+class _Gradients:
+    """The gradients of one parameter in a window."""
 
-    __slots__ = ("count", "first", "group", "param", "window")
+    __slots__ = ("count", "first", "group", "partials", "window")
 
-    def __init__(self, param: Tensor, group: int) -> None:
-        self.param = param
+    def __init__(self, group: int) -> None:
         self.group = group  # of the optimizer
         self.window = -1
-        self.count = 0  # gradients in this window
+        self.begin(-1)
+
+    def begin(self, window: int) -> None:
+        self.window, self.count = window, 0
         self.first: tuple[weakref.ref[Tensor], int] | None = None  # the first, while it is not measured; its version
+        self.partials: Tensor | None = None  # of the last fold
 
 
 class WindowSquares:
@@ -161,64 +165,74 @@ class WindowSquares:
 
     A parameter's k-th gradient of a window belongs to micro-batch k. The first one is not folded; its square is read
     off the old value when the second is.
+
+    Args:
+        group_of: the index of a parameter's group in the optimizer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group_of: Callable[[Tensor], int]) -> None:
         self.window = 0  # its number
+        self._group_of = group_of
         self._closed = False
         self._edited = False
+        self._gradients: dict[Tensor, _Gradients] = {}
         self._squares: list[dict[tuple[int, torch.device], Tensor]] = []  # of each micro-batch
-        self._sums: dict[Share, Tensor] = {}  # partials of each parameter's last fold
-        self._folded: list[tuple[Share, Tensor, Start, float | Tensor]] = []  # since the last reduction
+        self._folded: list[tuple[_Gradients, Tensor, Start, float | Tensor]] = []  # since the last reduction
+        self._lock = threading.Lock()  # autograd folds the gradients of each device in a thread of its own
 
-    def arrive(self, share: Share, is_first: bool) -> None:
+    def arrive(self, param: Tensor, is_first: bool) -> None:
         """Count a gradient; ``is_first`` says that ``.grad`` was None before."""
-        if self._closed or (is_first and share.window == self.window):
+        of = self._gradients.get(param)
+        if of is None:
+            of = self._gradients[param] = _Gradients(self._group_of(param))
+        if self._closed or (is_first and of.window == self.window):
             self.window += 1
             self._closed = self._edited = False
             self._squares.clear()
-            self._sums.clear()
             self._folded.clear()
-        if share.window != self.window:
-            share.window, share.count, share.first = self.window, 0, None
-        share.count += 1
+        if of.window != self.window:
+            of.begin(self.window)
+        of.count += 1
 
-    def keep(self, share: Share, grad: Tensor) -> None:
+    def keep(self, param: Tensor, grad: Tensor) -> None:
         """Note that the first gradient of a window was kept as it came."""
-        share.first = weakref.ref(grad), grad._version
+        self._gradients[param].first = weakref.ref(grad), grad._version
 
-    def fold(self, share: Share, running: Tensor, start: Start, partials: Tensor, scale: float | Tensor) -> None:
+    def fold(self, param: Tensor, running: Tensor, start: Start, partials: Tensor, scale: float | Tensor) -> None:
         """Note a fold into ``running`` that left ``partials``."""
-        first, share.first = share.first, None
-        if start is Start.FROM_SUM:
-            # From the first gradient, as it came, or from zeros: whether they are, reduce() sees.
-            if share.count == 2:
-                self._edited |= first is None or first[0]() is not running or first[1] != running._version
-            else:
-                self._edited |= share.count != 1
-        elif start is Start.CONTINUE:
-            self._edited |= share.count == 1
-        self._sums[share] = partials
-        self._folded.append((share, partials, start, scale))
+        of = self._gradients[param]
+        first, of.first = of.first, None
+        with self._lock:
+            if start is Start.FROM_SUM:
+                # From the first gradient, as it came, or from zeros: whether they are, reduce() sees.
+                if of.count == 2:
+                    self._edited |= first is None or first[0]() is not running or first[1] != running._version
+                else:
+                    self._edited |= of.count != 1
+            elif start is Start.CONTINUE:
+                self._edited |= of.count == 1
+            of.partials = partials
+            self._folded.append((of, partials, start, scale))
 
     def reduce(self) -> None:
         """Add up the partial sums of the folds since the last call, before others overwrite them."""
-        groups: dict[Any, list[Tensor]] = {}
-        scales: dict[int, float | Tensor] = {}
-        for share, partials, start, scale in self._folded:
-            scales[id(scale)] = scale
-            key = (share.count - 1, share.group, partials.device, start is Start.FROM_SUM, id(scale))
-            groups.setdefault(key, []).append(partials)
-        for (index, group, device, from_sum, scale_id), rows in groups.items():
-            scale = scales[scale_id]
-            if isinstance(scale, Tensor):
-                scale = scale.to(device, torch.float64)
-            totals = torch.cat(rows).sum(0, dtype=torch.float64)
-            self._add(index, group, totals[0] * scale * scale)
-            if from_sum:
-                # At the second gradient, the square of the first; at the first, of zeros, or index -1 will tell.
-                self._add(index - 1, group, totals[2])
-        self._folded.clear()
+        with self._lock:
+            groups: dict[Any, list[Tensor]] = {}
+            scales: dict[int, float | Tensor] = {}
+            for of, partials, start, scale in self._folded:
+                scales[id(scale)] = scale
+                key = (of.count - 1, of.group, partials.device, start is Start.FROM_SUM, id(scale))
+                groups.setdefault(key, []).append(partials)
+            for (index, group, device, from_sum, scale_id), rows in groups.items():
+                scale = scales[scale_id]
+                if isinstance(scale, Tensor):
+                    scale = scale.to(device, torch.float64)
+                totals = torch.cat(rows).sum(0, dtype=torch.float64)
+                self._add(index, group, totals[0] * scale * scale)
+                if from_sum:
+                    # At the second gradient, the square of the first; at the first, of zeros, or index -1 will tell.
+                    self._add(index - 1, group, totals[2])
+            self._folded.clear()
 
     def _add(self, index: int, group: int, square: Tensor) -> None:
         while len(self._squares) <= index + 1:
@@ -231,35 +245,37 @@ class WindowSquares:
         """Let the next gradient begin another window."""
         self._closed = True
 
-    def totals(self, shares: Iterable[Share], group: int | None) -> tuple[list[float], float]:
+    def totals(self, group: int | None) -> tuple[list[float], float]:
         """Return ``||s_i||^2`` of each micro-batch and ``||sum s_i||^2``, of all groups or of one.
 
         Raises:
             RuntimeError: there is nothing to estimate from, or gradients were changed in the middle of the window.
         """
         self.reduce()
-        members = [share for share in shares if share.window == self.window and group in (None, share.group)]
-        count = max((share.count for share in members), default=0)
+        members = {
+            param: of for param, of in self._gradients.items() if of.window == self.window and group in (None, of.group)
+        }
+        count = max((of.count for of in members.values()), default=0)
         if count < 2:
             found = "no micro-batch" if count == 0 else "one micro-batch"
             raise RuntimeError(f"the noise scale is undefined: the window has {found}, and it needs at least two")
         squares = [torch.zeros((), dtype=torch.float64, device="cpu")] * (count + 1)
         square_of_sum = 0.0
-        for index, of in enumerate(self._squares):
-            for (of_group, _), square in of.items():
+        for index, of_groups in enumerate(self._squares):
+            for (of_group, _), square in of_groups.items():
                 if group in (None, of_group):
                     squares[index] = squares[index] + square.cpu()
         rows: dict[torch.device, list[Tensor]] = {}
-        for share in members:
-            if share.first is not None:  # had one gradient alone, which no fold has measured
-                grad = share.param.grad
-                if grad is None or grad is not share.first[0]() or grad._version != share.first[1]:
+        for param, of in members.items():
+            if of.first is not None:  # had one gradient alone, which no fold has measured
+                grad = param.grad
+                if grad is None or grad is not of.first[0]() or grad._version != of.first[1]:
                     raise RuntimeError("call noise_scale() after the last backward pass and before zero_grad()")
                 square = torch.linalg.vector_norm(grad, dtype=torch.float32).double().cpu() ** 2
                 squares[1] = squares[1] + square
                 square_of_sum += float(square)
-            elif share in self._sums:
-                rows.setdefault(self._sums[share].device, []).append(self._sums[share])
+            elif of.partials is not None:
+                rows.setdefault(of.partials.device, []).append(of.partials)
         square_of_sum += sum(float(torch.cat(r)[:, 1].sum(dtype=torch.float64)) for r in rows.values())
         if self._edited or float(squares[0]) > 0:
             raise RuntimeError(
@@ -267,3 +283,37 @@ class WindowSquares:
                 "per window, after its last backward pass; clip and unscale after it"
             )
         return [float(square) for square in squares[1:]], square_of_sum
+
+
+class NoiseScaleMeter:
+    """The noise scale of an accumulator, window after window.
+
+    Args:
+        groups: of the optimizer, as they are now.
+    """
+
+    def __init__(self, groups: Callable[[], list[dict[str, Any]]]) -> None:
+        self.squares = WindowSquares(self._group_of)
+        self._groups = groups
+        self._group_of_param: dict[Tensor, int] = {}
+        self._smoothers: dict[int | None, Smoother] = {}
+
+    def read(self, tokens: object, group: int | None, smoothing: float) -> NoiseScale:
+        """Return the noise scale after a window; see :meth:`accumkern.GradAccumulator.noise_scale`."""
+        check_smoothing(smoothing)
+        check_group(group, len(self._groups()))
+        smoother = self._smoothers.setdefault(group, Smoother())
+        if smoother.last_window == self.squares.window:
+            raise RuntimeError("noise_scale() was called already in this window; call it once per window and group")
+        squares, square_of_sum = self.squares.totals(group)
+        counts = counts_of(tokens, len(squares))
+        window = estimate(squares, square_of_sum, counts)
+        smoothed = smoother.add(window, smoothing)
+        smoother.last_window = self.squares.window
+        self.squares.close()
+        return NoiseScale(smoothed.noise_scale, smoothed, window, len(squares), smoother.windows)
+
+    def _group_of(self, param: Tensor) -> int:
+        if param not in self._group_of_param:
+            self._group_of_param = {p: i for i, group in enumerate(self._groups()) for p in group["params"]}
+        return self._group_of_param[param]

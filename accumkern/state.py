@@ -1,16 +1,72 @@
-"""Checks of a state that is loaded in the middle of a window."""
+"""Checkpoints in the middle of a window: sums and residuals, bit for bit."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from accumkern import distributed
+from accumkern.dtensor import check_layout, is_dtensor
 from accumkern.formats import BUFFERS
+from accumkern.slot import Slot
 
 
-def checked_state(
-    state_dict: object, buffer: str, parameters: list[Tensor]
-) -> list[tuple[Tensor | None, Tensor | None]]:
+def saved(params: list[Tensor], slots: Mapping[Tensor, Slot], buffer: str) -> dict[str, Any]:
+    """Return the state of gradients; see :meth:`accumkern.GradAccumulator.state_dict`."""
+    sums: dict[str, Tensor | None] = {}
+    residuals: dict[str, Tensor | None] = {}
+    for i, param in enumerate(params):
+        slot = slots.get(param)
+        grad = None if slot is None else param.grad
+        sums[str(i)] = residuals[str(i)] = None
+        if slot is None or grad is None:
+            continue
+        if not slot.is_complete(grad):
+            raise RuntimeError(
+                f"the gradient of parameter {i} of optimizer is a sum over ranks that is still to be taken "
+                "(Partial); save between two windows"
+            )
+        sums[str(i)] = grad.detach()
+        residual = slot.valid_residual(grad)
+        residuals[str(i)] = None if residual is None else slot.saved_residual(residual, grad)
+    return {"buffer": buffer, "sums": sums, "residuals": residuals}
+
+
+def empty(params: list[Tensor], slots: Mapping[Tensor, Slot], buffer: str) -> dict[str, Any]:
+    """Return a state of zeros; see :meth:`accumkern.GradAccumulator.empty_state_dict`."""
+    sums: dict[str, Tensor | None] = {}
+    residuals: dict[str, Tensor | None] = {}
+    for i, param in enumerate(params):
+        slot = slots.get(param) if param.requires_grad else None
+        sums[str(i)] = residuals[str(i)] = None
+        if slot is None:
+            continue
+        sums[str(i)] = torch.zeros_like(param, requires_grad=False)
+        format_ = BUFFERS[buffer].get(param.dtype)
+        if format_ is not None and format_.residual_dtype is not None:
+            residual = torch.zeros(slot.numel, dtype=format_.residual_dtype, device=slot.device)
+            residuals[str(i)] = slot.saved_residual(residual, param)
+    return {"buffer": buffer, "sums": sums, "residuals": residuals}
+
+
+def load(
+    entries: list[tuple[Tensor | None, Tensor | None]], params: list[Tensor], slots: Mapping[Tensor, Slot]
+) -> None:
+    """Put back what :func:`checked` has returned; see :meth:`accumkern.GradAccumulator.load_state_dict`."""
+    for param, (total, residual) in zip(params, entries, strict=True):
+        slot = slots.get(param)
+        if slot is None:
+            continue
+        if total is None:
+            param.grad = None
+            slot.forget()
+        else:
+            slot.load(total.detach().clone().to(param.device), residual)
+
+
+def checked(state_dict: object, parameters: list[Tensor], buffer: str) -> list[tuple[Tensor | None, Tensor | None]]:
     """Return (sum, residual) for each parameter, after checking that a state fits."""
     if not isinstance(state_dict, dict) or set(state_dict) != {"buffer", "sums", "residuals"}:
         found = sorted(state_dict) if isinstance(state_dict, dict) else type(state_dict).__name__
@@ -41,7 +97,7 @@ def checked_state(
             if tensor is not None and tensor.is_meta:
                 raise ValueError(f"{key}[{i}] of state_dict is on the meta device, without values; load it elsewhere")
             if tensor is not None:
-                distributed.check_layout(f"{key}[{i}] of state_dict", tensor, f"parameter {i}", param)
+                check_layout(f"{key}[{i}] of state_dict", tensor, f"parameter {i}", param)
         if total.shape != param.shape:
             raise ValueError(
                 f"sums[{i}] of state_dict has shape {tuple(total.shape)}; parameter {i} has {tuple(param.shape)}"
@@ -52,7 +108,7 @@ def checked_state(
             format_ = BUFFERS[buffer].get(total.dtype)
             if format_ is None or residual.dtype is not format_.residual_dtype:
                 raise TypeError(f"residuals[{i}] of state_dict is {residual.dtype}, which buffer={buffer!r} never has")
-            shape = tuple(total.shape) if distributed.is_dtensor(total) else (total.numel(),)
+            shape = tuple(total.shape) if is_dtensor(total) else (total.numel(),)
             if residual.shape != shape:
                 raise ValueError(f"residuals[{i}] of state_dict has shape {tuple(residual.shape)}; it must be {shape}")
     return entries

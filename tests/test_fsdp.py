@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 import accumkern
-from accumkern import distributed
+from accumkern.sharded import RunningShard
 
 pytestmark = pytest.mark.integration("fully_shard (FSDP2)")
 
@@ -262,7 +262,7 @@ def like_stock_elsewhere() -> None:
     # The shards do not keep what they fold with alive, and are tensors like others after detach().
     run_window(model, BF16, 2)
     kept = params[0].grad.to_local()
-    reference = weakref.ref(acc._parameters[params[0]])
+    reference = weakref.ref(acc._attachment.slots[params[0]])
     acc.detach()
     assert reference() is None
     kept += 1
@@ -327,7 +327,7 @@ def norms(dtype: torch.dtype, mesh_shape: tuple[int, ...]) -> None:
     if mesh.get_local_rank("shard") == mesh.size(-1) - 1:
         next(model.parameters()).grad.to_local()[-1] = float("nan")
     for norm_type in (2.0, float("inf")):
-        acc._finished = False
+        acc._rooms.finished_at = -1
         assert bool(acc.finish(norm_type=norm_type).found_nonfinite)
 
 
@@ -367,7 +367,7 @@ def another_torch() -> None:
     accumkern.attach(optimizer)
     run_window(model, BF16, 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed.RunningShard, "__iadd__", Tensor.add_)
+        patch.setattr(RunningShard, "__iadd__", Tensor.add_)
         with pytest.raises(RuntimeError, match=r"in a way that accumkern does not know"):
             run_window(model, BF16, 1)
 

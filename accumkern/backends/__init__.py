@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -220,3 +220,18 @@ def _extension_problem() -> str | None:
     if _C.version != __version__:
         return f"the extension accumkern._C is of version {_C.version}, the package of {__version__}: install it again"
     return None
+
+
+class Kernels(NamedTuple):
+    """The kernels of one backend."""
+
+    fold: FoldFunction
+    finish: FinishFunction
+    decode: DecodeFunction
+    encode: EncodeFunction
+
+
+@cache
+def kernels(name: str) -> Kernels:
+    """Return the kernels of a backend that can run here."""
+    return Kernels(fold_function(name), finish_function(name), decode_function(name), encode_function(name))

@@ -13,7 +13,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from accumkern.accumulator import attach
+from accumkern.wiring import attach
 from accumkern.noise_scale import Estimate
 from accumkern.planning.preserve import Preserved
 from accumkern.planning.protocol import Setup, make_batch

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from accumkern.accumulator import GradAccumulator, attach
+from accumkern.accumulator import GradAccumulator
+from accumkern.wiring import attach
 from accumkern.formats import BUFFERS
 from accumkern.planning.protocol import Setup, compute_loss
 

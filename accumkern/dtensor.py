@@ -1,0 +1,113 @@
+"""Tensors that are spread over processes: pure functions of DTensors and process groups."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from accumkern.torch_private import is_wrapper_subclass
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def is_in_group() -> bool:
+    """Return whether this process has a process group, so that others may read and write ``.grad`` at any moment."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Return whether ``tensor`` is a DTensor."""
+    if not is_wrapper_subclass(tensor) or not torch.distributed.is_available():
+        return False  # without an import that takes its time
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+@torch.no_grad()
+def shard(grad: Any) -> Tensor:
+    """Return the very tensor that holds this rank's part of a DTensor, once a collective that writes it is done."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    local = grad.to_local()
+    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+
+
+@torch.no_grad()
+def with_shard(local: Tensor, like: Any) -> Any:
+    """Return a DTensor laid out over ranks as ``like`` is, of which this rank holds ``local``."""
+    from torch.distributed.tensor import DTensor
+
+    shape, stride = like.shape, like.stride()
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+
+
+def check_layout(name: str, tensor: Tensor, of: str, param: Tensor) -> None:
+    """Raise unless ``tensor`` is spread over ranks as ``param`` is: both alike, or neither.
+
+    Args:
+        name: what to call ``tensor``.
+        tensor: what is loaded.
+        of: what to call ``param``.
+        param: the parameter that it is loaded for.
+    """
+    loaded, wanted = is_dtensor(tensor), is_dtensor(param)
+    if loaded is not wanted:
+        kinds = "DTensor" if loaded else "plain tensor", "DTensor" if wanted else "plain tensor"
+        raise TypeError(f"{name} is a {kinds[0]}; {of} is a {kinds[1]}")
+    if not loaded:
+        return
+    a: Any = tensor
+    b: Any = param
+    if a.placements != b.placements or a.device_mesh != b.device_mesh:
+        raise ValueError(
+            f"{name} is laid out as {a.placements} on {a.device_mesh}; {of} as {b.placements} on {b.device_mesh}. "
+            "Redistribute it, or let torch.distributed.checkpoint do it"
+        )
+
+
+def is_pending(grad: Any) -> bool:
+    """Return whether the value of a DTensor is the sum of what its ranks hold."""
+    return any(placement.is_partial() for placement in grad.placements)
+
+
+@torch.no_grad()
+def reduced(local: Tensor, like: Any) -> Tensor:
+    """Return this rank's part of the sum that ``local`` is a term of, where ``like`` is such a sum."""
+    from torch.distributed.tensor import Replicate
+
+    placements = [Replicate() if placement.is_partial() else placement for placement in like.placements]
+    return shard(with_shard(local, like).redistribute(placements=placements))
+
+
+def groups_of_shards(grad: Any) -> tuple[ProcessGroup, ...]:
+    """Return the groups of ranks that hold different elements of a DTensor."""
+    return tuple(
+        grad.device_mesh.get_group(dim)
+        for dim, placement in enumerate(grad.placements)
+        if not placement.is_replicate() and not placement.is_partial()
+    )
+
+
+def norm_over(groups: tuple[ProcessGroup, ...], norm: Tensor, norm_type: float) -> Tensor:
+    """Return the norm of a vector of which each rank holds some elements.
+
+    Args:
+        groups: of ranks that hold different elements; those of one group after the other are combined.
+        norm: of the elements of this rank, 0-dim.
+        norm_type: a positive number, or infinity.
+    """
+    if not groups:
+        return norm
+    if norm_type == float("inf"):  # the greatest of numbers and NaN may be either
+        both = torch.stack([norm.nan_to_num(0.0, posinf=torch.inf), norm.isnan().to(norm.dtype)])
+        for group in groups:
+            torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=group)
+        return torch.where(both[1] > 0, torch.nan, both[0])
+    power = norm.double() ** norm_type
+    for group in groups:
+        torch.distributed.all_reduce(power, group=group)
+    return (power ** (1 / norm_type)).to(norm.dtype)

@@ -1,0 +1,188 @@
+"""One fold: which format, scale and kernel it takes, and what is left to torch's own addition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accumkern import backends
+from accumkern.dtensor import is_dtensor
+from accumkern.formats import BUFFERS, Start
+from accumkern.noise_scale import WindowSquares
+from accumkern.ops import is_dense
+from accumkern.slot import FOLDED_DTYPES, Slot
+from accumkern.torch_private import is_flattened, is_wrapper_subclass
+
+_is_grad_enabled = torch.is_grad_enabled
+_numel = Tensor.numel
+
+
+def is_plain(grad: Tensor, dtype: torch.dtype | None) -> bool:
+    """Return whether the kernels take a gradient as it is; sparse tensors are not contiguous."""
+    return grad.dtype is dtype and grad.is_contiguous() and not grad.is_neg()
+
+
+class Fold:
+    """How the gradients of one accumulator are folded.
+
+    Attributes:
+        buffer: see below.
+        scale: the factor of each micro-gradient: a number, or a floating 0-dim tensor.
+        is_scaled: whether it is anything but 1.
+        leaves_partials: whether folds leave partial sums of squares.
+        squares: the noise scale's record of them, or None.
+
+    Args:
+        buffer: a name in :data:`accumkern.formats.BUFFERS`.
+        backend: a backend's name, or None for the first that can run on a gradient's device.
+        squares: see above.
+    """
+
+    def __init__(self, buffer: str, backend: str | None, squares: WindowSquares | None) -> None:
+        self.buffer = buffer
+        self.squares = squares
+        self.leaves_partials = squares is not None
+        self.set_scale(1.0)
+        self._backend = backend
+        self._backend_of_device: dict[torch.device, str] = {}
+        self._kernels_of_device: dict[torch.device, backends.Kernels] = {}
+
+    def set_scale(self, scale: float | Tensor) -> None:
+        """Multiply each micro-gradient by ``scale`` from now on."""
+        self.scale = scale
+        self.is_scaled = isinstance(scale, Tensor) or scale != 1
+
+    def check(self, name: str, param: Tensor) -> None:
+        """Raise unless the gradient of a parameter can be folded: of a plain tensor, or of a DTensor shard by shard.
+
+        Raises:
+            TypeError: it is of another kind, or of a dtype that the buffer cannot hold.
+            RuntimeError: the backend asked for cannot run on its device.
+        """
+        if is_wrapper_subclass(param) and not is_dtensor(param):
+            raise TypeError(
+                f"{name} is a {type(param).__name__}; its gradient is not one tensor that can be folded in place"
+            )
+        if is_flattened(param):
+            raise TypeError(
+                f"{name} is of a FullyShardedDataParallel module, which keeps the gradient apart from .grad in its own "
+                "buffers; use torch.distributed.fsdp.fully_shard"
+            )
+        if param.dtype is torch.float16 and param.dtype not in BUFFERS[self.buffer]:
+            raise TypeError(
+                f"{name} is torch.float16, which buffer={self.buffer!r} cannot hold (it is made of bfloat16); "
+                "use buffer='fp32'"
+            )
+        self.backend_on(param.device)
+
+    def backend_on(self, device: torch.device) -> str:
+        """Return the name of the backend that folds on a device.
+
+        Raises:
+            RuntimeError: the backend asked for cannot run there.
+        """
+        chosen = self._backend_of_device.get(device)
+        if chosen is None:
+            chosen = self._backend_of_device[device] = backends.choose(self._backend, device)
+        return chosen
+
+    def kernels_on(self, device: torch.device) -> backends.Kernels:
+        """Return the kernels that run on a device."""
+        kernels = self._kernels_of_device.get(device)
+        if kernels is None:
+            kernels = self._kernels_of_device[device] = backends.kernels(self.backend_on(device))
+        return kernels
+
+    def many(self, slots: list[Slot], grads: list[Tensor], sums: list[Tensor], start: Start) -> None:
+        """Fold gradients of one device and dtype into their sums, which are laid out alike.
+
+        From zero, the sums are the gradients themselves. They may share memory with tensors of somebody else, so what
+        is written goes into memory of its own. Until then there is no ``.grad``: if memory runs out, a gradient that
+        has not been multiplied must not count.
+        """
+        taken: list[Any] = []
+        if start is Start.FROM_ZERO:
+            taken = [slot.take() for slot in slots]
+        format_ = BUFFERS[self.buffer].get(grads[0].dtype)
+        if format_ is None:
+            raise TypeError(f".grad is {grads[0].dtype}, which buffer={self.buffer!r} cannot hold; use buffer='fp32'")
+        dtype = format_.residual_dtype
+        residuals = None
+        if dtype is not None:
+            if start is Start.CONTINUE:
+                residuals = [slot.residual for slot in slots]
+            else:
+                residuals = [slot.residual_for(total, dtype) for slot, total in zip(slots, sums, strict=True)]
+        if start is Start.FROM_ZERO:
+            sums = [torch.empty_like(grad) for grad in grads]
+        _check_memory(grads, sums, residuals)
+        device = slots[0].device
+        scale = self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale
+        partials = None
+        if self.leaves_partials:
+            partials = [slot.partials_for(total) for slot, total in zip(slots, sums, strict=True)]
+            if self.squares is not None:
+                for slot, total, rows in zip(slots, sums, partials, strict=True):
+                    self.squares.fold(slot.param, total, start, rows, scale)
+        self.kernels_on(device).fold(format_, start, grads, sums, residuals, scale, partials)
+        if start is Start.FROM_ZERO:
+            for slot, total, like in zip(slots, sums, taken, strict=True):
+                slot.param.grad = slot.whole(total, like)
+        if start is not Start.CONTINUE:
+            for slot in slots:
+                slot.remember()
+
+    def one(self, slot: Slot, running: Any, new: Any, start: Start) -> None:
+        """Fold at once a gradient of any layout, or leave it to torch's own addition."""
+        if (
+            _is_grad_enabled()
+            or new.dtype not in FOLDED_DTYPES
+            or running.dtype is not new.dtype
+            or new.layout is not torch.strided
+            or running.layout is not torch.strided
+        ):
+            self.as_torch_does(slot, running, new)
+            return
+        if start is Start.FROM_ZERO:
+            new = new.resolve_neg()
+            if not is_dense(new):
+                new = new.contiguous()
+            slot.param.grad = new
+            self.many([slot], [new], [new], start)
+            return
+        # A running gradient that is somebody's, lazily negated or with holes in its memory, is folded in a copy.
+        total = running if is_dense(running) else running.contiguous()
+        total = total.resolve_neg()
+        if new.stride() != total.stride() or new.is_neg():
+            new = torch.empty_strided(new.shape, total.stride(), dtype=new.dtype, device=new.device).copy_(new)
+        slot.param.grad = running
+        self.many([slot], [new], [total], start)
+        if total is not running:
+            running.data.copy_(total)  # gradients that are views of one tensor share a version counter: leave it alone
+            slot.remember()
+
+    def as_torch_does(self, slot: Slot, running: Any, new: Any) -> None:
+        """Do what AccumulateGrad does: for sparse, complex and float64 gradients, and for create_graph."""
+        slot.forget()
+        param = slot.param
+        first = running is new
+        if self.is_scaled:
+            new = slot.whole(slot.local(new) * self.scale, new)
+        if first:
+            param.grad = new
+        elif _is_grad_enabled():
+            param.grad = running + new
+        elif running.is_sparse and not new.is_sparse:
+            param.grad = new + running
+        else:
+            param.grad = running.add_(new)
+
+
+def _check_memory(grads: list[Tensor], sums: list[Tensor], residuals: list[Tensor] | None) -> None:
+    """Raise where a kernel would reach beyond a tensor: ``.data`` was replaced while its gradient waited."""
+    numels = list(map(_numel, sums))
+    for tensors in (grads, residuals):
+        if tensors is not None and list(map(_numel, tensors)) != numels:
+            raise ValueError("the .data of a .grad was given another size in the middle of a backward pass")

@@ -1,0 +1,199 @@
+"""Gradients that are DTensors (FSDP2, tensor parallel): folded on the shard that this rank holds."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accumkern import dtensor
+from accumkern.fold import Fold, is_plain
+from accumkern.formats import Format, Start
+from accumkern.passes import BackwardPasses
+from accumkern.slot import NOT_SET_ASIDE, Slot, Stored
+from accumkern.torch_private import NO_BACKWARD, current_graph_task_id, disabled_torch_function, set_local_tensor
+
+
+class ShardSlot(Slot):
+    """What belongs to a parameter that is a DTensor.
+
+    Args:
+        param, formats, accumulate: as of a :class:`accumkern.slot.Slot`.
+        add: called as ``add(slot, total, new)`` when fully_shard adds ``new`` to the shard ``total``.
+    """
+
+    __slots__ = ("add", "is_folded", "is_fully_sharded")
+
+    def __init__(
+        self,
+        param: Tensor,
+        formats: dict[torch.dtype, Format],
+        accumulate: Callable[[Any, Tensor], None],
+        add: Callable[[Any, Tensor, Tensor], None],
+    ) -> None:
+        super().__init__(param, formats, accumulate)
+        self.add = add
+        self.is_fully_sharded = False  # whether fully_shard accumulates the gradient, and autograd does not
+        self.is_folded = False  # whether what fully_shard has added is folded, and its hook still to come
+
+    def local(self, grad: Any) -> Tensor:
+        """Return the shard of this rank."""
+        return dtensor.shard(grad)
+
+    def whole(self, local: Tensor, like: Any) -> Any:
+        """Return the DTensor of which this rank holds ``local``, laid out as ``like`` is."""
+        return dtensor.with_shard(local, like)
+
+    def version_of(self, grad: Any) -> int:
+        """Return a number that grows with every change. A DTensor and its shard count their own."""
+        return grad._version + dtensor.shard(grad)._version
+
+    def stored(self) -> Stored:
+        """Return the shard of ``.grad`` as it lies in memory."""
+        grad: Any = self.param.grad
+        reduce = (lambda term: dtensor.reduced(term, grad)) if dtensor.is_pending(grad) else None
+        return Stored(self.parts(grad), None, dtensor.groups_of_shards(grad), reduce)
+
+    def load(self, grad: Any, residual: Any) -> None:
+        """Make ``grad`` the gradient, and a copy of the shard of ``residual`` what belongs to it."""
+        RunningShard.put_into(grad, self)
+        super().load(grad, None if residual is None else dtensor.shard(residual).flatten())
+
+    def saved_residual(self, residual: Tensor, like: Any) -> Any:
+        """Return a residual as a state holds it: a DTensor, laid out as the gradient is."""
+        return self.whole(residual.view(self.local(like).shape), like)
+
+    def is_complete(self, grad: Any) -> bool:
+        """Return whether the gradient is more than one term of a sum over ranks."""
+        return not dtensor.is_pending(grad)
+
+
+class RunningShard(Tensor):
+    """This rank's shard of a running gradient, where ``fully_shard`` adds to it.
+
+    fully_shard calls the hooks of a parameter after it has added: it computes ``param.grad._local_tensor += new``. This
+    tensor is as any other but for that addition, which is a fold. Copies of it are plain tensors.
+    """
+
+    __torch_function__ = disabled_torch_function
+    slot: weakref.ref[ShardSlot]
+
+    @staticmethod
+    def put_into(grad: Any, slot: ShardSlot) -> None:
+        """Let the shard of ``grad`` fold what is added to it."""
+        running = dtensor.shard(grad).as_subclass(RunningShard)
+        running.slot = weakref.ref(slot)
+        set_local_tensor(grad, running)
+
+    def __iadd__(self, new: Any) -> RunningShard:  # type: ignore[misc]
+        slot = self.slot()
+        if slot is None or not isinstance(new, Tensor):
+            return self.add_(new)  # type: ignore[return-value]
+        slot.add(slot, self, new)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.as_subclass(Tensor), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+class ShardPasses:
+    """What happens when autograd or fully_shard brings the gradient of a DTensor.
+
+    Args:
+        passes: the backward passes of the accumulator.
+        fold: what folds.
+    """
+
+    def __init__(self, passes: BackwardPasses, fold: Fold) -> None:
+        self._passes = passes
+        self._fold = fold
+
+    def accumulate(self, slot: ShardSlot, param: Tensor) -> None:
+        """Fold the gradient that has just come into ``param.grad``.
+
+        Where autograd accumulates it (tensor parallel), both hooks are called, as with other parameters. fully_shard
+        adds to ``.grad`` itself and calls this hook alone; then a RunningShard has folded already.
+        """
+        running, slot.set_aside = slot.set_aside, NOT_SET_ASIDE
+        new: Any = param.grad
+        if new is None:  # somebody's hook took it
+            param.grad = None if running is NOT_SET_ASIDE else running
+            return
+        self._passes.enter()
+        if running is NOT_SET_ASIDE:
+            self._take_over(slot, new)
+        elif running is None:
+            slot.forget()
+            slot.last = weakref.ref(new)
+            if self._fold.is_scaled:
+                self._add(slot, new, new, Start.FROM_ZERO)
+        else:
+            self._add(slot, running, new, Start.CONTINUE if slot.owns(running) else Start.FROM_SUM)
+
+    def add(self, slot: ShardSlot, total: Tensor, new: Tensor) -> None:
+        """Fold what fully_shard adds to a shard.
+
+        Outside of a backward pass it may be an edit, which must not be multiplied by ``scale``.
+        """
+        fold = self._fold
+        if fold.is_scaled and current_graph_task_id() == NO_BACKWARD:
+            total.add_(new)
+            return
+        self._passes.enter()
+        slot.is_folded = True
+        if not is_plain(new, slot.dtype) or not is_plain(total, slot.dtype) or new.shape != total.shape:
+            slot.forget()
+            total.add_(new * fold.scale if fold.is_scaled else new)
+            return
+        start = Start.CONTINUE if slot.owns(slot.param.grad) else Start.FROM_SUM
+        fold.many([slot], [new], [total], start)
+
+    def _take_over(self, slot: ShardSlot, grad: Any) -> None:
+        """Let what fully_shard adds to ``grad`` be folded, once this window's first gradient is there."""
+        is_ours = isinstance(dtensor.shard(grad), RunningShard)
+        is_folded, slot.is_folded = slot.is_folded, False
+        if is_ours and is_folded:
+            return
+        was_added, slot.last = slot.last() is grad, weakref.ref(grad)
+        if is_ours and slot.is_fully_sharded:
+            raise RuntimeError(
+                f"fully_shard has added to the gradient of a parameter of shape {tuple(slot.param.shape)}, and it was "
+                "not folded: "
+                + (
+                    f"torch {torch.__version__} does it in a way that accumkern does not know; detach()"
+                    if current_graph_task_id() != NO_BACKWARD
+                    else "outside of a backward pass, where pipeline schedules do so, average_over and scale do not "
+                    "reach; divide in finish()"
+                )
+            )
+        if was_added:
+            self._passes.renew_nodes(grad, was_added)
+        elif not slot.is_fully_sharded:  # it may have been moved before its first gradient
+            self._passes.renew_nodes(grad, was_added, only=slot.param)
+        slot.is_fully_sharded = True
+        slot.forget()
+        if self._fold.is_scaled:
+            self._add(slot, grad, grad, Start.FROM_ZERO)
+        RunningShard.put_into(slot.param.grad, slot)
+
+    def _add(self, slot: ShardSlot, running: Any, new: Any, start: Start) -> None:
+        """Fold the shard of one DTensor into that of another, or leave it to torch where they are laid out apart."""
+        alike = running.device_mesh == new.device_mesh
+        if alike and running.placements != new.placements and not dtensor.is_pending(running):
+            new = new.redistribute(placements=running.placements)
+        alike &= running.placements == new.placements
+        local = dtensor.shard(new)
+        total = local if running is new else dtensor.shard(running)
+        plain = is_plain(local, slot.dtype) and is_plain(total, slot.dtype)
+        if not alike or not plain or local.shape != total.shape or torch.is_grad_enabled():
+            self._fold.as_torch_does(slot, running, new)
+            return
+        slot.param.grad = running
+        self._fold.many([slot], [local], [total], start)

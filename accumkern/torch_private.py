@@ -1,0 +1,84 @@
+"""What accumkern needs of torch beyond its documented names, and :func:`check` for a torch that lacks some of it.
+
+Seen in torch 2.10, 2.11 and 2.13. ``_version``, the counter of a tensor's changes, and ``_is_view()`` are read where
+they are needed.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_missing: list[str] = []
+
+
+def _find(name: str) -> Any:
+    try:
+        return operator.attrgetter(name)(torch)
+    except AttributeError:
+        _missing.append(f"torch.{name}")
+        return None
+
+
+#: Number of the backward pass that this thread works for; NO_BACKWARD outside of one.
+current_graph_task_id = _find("_C._current_graph_task_id")
+NO_BACKWARD = -1
+#: Have a function called at the end of the backward pass.
+queue_callback = _find("autograd.Variable._execution_engine.queue_callback")
+#: ``__torch_function__`` of a subclass whose operations return plain tensors.
+disabled_torch_function = _find("_C._disabled_torch_function_impl")
+#: Whether a tensor is of a subclass that wraps other tensors, such as DTensor.
+is_wrapper_subclass = _find("utils._python_dispatch.is_traceable_wrapper_subclass")
+
+for _name in ("Tensor._version", "Tensor._is_view", "Tensor._post_accumulate_grad_hooks"):
+    _find(_name)
+
+
+def check() -> None:
+    """Raise unless this torch has every name that accumkern needs.
+
+    Raises:
+        RuntimeError: some are missing; the message lists them.
+    """
+    if _missing:
+        raise RuntimeError(
+            f"torch {torch.__version__} has no {', '.join(_missing)}, which accumkern needs and torch 2.10 to 2.13 "
+            "have; install one of these"
+        )
+
+
+def _stream_by_public_names(device_index: int) -> int:
+    return torch.cuda.current_stream(device_index).cuda_stream
+
+
+#: Handle of a GPU's current stream; builds for CPUs lack the quick way.
+current_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _stream_by_public_names)
+
+
+#: The hooks of a parameter that autograd calls after it has accumulated a gradient, in a dictionary, or None.
+post_accumulate_hooks = operator.attrgetter("_post_accumulate_grad_hooks")
+
+
+def compiled_autograd_runs() -> bool:
+    """Return whether this is a backward pass of compiled autograd."""
+    compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
+    return compiled_autograd is not None and compiled_autograd.in_compiled_autograd_region
+
+
+def has_step_hooks(optimizer: object) -> bool:
+    """Return whether an object is an optimizer whose own ``step`` calls hooks, and no wrapper of one."""
+    return "_optimizer_step_pre_hooks" in getattr(optimizer, "__dict__", {})
+
+
+def is_flattened(param: Tensor) -> bool:
+    """Return whether a parameter is of the older FullyShardedDataParallel."""
+    return getattr(param, "_fsdp_flattened", False)
+
+
+def set_local_tensor(dtensor: Any, local: Tensor) -> None:
+    """Let ``local`` be the very tensor that a DTensor holds on this rank."""
+    dtensor._local_tensor = local
