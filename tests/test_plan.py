@@ -19,10 +19,7 @@ from torch import Tensor, nn
 
 import accumkern
 from accumkern.noise_scale import Estimate
-from accumkern.planning import fit as fit_module
-from accumkern.planning import throughput
-from accumkern.planning.decide import best_batch, split, split_by_size, useful_batches
-from accumkern.planning.fit import find_fit, largest
+from accumkern.planning import speed as speed_module
 from accumkern.planning.memory import (
     MemoryLimitError,
     MemoryMeter,
@@ -33,13 +30,26 @@ from accumkern.planning.memory import (
     parse_bytes,
     storage_bytes,
 )
-from accumkern.planning.noise import _interval, measure_noise, samples_factor, steps_factor
+from accumkern.planning.noise import (
+    best_batch,
+    interval,
+    measure_noise,
+    samples_factor,
+    steps_factor,
+    useful_batches,
+)
 from accumkern.planning.predict import PredictionError, fake_setup, predict_memory
-from accumkern.planning.preserve import Preserved
-from accumkern.planning.protocol import Setup, check_setup, compute_loss, load_setup, make_batch, run_setup
-from accumkern.planning.ranks import Ranks
-from accumkern.planning.throughput import Speed, knee, measure_speed
-from accumkern.planning.window import accumulation, choose_buffer, train_window
+from accumkern.planning.protocol import (
+    Setup,
+    check_setup,
+    choose_buffer,
+    compute_loss,
+    load_setup,
+    make_batch,
+    run_setup,
+)
+from accumkern.planning.speed import Speed, knee, measure_speed, split, split_by_size
+from accumkern.planning.trial import Fit, Preserved, accumulation, find_fit, largest, train_window, try_windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,7 +60,7 @@ KB = 1000
 
 @pytest.fixture(autouse=True)
 def short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "_LEAST_SECONDS", 0.02)
+    monkeypatch.setattr(speed_module, "LEAST_SECONDS", 0.02)
 
 
 def mlp(dtype: torch.dtype = torch.bfloat16, width: int = 64) -> Setup:
@@ -465,9 +475,9 @@ def hungry(loss: Callable[[nn.Module, Tensor], Tensor] = lambda model, batch: mo
     return Setup(model, optimizer, lambda size: torch.ones(size, 25 * KB), loss)
 
 
-def fit_of(setup: Setup, limit: int, at_most: int = 64) -> fit_module.Fit:
+def fit_of(setup: Setup, limit: int, at_most: int = 64) -> Fit:
     with Preserved(setup) as preserved:
-        return find_fit(setup, preserved, Ranks(), limit, at_most, None)
+        return find_fit(preserved, limit, at_most)
 
 
 def test_the_largest_that_fits_is_found_and_the_next_does_not_fit() -> None:
@@ -582,8 +592,8 @@ def test_predictions_are_near_what_is_measured(
     # What is missing is what kernels allocate inside themselves, such as the CPU's convolutions.
     setup = maker()
     buffer = choose_buffer(setup, None)
-    with Preserved(setup) as preserved:
-        trial, _ = fit_module._try(setup, preserved, Ranks(), size, buffer, 2, micro_batches, 10**10)
+    with Preserved(setup, buffer) as preserved:
+        trial, _ = try_windows(preserved, size, 2, micro_batches, 10**10)
     with fake_setup(maker) as fake:
         memory = predict_memory(fake, size, buffer, micro_batches)
     assert least <= memory.total / trial.peak_bytes - 1 <= most
@@ -667,8 +677,8 @@ def test_the_knee_is_the_smallest_that_is_about_as_fast_as_any() -> None:
 def test_speed_is_measured_and_nothing_is_left() -> None:
     setup = mlp()
     before = fingerprint(setup)
-    with Preserved(setup) as preserved:
-        speed = measure_speed(setup, preserved, Ranks(), 4, "split24")
+    with Preserved(setup, "split24") as preserved:
+        speed = measure_speed(preserved, 4)
     assert speed.micro_batch == 4
     assert speed.seconds > 0
     assert speed.step_seconds > 0
@@ -688,7 +698,7 @@ def test_the_noise_scale_is_in_samples_and_near_the_truth() -> None:
         for seed in range(8):
             torch.manual_seed(seed)
             with Preserved(setup) as preserved:
-                found.append(measure_noise(setup, preserved, Ranks(), micro_batch, 64))
+                found.append(measure_noise(preserved, micro_batch, 64))
         assert sum(noise.noise_scale for noise in found) / 8 == pytest.approx(16, rel=0.1)
         assert sum(noise.low < 16 < noise.high for noise in found) >= 4  # an 80% interval
         assert all((noise.windows, noise.batch) == (32, 8 * micro_batch) for noise in found)
@@ -707,9 +717,9 @@ def test_training_that_diverges_has_no_noise_scale(how: str) -> None:
 
 
 def test_the_interval_covers_windows_and_infinity() -> None:
-    low, high = _interval([Estimate(2.0, 1.0)] * 5)
+    low, high = interval([Estimate(2.0, 1.0)] * 5)
     assert low == high == 2
-    low, high = _interval([Estimate(1.0, 1.0), Estimate(1.0, -1.0)])
+    low, high = interval([Estimate(1.0, 1.0), Estimate(1.0, -1.0)])
     assert math.isinf(high)
     assert low == 1
 

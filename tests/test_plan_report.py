@@ -23,9 +23,8 @@ pytest.importorskip("jinja2")
 from matplotlib.figure import Figure  # noqa: E402
 
 from accumkern.__main__ import main  # noqa: E402
-from accumkern.planning import throughput  # noqa: E402
-from accumkern.planning.report.figures import plan_figures, sweep_figures  # noqa: E402
-from accumkern.planning.report.folder import write_page  # noqa: E402
+from accumkern.planning import speed  # noqa: E402
+from accumkern.planning.report import plan_figures, sweep_figures, write_page  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,7 +58,7 @@ SCRIPT = """
 
 @pytest.fixture(autouse=True)
 def short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "_LEAST_SECONDS", 0.01)
+    monkeypatch.setattr(speed, "LEAST_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")

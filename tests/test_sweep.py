@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 import accumkern
 from accumkern.planning import sweep as sweep_module
-from accumkern.planning.files import write_json
-from accumkern.planning.outcome import Point, Run, Sweep
 from accumkern.planning.protocol import Setup
+from accumkern.planning.sweep_result import Point, Run, Sweep, write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,7 +82,7 @@ def test_every_run_trains_with_as_many_samples(tmp_path: Path) -> None:
 
 def test_a_run_is_what_training_by_hand_gives(tmp_path: Path) -> None:
     result = small(regression, tmp_path, base_batch=16)
-    torch.manual_seed(sweep_module._VALIDATION_SEED)
+    torch.manual_seed(sweep_module.VALIDATION_SEED)
     made = regression()
     validation = [made.make_batch(4) for _ in range(8)]
     torch.manual_seed(0)
@@ -99,13 +98,13 @@ def test_a_run_is_what_training_by_hand_gives(tmp_path: Path) -> None:
 
 def test_beta2_is_kept_in_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    original = sweep_module._training
+    original = sweep_module.train
 
     def training(setup: Setup, *rest: Any) -> Any:
         seen.append(setup.optimizer.param_groups[0]["betas"])
         return original(setup, *rest)
 
-    monkeypatch.setattr(sweep_module, "_training", training)
+    monkeypatch.setattr(sweep_module, "train", training)
     small(adam, tmp_path, base_batch=8)
     assert seen == [(0.9, pytest.approx(0.99**0.5)), (0.9, pytest.approx(0.99**2))]
 
@@ -343,6 +342,6 @@ def test_rows_and_findings() -> None:
 
 def test_runs_survive_json() -> None:
     one = run(4, [5.0, math.inf], 1.0)
-    again = Run.from_dict(json.loads(json.dumps(accumkern.planning.files.finite(dataclasses.asdict(one)))))
+    again = Run.from_dict(json.loads(json.dumps(one.to_dict(), allow_nan=False)))
     assert again.points[0] == one.points[0]
     assert math.isnan(again.points[1].loss)
