@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import planned
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,22 +25,8 @@ from accumkern.planning.plan_result import Plan
 from accumkern.planning.protocol import Setup
 
 
-class Hungry(nn.Module):
-    """Keeps 100 kB per sample for its backward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(25000))
-
-    def forward(self, batch: Tensor) -> Tensor:
-        return (batch * self.weight).square().mean()
-
-
 def hungry(loss: Callable[[nn.Module, Tensor], Tensor] = lambda model, batch: model(batch)) -> Setup:
-    model = Hungry().to(device())
-    return Setup(
-        model, torch.optim.Adam(model.parameters()), lambda size: torch.randn(size, 25000, device=device()), loss
-    )
+    return planned.hungry(loss, device())
 
 
 def small_plan(setup: Callable[[], Any], **arguments: Any) -> Plan:

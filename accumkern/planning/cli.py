@@ -27,6 +27,7 @@ from accumkern.planning.report import format_rate, format_useful, write_plan, wr
 from accumkern.planning.sweep import sweep
 from accumkern.planning.sweep_result import Row, Run, Sweep
 
+_OWN = ("command", "setup", "output", "json", "predict")  # options of the command line; the others are arguments
 _LEAST_WIDTH = 100  # where there is no terminal to fit into
 
 
@@ -60,9 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace, live: _Live) -> Plan:
-    names = ("effective_batch", "memory", "margin", "buffer", "largest_micro_batch", "noise_windows")
-    given = {name: getattr(args, name) for name in names}
-    return plan(load_setup(args.setup), **given, measure=not args.predict, progress=live.tell)
+    return plan(load_setup(args.setup), **_arguments(args), measure=not args.predict, progress=live.tell)
 
 
 def _sweep(args: argparse.Namespace, live: _Live) -> Sweep:
@@ -72,19 +71,12 @@ def _sweep(args: argparse.Namespace, live: _Live) -> Sweep:
             f"batch {run.effective_batch}, {run.rule}, seed {run.seed}", f"{run.status}: {loss} in {run.seconds:.3g} s"
         )
 
-    names = (
-        "effective_batches",
-        "samples",
-        "rules",
-        "seeds",
-        "base_batch",
-        "micro_batch",
-        "memory",
-        "margin",
-        "buffer",
-    )
-    given = {name: getattr(args, name) for name in (*names, "target_loss", "evaluations", "validation_samples")}
-    return sweep(load_setup(args.setup), folder=args.output, **given, progress=tell)
+    return sweep(load_setup(args.setup), folder=args.output, **_arguments(args), progress=tell)
+
+
+def _arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the command line has in common with the function: all but what is its own."""
+    return {name: value for name, value in vars(args).items() if name not in _OWN}
 
 
 def _write(result: Plan | Sweep, args: argparse.Namespace) -> Any:
@@ -194,8 +186,9 @@ def _sweep_table(sweep: Sweep) -> RenderableType:
         f"{unit} to loss{target}",
         "seconds",
         "last loss",
+        "memory",
     )
-    table = _table("the sweep", (*columns, "memory"))
+    table = _table("the sweep", columns)
     for row in sweep.rows:
         table.add_row(*_cells(row, sweep.tokens_per_sample))
     return Group(table, *(_bullet(finding, "") for finding in sweep.findings))
