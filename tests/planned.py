@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch._dynamo  # the first step of an optimizer does; by then old objects are set aside
 from torch import Tensor, nn
 
 from accumkern.planning.protocol import Setup
