@@ -1,13 +1,14 @@
 """The plan: what fits, what would fit, what is fast, what helps training, the decision, and everything put back."""
 
 import copy
+import gc
 import json
 import math
 import os
 import random
 import sys
-import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planned import hungry, old_objects_aside  # noqa: F401
 from torch import Tensor, nn
 
 import accumkern
 from accumkern.noise_scale import Estimate
-from accumkern.planning import fit as fit_module
-from accumkern.planning import throughput
-from accumkern.planning.decide import best_batch, split, split_by_size, useful_batches
-from accumkern.planning.fit import find_fit, largest
+from accumkern.planning import speed as speed_module
+from accumkern.planning import trial
 from accumkern.planning.memory import (
     MemoryLimitError,
     MemoryMeter,
@@ -33,15 +33,28 @@ from accumkern.planning.memory import (
     parse_bytes,
     storage_bytes,
 )
-from accumkern.planning.noise import _interval, measure_noise, samples_factor, steps_factor
+from accumkern.planning.noise import (
+    best_batch,
+    interval,
+    measure_noise,
+    samples_factor,
+    steps_factor,
+    useful_batches,
+)
 from accumkern.planning.predict import PredictionError, fake_setup, predict_memory
-from accumkern.planning.preserve import Preserved
-from accumkern.planning.protocol import Setup, check_setup, compute_loss, load_setup, make_batch, run_setup
-from accumkern.planning.ranks import Ranks
-from accumkern.planning.throughput import Speed, knee, measure_speed
-from accumkern.planning.window import accumulation, choose_buffer, train_window
+from accumkern.planning.protocol import (
+    Setup,
+    check_setup,
+    choose_buffer,
+    compute_loss,
+    load_setup,
+    make_batch,
+    run_setup,
+)
+from accumkern.planning.speed import Speed, knee, measure_speed, split, split_by_size
+from accumkern.planning.trial import Fit, Preserved, accumulation, find_fit, largest, train_window, try_windows
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "old_objects_aside")
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +63,30 @@ KB = 1000
 
 @pytest.fixture(autouse=True)
 def short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "_LEAST_SECONDS", 0.02)
+    monkeypatch.setattr(speed_module, "LEAST_SECONDS", 0.02)
+
+
+class Clock:
+    """Time that passes where a test says so, and not with the machine."""
+
+    def __init__(self, seconds_of_step: float) -> None:
+        self.seconds, self.seconds_of_step = 0.0, seconds_of_step
+
+    def pass_with(self, setup: Setup) -> Setup:
+        """Let a micro-batch take 5 ms and 1 ms for each sample, and a step what it takes."""
+
+        def loss(model: nn.Module, batch: Tensor) -> Tensor:
+            self.seconds += 0.005 + 0.001 * batch.shape[0]
+            return setup.loss(model, batch)
+
+        def step(*_: Any) -> None:
+            self.seconds += self.seconds_of_step
+
+        setup.optimizer.register_step_post_hook(step)
+        return setup._replace(loss=loss)
+
+    def now(self, _setup: Setup) -> float:
+        return self.seconds
 
 
 def mlp(dtype: torch.dtype = torch.bfloat16, width: int = 64) -> Setup:
@@ -89,11 +125,11 @@ def conv() -> Setup:
     )
 
 
-def gpt() -> Setup:
+def gpt(layers: int = 1) -> Setup:
     sys.path.insert(0, str(ROOT / "examples"))
     from train_gpt import CONTEXT, GPT
 
-    model = GPT(width=64).to(torch.bfloat16)
+    model = GPT(width=64, layers=layers).to(torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     text = torch.randint(256, (2**20,), dtype=torch.uint8)  # more than all the rest, and not part of it
     return Setup(
@@ -382,6 +418,7 @@ def test_a_setup_is_put_back_bit_for_bit(maker: Callable[[], Setup], how: str) -
 
     def change() -> None:
         with Preserved(setup) as preserved:
+            assert gc.get_freeze_count() > 0
             assert all(p.grad is None for p in setup.model.parameters())
             for _ in range(2):
                 with accumulation(setup, choose_buffer(setup, None), 2) as accumulator:
@@ -397,10 +434,14 @@ def test_a_setup_is_put_back_bit_for_bit(maker: Callable[[], Setup], how: str) -
                 raise KeyboardInterrupt
 
     if how == "raised":
+        gc.unfreeze()
         with pytest.raises(KeyboardInterrupt):
             change()
+        assert gc.get_freeze_count() == 0
+        gc.freeze()
     else:
         change()
+        assert gc.get_freeze_count() > 0  # somebody else's
     assert same(before, fingerprint(setup))
     assert tensors == [id(t) for t in held_tensors(setup.model, setup.optimizer)]
     accumkern.attach(setup.optimizer, "split24").detach()  # no hook was left behind
@@ -448,26 +489,9 @@ def test_doubling_and_binary_search_find_the_largest(fitting: int, at_most: int)
     assert len(tried) <= 2 * at_most.bit_length()
 
 
-class Hungry(nn.Module):
-    """Keeps 100 kB per sample for its backward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(25 * KB))
-
-    def forward(self, batch: Tensor) -> Tensor:
-        return (batch * self.weight).square().mean()
-
-
-def hungry(loss: Callable[[nn.Module, Tensor], Tensor] = lambda model, batch: model(batch)) -> Setup:
-    model = Hungry()
-    optimizer = torch.optim.Adam(model.parameters())
-    return Setup(model, optimizer, lambda size: torch.ones(size, 25 * KB), loss)
-
-
-def fit_of(setup: Setup, limit: int, at_most: int = 64) -> fit_module.Fit:
+def fit_of(setup: Setup, limit: int, at_most: int = 64) -> Fit:
     with Preserved(setup) as preserved:
-        return find_fit(setup, preserved, Ranks(), limit, at_most, None)
+        return find_fit(preserved, limit, at_most)
 
 
 def test_the_largest_that_fits_is_found_and_the_next_does_not_fit() -> None:
@@ -582,11 +606,11 @@ def test_predictions_are_near_what_is_measured(
     # What is missing is what kernels allocate inside themselves, such as the CPU's convolutions.
     setup = maker()
     buffer = choose_buffer(setup, None)
-    with Preserved(setup) as preserved:
-        trial, _ = fit_module._try(setup, preserved, Ranks(), size, buffer, 2, micro_batches, 10**10)
+    with Preserved(setup, buffer) as preserved:
+        tried, _ = try_windows(preserved, size, 2, micro_batches, 10**10)
     with fake_setup(maker) as fake:
         memory = predict_memory(fake, size, buffer, micro_batches)
-    assert least <= memory.total / trial.peak_bytes - 1 <= most
+    assert least <= memory.total / tried.peak_bytes - 1 <= most
     assert memory.parameters >= storage_bytes(setup.model.parameters())
 
 
@@ -603,7 +627,8 @@ def test_categories_of_a_prediction() -> None:
 
 def test_a_model_larger_than_the_machine_is_predicted_without_its_memory() -> None:
     def giant() -> Setup:
-        model = nn.Sequential(*(nn.Linear(2**15, 2**15, bias=False) for _ in range(16))).to(torch.bfloat16)
+        sizes = [2**15, 2**16] * 4 + [2**15]
+        model = nn.Sequential(*(nn.Linear(*pair, bias=False) for pair in pairwise(sizes))).to(torch.bfloat16)
         optimizer = torch.optim.AdamW(model.parameters())
         return Setup(
             model,
@@ -613,7 +638,7 @@ def test_a_model_larger_than_the_machine_is_predicted_without_its_memory() -> No
         )
 
     plan = accumkern.plan(giant, effective_batch=64, memory="200 GB", measure=False)
-    parameters = 16 * 2**31
+    parameters = 8 * 2**32
     assert plan.predictions[0].memory.parameters == parameters  # 34 GB
     assert plan.predictions[0].memory.residuals == parameters // 2
     assert (plan.choice.micro_batch, plan.choice.accumulation_steps, plan.fit) == (64, 1, None)
@@ -667,8 +692,8 @@ def test_the_knee_is_the_smallest_that_is_about_as_fast_as_any() -> None:
 def test_speed_is_measured_and_nothing_is_left() -> None:
     setup = mlp()
     before = fingerprint(setup)
-    with Preserved(setup) as preserved:
-        speed = measure_speed(setup, preserved, Ranks(), 4, "split24")
+    with Preserved(setup, "split24") as preserved:
+        speed = measure_speed(preserved, 4)
     assert speed.micro_batch == 4
     assert speed.seconds > 0
     assert speed.step_seconds > 0
@@ -676,22 +701,22 @@ def test_speed_is_measured_and_nothing_is_left() -> None:
 
 
 def test_the_noise_scale_is_in_samples_and_near_the_truth() -> None:
-    # The gradient of a sample is the sample: mean 0.5 in 64 dimensions, variance 4. B_noise = 64 * 4 / (64 * 0.25).
-    weight = nn.Parameter(torch.zeros(64))
+    # The gradient of a sample is the sample: mean 0.5 in 512 dimensions, variance 4. B_noise = 512 * 4 / (512 * 0.25).
+    weight = nn.Parameter(torch.zeros(512))
     model = nn.ParameterList([weight])
     optimizer = torch.optim.SGD([weight], lr=0.0)
     setup = Setup(
-        model, optimizer, lambda size: 0.5 + 2 * torch.randn(size, 64), lambda model, batch: (batch @ model[0]).mean()
+        model, optimizer, lambda size: 0.5 + 2 * torch.randn(size, 512), lambda model, batch: (batch @ model[0]).mean()
     )
     for micro_batch in (1, 4):
         found = []
         for seed in range(8):
             torch.manual_seed(seed)
             with Preserved(setup) as preserved:
-                found.append(measure_noise(setup, preserved, Ranks(), micro_batch, 64))
+                found.append(measure_noise(preserved, micro_batch, 32))
         assert sum(noise.noise_scale for noise in found) / 8 == pytest.approx(16, rel=0.1)
         assert sum(noise.low < 16 < noise.high for noise in found) >= 4  # an 80% interval
-        assert all((noise.windows, noise.batch) == (32, 8 * micro_batch) for noise in found)
+        assert all((noise.windows, noise.batch) == (16, 8 * micro_batch) for noise in found)
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
@@ -707,9 +732,9 @@ def test_training_that_diverges_has_no_noise_scale(how: str) -> None:
 
 
 def test_the_interval_covers_windows_and_infinity() -> None:
-    low, high = _interval([Estimate(2.0, 1.0)] * 5)
+    low, high = interval([Estimate(2.0, 1.0)] * 5)
     assert low == high == 2
-    low, high = _interval([Estimate(1.0, 1.0), Estimate(1.0, -1.0)])
+    low, high = interval([Estimate(1.0, 1.0), Estimate(1.0, -1.0)])
     assert math.isinf(high)
     assert low == 1
 
@@ -809,7 +834,7 @@ def test_the_buffer_follows_the_dtypes(dtypes: list[torch.dtype], asked: str | N
 def test_a_plan_of_a_gpt() -> None:
     told = []
     plan = accumkern.plan(
-        gpt, effective_batch=24, memory="6 MB", noise_windows=8, progress=lambda stage, detail: told.append(stage)
+        gpt, effective_batch=24, memory="4 MB", noise_windows=8, progress=lambda stage, detail: told.append(stage)
     )
     choice = plan.choice
     assert choice.micro_batch * choice.accumulation_steps == choice.effective_batch == 24
@@ -817,7 +842,7 @@ def test_a_plan_of_a_gpt() -> None:
     assert plan.attach == (choice.accumulation_steps > 1)
     assert plan.fit is not None
     assert plan.is_limited_by_memory
-    assert choice.memory_bytes <= 0.9 * 6e6
+    assert choice.memory_bytes <= 0.9 * 4e6
     assert plan.largest_micro_batch < 24
     assert plan.prediction_error is not None
     assert plan.prediction_error < 0.03
@@ -836,17 +861,21 @@ def test_a_plan_of_a_gpt() -> None:
     assert data["choice"]["effective_batch"] == 24
 
 
-def test_accumulation_that_is_not_worth_it_is_called_so() -> None:
+def test_accumulation_that_is_not_worth_it_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
     # Little noise and a cheap step: a batch of many micro-batches wastes samples.
+    clock = Clock(seconds_of_step=0.005)
+    monkeypatch.setattr(trial, "now", clock.now)
+
     def setup() -> Setup:
         weight = nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
         model = nn.ParameterList([weight])
-        return Setup(
+        made = Setup(
             model,
             torch.optim.AdamW([weight], lr=0.0),
             lambda size: (1 + torch.randn(size, 64)).to(torch.bfloat16),
             lambda model, batch: (batch @ model[0]).float().mean(),
         )
+        return clock.pass_with(made)
 
     plan = accumkern.plan(setup, effective_batch=4096, largest_micro_batch=16, noise_windows=8)
     assert plan.accumulation_pays is False
@@ -858,21 +887,20 @@ def test_accumulation_that_is_not_worth_it_is_called_so() -> None:
     assert "not needed" in str(alone)
 
 
-def test_accumulation_that_spreads_a_slow_step_is_worth_it() -> None:
-    class Slow(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:
-            time.sleep(0.01)
-            return super().step(closure)
+def test_accumulation_that_spreads_a_slow_step_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(seconds_of_step=0.5)
+    monkeypatch.setattr(trial, "now", clock.now)
 
     def setup() -> Setup:
         weight = nn.Parameter(torch.zeros(64))
         model = nn.ParameterList([weight])
-        return Setup(
+        made = Setup(
             model,
-            Slow([weight], lr=0.0),
+            torch.optim.SGD([weight], lr=0.0),
             lambda size: 0.02 + torch.randn(size, 64),  # B_noise is 2500
             lambda model, batch: (batch @ model[0]).mean(),
         )
+        return clock.pass_with(made)
 
     plan = accumkern.plan(setup, effective_batch=256, largest_micro_batch=4, noise_windows=8)
     assert plan.accumulation_pays is True
@@ -883,8 +911,10 @@ def test_accumulation_that_spreads_a_slow_step_is_worth_it() -> None:
     assert free.target is None
 
 
-def test_a_target_that_nothing_divides_gets_the_nearest() -> None:
-    plan = accumkern.plan(gpt, effective_batch=97, memory="6 MB", noise_windows=0)
+def test_a_target_that_nothing_divides_gets_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(seconds_of_step=0.005)
+    monkeypatch.setattr(trial, "now", clock.now)
+    plan = accumkern.plan(lambda: clock.pass_with(gpt()), effective_batch=97, memory="3 MB", noise_windows=0)
     assert plan.choice.micro_batch > 1
     assert abs(plan.choice.effective_batch - 97) < 10
     assert plan.choice.effective_batch != 97
@@ -931,7 +961,7 @@ def test_an_attached_optimizer_is_refused_and_left_attached() -> None:
 @pytest.mark.gpu
 def test_a_plan_on_a_gpu_respects_its_limit_and_gives_the_memory_back() -> None:
     def setup() -> Setup:
-        made = gpt()
+        made = gpt(layers=2)
         model = made.model.cuda()
         return made._replace(
             model=model,

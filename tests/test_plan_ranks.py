@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import planned
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,32 +20,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 import accumkern
 from accumkern.__main__ import main
-from accumkern.planning import throughput
+from accumkern.planning import speed, trial
+from accumkern.planning.plan_result import Plan
 from accumkern.planning.protocol import Setup
-from accumkern.planning.result import Plan
-
-
-class Hungry(nn.Module):
-    """Keeps 100 kB per sample for its backward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(25000))
-
-    def forward(self, batch: Tensor) -> Tensor:
-        return (batch * self.weight).square().mean()
 
 
 def hungry(loss: Callable[[nn.Module, Tensor], Tensor] = lambda model, batch: model(batch)) -> Setup:
-    model = Hungry().to(device())
-    return Setup(
-        model, torch.optim.Adam(model.parameters()), lambda size: torch.randn(size, 25000, device=device()), loss
-    )
+    return planned.hungry(loss, device())
 
 
 def small_plan(setup: Callable[[], Any], **arguments: Any) -> Plan:
     """Plan in little time."""
-    throughput._LEAST_SECONDS = 0.01
+    speed.LEAST_SECONDS = 0.01
     torch.manual_seed(dist.get_rank())
     return accumkern.plan(
         setup, **({"effective_batch": 16, "largest_micro_batch": 4, "noise_windows": 4, "memory": "1GB"} | arguments)
@@ -81,11 +68,11 @@ def plan_with_differences() -> tuple[Plan, dict[str, int]]:
         return model(batch)
 
     memory = ["8MB", "3MB"] if device().type == "cpu" else ["2GB", "1GB"]  # a GPU's allocator takes 20 MB at once
-    real, throughput.now = throughput.now, now
+    real, trial.now = trial.now, now
     try:
         return small_plan(lambda: hungry(loss), memory=memory[rank], largest_micro_batch=16), counts
     finally:
-        throughput.now = real
+        trial.now = real
 
 
 def test_ranks_of_other_memory_and_speed_get_the_same_plan(ranks: Ranks) -> None:
@@ -229,7 +216,7 @@ def test_a_collective_of_the_model_ends_with_the_timeout_of_its_group(ranks: Ran
 
 
 def run_command(arguments: list[str]) -> tuple[int, str, str]:
-    throughput._LEAST_SECONDS = 0.01
+    speed.LEAST_SECONDS = 0.01
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         status = main(arguments)

@@ -1,7 +1,9 @@
 """What people look at: the command line, JSON and CSV, figures, and the page in a real browser."""
 
 import base64
+import contextlib
 import csv
+import io
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,13 +24,13 @@ pytest.importorskip("rich")
 pytest.importorskip("jinja2")
 
 from matplotlib.figure import Figure  # noqa: E402
+from planned import old_objects_aside  # noqa: E402, F401
 
 from accumkern.__main__ import main  # noqa: E402
-from accumkern.planning import throughput  # noqa: E402
-from accumkern.planning.report.figures import plan_figures, sweep_figures  # noqa: E402
-from accumkern.planning.report.folder import write_page  # noqa: E402
+from accumkern.planning import speed  # noqa: E402
+from accumkern.planning.report import plan_figures, sweep_figures, write_page  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "old_objects_aside")
 
 SCRIPT = """
     import torch
@@ -59,7 +62,7 @@ SCRIPT = """
 
 @pytest.fixture(autouse=True)
 def short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "_LEAST_SECONDS", 0.01)
+    monkeypatch.setattr(speed, "LEAST_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -69,34 +72,53 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@dataclass
+class Results:
+    """A folder with the results of a plan and of a sweep, and what was printed."""
+
+    folder: Path
+    plan_out: str
+    plan_err: str
+    sweep_out: str
+    sweep_err: str
+
+
 @pytest.fixture(scope="module")
-def folder(script: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the results of a plan and of a sweep."""
-    out = tmp_path_factory.mktemp("results")
+def results(script: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("results")
     plan = ["plan", f"{script}:setup", "--effective-batch", "48", "--largest-micro-batch", "8", "--noise-windows", "8"]
-    assert main([*plan, "--memory", "10MB", "--output", str(out)]) == 0
-    assert main([*sweep_command(script), "--rules", "none,sqrt,linear", "--seeds", "0,1", "--output", str(out)]) == 0
-    return out
+    sweep = sweep_command(script, "setup", "4,16,64", "--rules", "none,sqrt,linear", "--seeds", "0,1")
+    printed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "LEAST_SECONDS", 0.01)
+        for command in ([*plan, "--memory", "10MB"], [*sweep, "--target-loss", "8"]):
+            out, err = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                assert main([*command, "--output", str(folder)]) == 0
+            printed += [out.getvalue(), err.getvalue()]
+    return Results(folder, *printed)
 
 
-def sweep_command(script: Path, function: str = "setup") -> list[str]:
-    command = ["sweep", f"{script}:{function}", "--effective-batches", "4,16,64", "--samples", "512"]
-    return [*command, "--micro-batch", "16", "--evaluations", "8", "--validation-samples", "32"]
+@pytest.fixture
+def folder(results: Results) -> Path:
+    return results.folder
+
+
+def sweep_command(script: Path, function: str, batches: str, *more: str) -> list[str]:
+    command = ["sweep", f"{script}:{function}", "--effective-batches", batches, "--samples", "256"]
+    return [*command, "--micro-batch", "16", "--evaluations", "8", "--validation-samples", "32", *more]
 
 
 # ---- the command line --------------------------------------------------------------------------------------------
 
 
-def test_plan_prints_a_table_and_reasons(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["plan", f"{script}:setup", "--effective-batch", "48", "--largest-micro-batch", "8"]
-    assert main([*command, "--noise-windows", "4", "--memory", "10MB"]) == 0
-    out, err = capsys.readouterr()
-    assert "effective batch" in out
-    assert re.search(r"^ +8 +\d+ +\d+ +48 ", out, re.MULTILINE)  # eight ranks
+def test_plan_prints_a_table_and_reasons(results: Results) -> None:
+    assert "effective batch" in results.plan_out
+    assert re.search(r"^ +8 +\d+ +\d+ +48 ", results.plan_out, re.MULTILINE)  # eight ranks
     for head in ("What fits:", "What is fast:", "Effective batch:", "What helps training:", "Accumulation:"):
-        assert head in out
-    assert "tokens/s" in out
-    assert "what fits: micro-batch 8:" in err
+        assert head in results.plan_out
+    assert "tokens/s" in results.plan_out
+    assert "what fits: micro-batch 8:" in results.plan_err
 
 
 def test_json_is_all_that_goes_to_stdout(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,14 +131,12 @@ def test_json_is_all_that_goes_to_stdout(script: Path, capsys: pytest.CaptureFix
 
 
 def test_sweep_prints_a_table_and_fails_where_nothing_was_learnt(
-    script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    results: Results, script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*sweep_command(script), "--output", str(tmp_path / "a"), "--target-loss", "8"]) == 0
-    out, err = capsys.readouterr()
-    assert "tokens to" in out
-    assert "Fastest to the loss 8:" in out
-    assert "batch 64, sqrt, seed 0: finished: loss" in err
-    assert main([*sweep_command(script, "learning_nothing"), "--output", str(tmp_path / "b")]) == 1
+    assert "tokens to" in results.sweep_out
+    assert "Fastest to the loss 8:" in results.sweep_out
+    assert "batch 64, sqrt, seed 0: finished: loss" in results.sweep_err
+    assert main([*sweep_command(script, "learning_nothing", "64"), "--output", str(tmp_path)]) == 1
     assert "Nothing was learnt" in capsys.readouterr().out
 
 
@@ -159,18 +179,47 @@ def test_an_error_in_the_script_is_located(script: Path, capsys: pytest.CaptureF
     assert "return 1 / 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", ["rich", "matplotlib", "jinja2"])
-def test_what_is_missing_is_named_and_doctor_works_without(missing: str, script: Path) -> None:
-    code = f"import sys\nsys.modules[{missing!r}] = None\nfrom accumkern.__main__ import main\n"
-    code += "sys.exit(main(sys.argv[1:]))\n"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for command, status in ((["plan", f"{script}:setup"], 2), (["doctor"], 0)):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *command], env=environment, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == status, done.stderr
-        if status:
-            assert done.stderr.splitlines()[-1] == f"accumkern plan needs {missing}: pip install 'accumkern[plan]'"
+LIBRARIES = ("rich", "matplotlib", "jinja2")
+WITHOUT = f"""
+    import json, sys
+    sys.modules.update(dict.fromkeys({LIBRARIES}))  # None: not to be found
+    from accumkern.__main__ import main
+    statuses = {{"doctor": main(["doctor"])}}
+    for missing in {LIBRARIES}:
+        print("without", missing, file=sys.stderr)
+        for name in {LIBRARIES}:
+            sys.modules.pop(name, None)
+        sys.modules[missing] = None
+        statuses[missing] = main(sys.argv[1:])
+        for name in [name for name in sys.modules if name.startswith("accumkern.planning")]:
+            del sys.modules[name]
+    print(json.dumps(statuses))
+"""
+
+
+@pytest.fixture(scope="module")
+def without(script: Path) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """Return the exit status of doctor without any of the libraries, and of plan without each, and what plan said."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(WITHOUT), "plan", f"{script}:setup"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    parts = [part.splitlines() for part in done.stderr.split("without ")[1:]]
+    return json.loads(done.stdout.splitlines()[-1]), {lines[0]: lines[1:] for lines in parts}
+
+
+@pytest.mark.parametrize("missing", LIBRARIES)
+def test_what_is_missing_is_named_and_doctor_works_without(
+    without: tuple[dict[str, int], dict[str, list[str]]], missing: str
+) -> None:
+    statuses, said = without
+    assert statuses["doctor"] == 0
+    assert statuses[missing] == 2
+    assert said[missing][-1] == f"accumkern plan needs {missing}: pip install 'accumkern[plan]'"
 
 
 # ---- files -------------------------------------------------------------------------------------------------------

@@ -15,15 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from planned import old_objects_aside  # noqa: F401
 from torch import Tensor, nn
 
 import accumkern
+from accumkern.__main__ import main
 from accumkern.planning import sweep as sweep_module
-from accumkern.planning.files import write_json
-from accumkern.planning.outcome import Point, Run, Sweep
 from accumkern.planning.protocol import Setup
+from accumkern.planning.sweep_result import Point, Run, Sweep, write_json
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "old_objects_aside")
 
 ROOT = Path(__file__).resolve().parent.parent
 TRUTH = torch.linspace(-1, 1, 8)
@@ -83,7 +84,7 @@ def test_every_run_trains_with_as_many_samples(tmp_path: Path) -> None:
 
 def test_a_run_is_what_training_by_hand_gives(tmp_path: Path) -> None:
     result = small(regression, tmp_path, base_batch=16)
-    torch.manual_seed(sweep_module._VALIDATION_SEED)
+    torch.manual_seed(sweep_module.VALIDATION_SEED)
     made = regression()
     validation = [made.make_batch(4) for _ in range(8)]
     torch.manual_seed(0)
@@ -99,13 +100,13 @@ def test_a_run_is_what_training_by_hand_gives(tmp_path: Path) -> None:
 
 def test_beta2_is_kept_in_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    original = sweep_module._training
+    original = sweep_module.train
 
     def training(setup: Setup, *rest: Any) -> Any:
         seen.append(setup.optimizer.param_groups[0]["betas"])
         return original(setup, *rest)
 
-    monkeypatch.setattr(sweep_module, "_training", training)
+    monkeypatch.setattr(sweep_module, "train", training)
     small(adam, tmp_path, base_batch=8)
     assert seen == [(0.9, pytest.approx(0.99**0.5)), (0.9, pytest.approx(0.99**2))]
 
@@ -241,20 +242,26 @@ SCRIPT = """
     def setup():
         made = regression()
         def loss(model, batch):
-            time.sleep(0.002)
+            time.sleep(0.004)
             return made.loss(model, batch)
         return made._replace(loss=loss)
 """
 
 
-def test_a_killed_sweep_goes_on_without_losing_a_run(tmp_path: Path) -> None:
+def test_a_killed_sweep_goes_on_without_losing_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT.format(tests=str(ROOT / "tests"))))
     folder = tmp_path / "out"
-    command = [sys.executable, "-m", "accumkern", "sweep", f"{script}:setup", "--effective-batches", "4,8,16"]
-    command += ["--samples", "1024", "--micro-batch", "4", "--validation-samples", "16", "--output", str(folder)]
+    arguments = ["sweep", f"{script}:setup", "--effective-batches", "4,8,16", "--samples", "256", "--micro-batch", "4"]
+    arguments += ["--evaluations", "4", "--validation-samples", "16", "--output", str(folder)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "accumkern", *arguments],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 90
     while not list(folder.glob("runs/*.json")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
@@ -264,12 +271,11 @@ def test_a_killed_sweep_goes_on_without_losing_a_run(tmp_path: Path) -> None:
     kept = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("runs/*.json")}
     assert 1 <= len(kept) < 3
     assert all(json.loads(content) for _, content in kept.values())  # none is half written
-    done = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert main([*arguments, "--json"]) == 0
     for name, (time_ns, content) in kept.items():
         path = folder / "runs" / name
         assert (path.stat().st_mtime_ns, path.read_bytes()) == (time_ns, content)
-    assert len(json.loads(done.stdout)["runs"]) == 3
+    assert len(json.loads(capsys.readouterr().out)["runs"]) == 3
     assert len(list(folder.glob("runs/*.json"))) == 3
     assert (folder / "report.html").is_file()
 
@@ -343,6 +349,6 @@ def test_rows_and_findings() -> None:
 
 def test_runs_survive_json() -> None:
     one = run(4, [5.0, math.inf], 1.0)
-    again = Run.from_dict(json.loads(json.dumps(accumkern.planning.files.finite(dataclasses.asdict(one)))))
+    again = Run.from_dict(json.loads(json.dumps(one.to_dict(), allow_nan=False)))
     assert again.points[0] == one.points[0]
     assert math.isnan(again.points[1].loss)

@@ -1,1 +1,16 @@
-"""Which batch size: what fits, what would fit elsewhere, what is fast, what helps training, and the plan from it."""
+"""Which batch size: what fits, what would fit elsewhere, what is fast, what helps training, and the plan from it.
+
+The road through the files, from the ground up; each imports only from those before it::
+
+    memory.py          sizes as people write them; what a device has, and what a piece of code allocates under a limit
+    protocol.py        what a script's setup() provides, and the checks of it
+    ranks.py           what data-parallel ranks agree on
+    trial.py           windows trained before everything is put back; what fits
+    speed.py           what is fast, and how to split an effective batch by it
+    noise.py           what helps training: the gradient noise scale, and which effective batches it makes useful
+    predict.py         what would fit elsewhere, on fake tensors
+    plan_result.py     what plan() returns, and its reasons in words; plan.py: all of this, and the decision
+    sweep_result.py    what sweep() returns, and what follows; sweep.py: training at several effective batches
+    report.py          a folder of results: JSON, CSV, figures, and one page; report.html is its template
+    cli.py             the two commands, in the terminal
+"""

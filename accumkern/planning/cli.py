@@ -10,19 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
 
 import accumkern
-from accumkern.planning.outcome import Run, Sweep
+from accumkern.planning.memory import format_bytes
 from accumkern.planning.plan import plan
+from accumkern.planning.plan_result import Plan
 from accumkern.planning.protocol import load_setup
 from accumkern.planning.ranks import is_first
-from accumkern.planning.report.folder import write_plan, write_sweep
-from accumkern.planning.report.tables import plan_table, sweep_table
-from accumkern.planning.result import Plan
+from accumkern.planning.report import format_rate, format_useful, write_plan, write_sweep
 from accumkern.planning.sweep import sweep
+from accumkern.planning.sweep_result import Row, Run, Sweep
 
+_OWN = ("command", "setup", "output", "json", "predict")  # options of the command line; the others are arguments
 _LEAST_WIDTH = 100  # where there is no terminal to fit into
 
 
@@ -49,24 +54,14 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result.to_dict(), indent=1, allow_nan=False))
     else:
-        _console().print(plan_table(result) if isinstance(result, Plan) else sweep_table(result))
+        _console().print(_plan_table(result) if isinstance(result, Plan) else _sweep_table(result))
     if page is not None:
         errors.print(f"\nreport: {page}", markup=False, highlight=False)
     return 0 if isinstance(result, Plan) or result.learnt else 1
 
 
 def _plan(args: argparse.Namespace, live: _Live) -> Plan:
-    return plan(
-        load_setup(args.setup),
-        effective_batch=args.effective_batch,
-        memory=args.memory,
-        margin=args.margin,
-        buffer=args.buffer,
-        largest_micro_batch=args.largest_micro_batch,
-        noise_windows=args.noise_windows,
-        measure=not args.predict,
-        progress=live.tell,
-    )
+    return plan(load_setup(args.setup), **_arguments(args), measure=not args.predict, progress=live.tell)
 
 
 def _sweep(args: argparse.Namespace, live: _Live) -> Sweep:
@@ -76,23 +71,12 @@ def _sweep(args: argparse.Namespace, live: _Live) -> Sweep:
             f"batch {run.effective_batch}, {run.rule}, seed {run.seed}", f"{run.status}: {loss} in {run.seconds:.3g} s"
         )
 
-    return sweep(
-        load_setup(args.setup),
-        args.effective_batches,
-        args.samples,
-        args.output,
-        rules=args.rules,
-        seeds=args.seeds,
-        base_batch=args.base_batch,
-        micro_batch=args.micro_batch,
-        memory=args.memory,
-        margin=args.margin,
-        buffer=args.buffer,
-        target_loss=args.target_loss,
-        evaluations=args.evaluations,
-        validation_samples=args.validation_samples,
-        progress=tell,
-    )
+    return sweep(load_setup(args.setup), folder=args.output, **_arguments(args), progress=tell)
+
+
+def _arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the command line has in common with the function: all but what is its own."""
+    return {name: value for name, value in vars(args).items() if name not in _OWN}
 
 
 def _write(result: Plan | Sweep, args: argparse.Namespace) -> Any:
@@ -153,3 +137,87 @@ class _Live:
 def _console(stderr: bool = False) -> Console:
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=_LEAST_WIDTH)
+
+
+def _plan_table(plan: Plan) -> RenderableType:
+    """Return the plan for each number of ranks, and the reasons."""
+    unit = "tokens" if plan.tokens_per_sample else "samples"
+    columns = (
+        "ranks",
+        "micro-batch",
+        "accumulate",
+        "effective batch",
+        "memory per rank",
+        f"{unit}/s",
+        "useful batches",
+    )
+    table = _table("the plan", columns)
+    for choice in plan.by_ranks:
+        speed = choice.samples_per_second
+        table.add_row(
+            f"{choice.ranks}",
+            f"{choice.micro_batch:,}",
+            f"{choice.accumulation_steps:,}",
+            f"{choice.effective_batch:,}",
+            format_bytes(choice.memory_bytes),
+            "-" if speed is None else format_rate(speed, plan.tokens_per_sample),
+            format_useful({"useful_low": choice.useful_low, "useful_high": choice.useful_high}),
+            style="bold" if choice.ranks == plan.choice.ranks else "",
+        )
+    lines: list[RenderableType] = [table]
+    lines += [_bullet(reason, "") for reason in plan.reasons]
+    lines += [_bullet(f"Warning: {warning}", "yellow") for warning in plan.warnings]
+    if plan.attach:
+        steps = plan.choice.accumulation_steps
+        lines.append(Text(f"\naccumkern.attach(optimizer, {plan.buffer!r}, average_over={steps})", style="bold"))
+    return Group(*lines)
+
+
+def _sweep_table(sweep: Sweep) -> RenderableType:
+    """Return a row for each effective batch and rule, and the findings."""
+    unit = "tokens" if sweep.tokens_per_sample else "samples"
+    target = "" if sweep.target_loss is None else f" {sweep.target_loss:.4g}"
+    columns = (
+        "batch",
+        "rule",
+        "learning rate",
+        "accumulate",
+        "runs",
+        f"{unit} to loss{target}",
+        "seconds",
+        "last loss",
+        "memory",
+    )
+    table = _table("the sweep", columns)
+    for row in sweep.rows:
+        table.add_row(*_cells(row, sweep.tokens_per_sample))
+    return Group(table, *(_bullet(finding, "") for finding in sweep.findings))
+
+
+def _cells(row: Row, tokens_per_sample: float | None) -> list[str]:
+    reached = row.samples_to_target is not None and row.seconds_to_target is not None
+    return [
+        f"{row.effective_batch:,}",
+        row.rule,
+        f"{row.learning_rate:.3g}",
+        f"{row.accumulation_steps:,}",
+        f"{row.runs} ({row.failed})" if row.failed else f"{row.runs}",
+        format_rate(row.samples_to_target or 0, tokens_per_sample) if reached else "not reached",
+        f"{row.seconds_to_target:.3g}" if reached else "not reached",
+        "-" if row.last_loss is None else f"{row.last_loss:.4g}",
+        format_bytes(row.peak_bytes),
+    ]
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _bullet(text: str, style: str) -> RenderableType:
+    head, colon, rest = text.partition(": ")
+    line = Text.assemble("• ", (head + colon, "bold"), rest) if colon and len(head) < 60 else Text(f"• {text}")
+    line.stylize(style)
+    return Padding(line, (0, 0, 0, 1))

@@ -1,9 +1,11 @@
-"""What helps training: the gradient noise scale over some windows, and what it says of a batch size.
+"""What helps training: the gradient noise scale over some windows, and which effective batches it makes useful.
 
 With the noise scale ``B_noise``, and against the fewest samples and steps that any batch size could do with (S.
 McCandlish et al., "An Empirical Model of Large-Batch Training", arXiv 1812.06162, equations 2.7 and 5.1)::
 
     samples(B) = samples_min * (1 + B / B_noise)            steps(B) = steps_min * (1 + B_noise / B)
+
+The time to train is the samples that it needs, over the samples per second.
 """
 
 from __future__ import annotations
@@ -13,16 +15,20 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from accumkern.wiring import attach
 from accumkern.noise_scale import Estimate
-from accumkern.planning.preserve import Preserved
-from accumkern.planning.protocol import Setup, make_batch
-from accumkern.planning.ranks import Ranks
-from accumkern.planning.window import accumulate, choose_buffer
+from accumkern.planning.protocol import choose_buffer, make_batch
+from accumkern.planning.speed import Rate, Split, split
+from accumkern.planning.trial import Preserved, accumulate
+from accumkern.wiring import attach
 
 _MICRO_BATCHES = 8
 _RESAMPLES = 1000
 _TAIL = 0.1  # on both sides: an 80% interval
+# Of times to train, over the least:
+_SAME_TIME = 0.95
+_USEFUL = 1.1
+_MOST_BATCH = 2**24
+_SHOWN = 4  # times the larger of chosen batch and noise scale
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Noise:
     last_loss: float
 
 
-def measure_noise(setup: Setup, preserved: Preserved, ranks: Ranks, micro_batch: int, windows: int) -> Noise:
+def measure_noise(preserved: Preserved, micro_batch: int, windows: int) -> Noise:
     """Train some windows of eight micro-batches, and estimate the noise scale from the second half, of all ranks.
 
     The first half takes the weights away from where they were made, where gradients are unlike those of training. It
@@ -58,13 +64,16 @@ def measure_noise(setup: Setup, preserved: Preserved, ranks: Ranks, micro_batch:
     Raises:
         RuntimeError: a loss or a gradient is not finite.
     """
+    setup = preserved.setup
     estimates: list[Estimate] = []
     losses: list[float] = []
     with attach(setup.optimizer, choose_buffer(setup, None) or "split24", stats=True) as accumulator:
         accumulator.scale = 1 / _MICRO_BATCHES
         for window in range(windows):
-            batches = (make_batch(setup, micro_batch) for _ in range(_MICRO_BATCHES))
-            of_window = accumulate(setup, batches, _MICRO_BATCHES, accumulator)
+            of_window = [
+                accumulate(setup, make_batch(setup, micro_batch), _MICRO_BATCHES, accumulator)
+                for _ in range(_MICRO_BATCHES)
+            ]
             losses.append(sum(loss.item() for loss in of_window) / _MICRO_BATCHES)
             estimates.append(accumulator.noise_scale().window)
             if not math.isfinite(losses[-1] + estimates[-1].trace + estimates[-1].squared_gradient):
@@ -76,17 +85,33 @@ def measure_noise(setup: Setup, preserved: Preserved, ranks: Ranks, micro_batch:
             setup.optimizer.step()
             setup.optimizer.zero_grad()
     preserved.rewind()
-    estimates = [estimate for of_rank in ranks.gathered(estimates[windows // 2 :]) for estimate in of_rank]
-    low, high = _interval(estimates)
-    noise_scale = _mean(estimates).noise_scale
+    estimates = [estimate for of_rank in preserved.ranks.gathered(estimates[windows // 2 :]) for estimate in of_rank]
+    low, high = interval(estimates)
     return Noise(
-        noise_scale=noise_scale * micro_batch,
+        noise_scale=_mean(estimates).noise_scale * micro_batch,
         low=low * micro_batch,
         high=high * micro_batch,
         windows=len(estimates),
         batch=_MICRO_BATCHES * micro_batch,
         first_loss=losses[0],
         last_loss=losses[-1],
+    )
+
+
+def interval(estimates: Sequence[Estimate]) -> tuple[float, float]:
+    """Return an 80% interval of the noise scale, by drawing windows again with replacement."""
+    drawn = random.Random(0)
+    values = sorted(_mean(drawn.choices(estimates, k=len(estimates))).noise_scale for _ in range(_RESAMPLES))
+    tail = int(_TAIL * _RESAMPLES)
+    return values[tail], values[-1 - tail]
+
+
+def _mean(estimates: Sequence[Estimate]) -> Estimate:
+    """Return the mean of unbiased estimates, which is one; their ratio is taken after."""
+    count = len(estimates)
+    return Estimate(
+        math.fsum(estimate.trace for estimate in estimates) / count,
+        math.fsum(estimate.squared_gradient for estimate in estimates) / count,
     )
 
 
@@ -100,18 +125,78 @@ def steps_factor(batch: float, noise_scale: float) -> float:
     return 1 + noise_scale / batch
 
 
-def _mean(estimates: Sequence[Estimate]) -> Estimate:
-    """Return the mean of unbiased estimates, which is one; their ratio is taken after."""
-    count = len(estimates)
-    return Estimate(
-        math.fsum(estimate.trace for estimate in estimates) / count,
-        math.fsum(estimate.squared_gradient for estimate in estimates) / count,
-    )
+def useful_batches(ranks: int, sizes: Sequence[int], rate: Rate, noise_scales: Sequence[float]) -> tuple[float, float]:
+    """Return the least and the largest effective batch whose time to train is within 10% of the best.
+
+    Looked at are powers of two times the ranks. With several noise scales, the range covers that of each. It has no
+    upper end, infinity, where the gradient was all noise.
+    """
+    low, high = math.inf, 0.0
+    for noise_scale in noise_scales:
+        if noise_scale == 0:
+            low, high = min(low, ranks), max(high, ranks)
+            continue
+        times = _times(ranks, sizes, rate, noise_scale)
+        useful = [batch for batch, time in times.items() if time <= _USEFUL * min(times.values())]
+        low, high = min(low, useful[0]), max(high, math.inf if useful[-1] == max(times) else useful[-1])
+    return low, high
 
 
-def _interval(estimates: Sequence[Estimate]) -> tuple[float, float]:
-    """Return an 80% interval of the noise scale, by drawing windows again with replacement."""
-    drawn = random.Random(0)
-    values = sorted(_mean(drawn.choices(estimates, k=len(estimates))).noise_scale for _ in range(_RESAMPLES))
-    tail = int(_TAIL * _RESAMPLES)
-    return values[tail], values[-1 - tail]
+def best_batch(ranks: int, sizes: Sequence[int], rate: Rate, noise_scale: float) -> int:
+    """Return the smallest effective batch whose time to train is within 5% of the best, of powers of two per rank."""
+    if noise_scale == 0:
+        return ranks
+    times = _times(ranks, sizes, rate, noise_scale)
+    return next(batch for batch, time in times.items() if time * _SAME_TIME <= min(times.values()))
+
+
+def accumulation_pays(way: Split, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> bool | None:
+    """Return whether training takes less time than with the best effective batch of one micro-batch; None: unknown."""
+    if noise is None or way.accumulation_steps == 1 or noise.noise_scale == 0:
+        return None
+    alone = min(_time(Split(way.ranks, size, 1), rate, noise.noise_scale) for size in sizes)
+    return _time(way, rate, noise.noise_scale) <= _SAME_TIME * alone
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an effective batch costs, by speed and noise scale, on the ranks there are.
+
+    Attributes:
+        effective_batch: samples between two optimizer steps.
+        samples_per_second: of all ranks.
+        time: to train, over the least of all batches.
+        time_low: the same with the lower end of the noise scale's interval.
+        time_high: with the upper end.
+    """
+
+    effective_batch: int
+    samples_per_second: float
+    time: float
+    time_low: float
+    time_high: float
+
+
+def costs(way: Split, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> tuple[Batch, ...]:
+    """Return what powers of two per rank cost, up to well beyond the chosen batch and the noise scale."""
+    if noise is None or noise.noise_scale in (0, math.inf):
+        return ()
+    most = _SHOWN * max(way.effective_batch, noise.noise_scale)
+    batches = [way.ranks * 2**i for i in range(64) if i < 4 or way.ranks * 2**i <= most]
+    ways = [split(batch, way.ranks, sizes, rate) for batch in batches]
+    columns = []
+    for noise_scale in (noise.noise_scale, noise.low, noise.high):
+        times = [_time(way, rate, noise_scale) for way in ways]
+        columns.append([time / min(times) for time in times])
+    return tuple(map(Batch, batches, [way.samples_per_second(rate) for way in ways], *columns))
+
+
+def _times(ranks: int, sizes: Sequence[int], rate: Rate, noise_scale: float) -> dict[int, float]:
+    """Return the times to train with effective batches of powers of two per rank, from small to large."""
+    batches = [ranks * 2**i for i in range(int(math.log2(_MOST_BATCH / ranks)))]
+    return {batch: _time(split(batch, ranks, sizes, rate), rate, noise_scale) for batch in batches}
+
+
+def _time(way: Split, rate: Rate, noise_scale: float) -> float:
+    """Return the time to train: the samples needed, over the samples per second. Only ratios of it mean something."""
+    return samples_factor(way.effective_batch, noise_scale) / way.samples_per_second(rate)

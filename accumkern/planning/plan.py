@@ -6,29 +6,24 @@ import math
 import platform
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
+from typing import Any
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from accumkern import __version__
-from accumkern.planning.decide import Rate, Split, best_batch, relative_time, split, split_by_size, useful_batches
-from accumkern.planning.explain import explain
-from accumkern.planning.fit import Trial, find_fit, largest, try_window
 from accumkern.planning.memory import available_bytes, check_margin, format_bytes, parse_bytes
-from accumkern.planning.noise import Noise, measure_noise
-from accumkern.planning.predict import PredictionError, fake_setup, predict_memory
-from accumkern.planning.preserve import Preserved
-from accumkern.planning.protocol import Setup, SetupFunction, run_setup
+from accumkern.planning.noise import accumulation_pays, best_batch, costs, measure_noise, useful_batches
+from accumkern.planning.plan_result import Choice, Plan, explain
+from accumkern.planning.predict import Prediction, PredictionError, fake_setup, predict_memory
+from accumkern.planning.protocol import Setup, SetupFunction, choose_buffer, run_setup
 from accumkern.planning.ranks import Ranks
-from accumkern.planning.result import Batch, Choice, Plan, Prediction
-from accumkern.planning.throughput import knee, measure_speeds
-from accumkern.planning.window import choose_buffer
+from accumkern.planning.speed import Split, knee, measure_speeds, sizes_to_time, split, split_by_size
+from accumkern.planning.trial import Preserved, Trial, find_fit, largest, verify
 
 _RANKS = (1, 2, 4, 8)
 _NOISE_MICRO_BATCH = 4
-_SHOWN = 4  # times the larger of chosen batch and noise scale
-_PAYS = 0.95  # of the time to train without accumulation
 
 Progress = Callable[[str, str], None]  # of (what is being done, what came of it)
 
@@ -99,26 +94,22 @@ def plan(
         at_most = largest_micro_batch
         if effective_batch is not None:
             at_most = min(at_most, max(1, math.ceil(effective_batch / ranks.count)))
-        with Preserved(made) as preserved:
-            plan = _measured_plan(
-                setup, made, preserved, ranks, effective_batch, limit, margin, buffer, at_most, noise_windows, progress
-            )
+        with Preserved(made, buffer, ranks) as preserved:
+            plan = _measured_plan(setup, preserved, effective_batch, limit, margin, at_most, noise_windows, progress)
         return ranks.gathered(plan)[0]  # predictions, losses and the machine may differ
 
 
 def _measured_plan(
     function: SetupFunction,
-    setup: Setup,
     preserved: Preserved,
-    ranks: Ranks,
     target: int | None,
     limit: int,
     margin: float,
-    buffer: str | None,
     at_most: int,
     noise_windows: int,
     progress: Progress,
 ) -> Plan:
+    setup, ranks = preserved.setup, preserved.ranks
     allowed = int(limit * (1 - margin))
 
     def tell(trial: Trial) -> None:
@@ -126,14 +117,11 @@ def _measured_plan(
         progress("what fits", f"micro-batch {trial.micro_batch}: {format_bytes(trial.peak_bytes)}, {outcome}")
 
     with ranks.phase("what fits"):
-        fit = find_fit(setup, preserved, ranks, allowed, at_most, buffer, tell)
+        fit = find_fit(preserved, allowed, at_most, tell)
     with ranks.phase("what is fast"):
         speeds = measure_speeds(
-            setup,
             preserved,
-            ranks,
-            _sizes(fit.micro_batch, None if target is None else target // ranks.count),
-            buffer,
+            sizes_to_time(fit.micro_batch, None if target is None else target // ranks.count),
             lambda speed: progress(
                 "what is fast", f"micro-batch {speed.micro_batch}: {speed.limit_per_second:.4g} samples per second"
             ),
@@ -142,19 +130,19 @@ def _measured_plan(
     if noise_windows:
         with ranks.phase("what helps training"):
             progress("what helps training", f"gradient noise over {noise_windows} windows")
-            noise = measure_noise(setup, preserved, ranks, min(fit.micro_batch, _NOISE_MICRO_BATCH), noise_windows)
+            noise = measure_noise(preserved, min(fit.micro_batch, _NOISE_MICRO_BATCH), noise_windows)
             progress("what helps training", f"gradient noise scale {noise.noise_scale:.3g} samples")
-    fitting = sorted({trial.micro_batch for trial in fit.trials if trial.fits})
-    powers = [size for size in fitting if size & (size - 1) == 0 or size == fitting[-1]]
+    peaks = {trial.micro_batch: trial.peak_bytes for trial in fit.trials if trial.fits}
+    powers = [size for size in sorted(peaks) if size & (size - 1) == 0 or size == max(peaks)]
     with ranks.phase("what would fit elsewhere"):
-        predictions, problem = _predictions(function, powers, buffer, progress)
+        predictions, problem = _predictions(function, powers, preserved.buffer, progress)
 
     by_size = {speed.micro_batch: speed for speed in speeds}
+    sizes = list(by_size)
 
     def rate(micro_batch: int, accumulation_steps: int) -> float:
         return by_size[micro_batch].samples_per_second(accumulation_steps)
 
-    sizes = list(by_size)
     with ranks.phase("the plan"):
         if target is not None:
             batch = target
@@ -162,55 +150,42 @@ def _measured_plan(
             batch = best_batch(ranks.count, sizes, rate, math.inf if noise is None else noise.noise_scale)
         way = ranks.gathered(split(batch, ranks.count, sizes, rate))[0]
         progress("the plan", f"micro-batch {way.micro_batch}, {way.accumulation_steps} accumulation steps")
-        verified = try_window(setup, preserved, ranks, way.micro_batch, way.accumulation_steps, buffer, allowed)
+        verified = verify(preserved, way.micro_batch, way.accumulation_steps, allowed)
         if not verified.fits:
             raise RuntimeError(
                 f"a micro-batch of {way.micro_batch} fitted before and does not now "
                 f"({format_bytes(verified.peak_bytes)}); other programs take memory, or the setup's use of it changes: "
                 "leave a larger margin"
             )
-    peaks = {trial.micro_batch: trial.peak_bytes for trial in fit.trials if trial.fits}
     peaks[verified.micro_batch] = verified.peak_bytes
-    gradient_bytes = _gradient_bytes(setup)
 
-    def choice(way: Split) -> Choice:
-        buckets = gradient_bytes if way.ranks > ranks.count == 1 else 0  # of DistributedDataParallel
-        memory = _interpolated(peaks, way.micro_batch) + buckets
-        useful: tuple[float | None, float | None] = (None, None)
-        if noise is not None:
-            useful = useful_batches(way.ranks, sizes, rate, (noise.low, noise.noise_scale, noise.high))
-        speed = way.ranks * rate(way.micro_batch, way.accumulation_steps)
-        return Choice(way.ranks, way.micro_batch, way.accumulation_steps, way.effective_batch, memory, speed, *useful)
+    def prospects(way: Split) -> tuple[float, float | None, float | None]:
+        speed = way.samples_per_second(rate)
+        if noise is None:
+            return speed, None, None
+        return speed, *useful_batches(way.ranks, sizes, rate, (noise.low, noise.noise_scale, noise.high))
 
-    return explain(
-        Plan(
-            choice=choice(way),
-            by_ranks=tuple(
-                choice(way if n == ranks.count else split(way.effective_batch, n, sizes, rate))
-                for n in sorted({*_RANKS, ranks.count})
-            ),
-            target=target,
-            buffer=buffer,
-            attach=buffer is not None and way.accumulation_steps > 1,
-            accumulation_pays=_pays(way, sizes, rate, noise),
-            reasons=(),
-            warnings=_warnings(setup, way.micro_batch),
-            memory_limit_bytes=limit,
-            margin=margin,
-            largest_micro_batch=fit.micro_batch,
-            is_limited_by_memory=fit.is_limited_by_memory,
-            fit=fit,
-            predictions=predictions,
-            prediction_problem=problem,
-            speeds=tuple(speeds),
-            knee=knee(speeds).micro_batch,
-            noise=noise,
-            batches=_batches(way, sizes, rate, noise),
-            tokens_per_sample=setup.tokens_per_sample,
-            gradient_bytes=gradient_bytes,
-            adam=_is_adam(setup),
-            machine=_machine(setup.device),
-        )
+    return _plan_of(
+        setup,
+        way,
+        lambda n: split(way.effective_batch, n, sizes, rate),
+        peaks,
+        prospects,
+        target=target,
+        buffer=preserved.buffer,
+        accumulation_pays=accumulation_pays(way, sizes, rate, noise),
+        memory_limit_bytes=limit,
+        margin=margin,
+        largest_micro_batch=fit.micro_batch,
+        is_limited_by_memory=fit.is_limited_by_memory,
+        fit=fit,
+        predictions=predictions,
+        prediction_problem=problem,
+        speeds=tuple(speeds),
+        knee=knee(speeds).micro_batch,
+        noise=noise,
+        batches=costs(way, sizes, rate, noise),
+        machine=_machine(_name(setup.device)),
     )
 
 
@@ -248,43 +223,60 @@ def _predicted_plan(
         most = largest(fits, at_most)
         way = split_by_size(target or most, 1, most)
         peak = predict_memory(setup, way.micro_batch, buffer, min(2, way.accumulation_steps)).total
-        peaks = {size: prediction.memory.total for size, prediction in found.items()} | {way.micro_batch: peak}
-        gradient_bytes = _gradient_bytes(setup)
-
-        def choice(way: Split) -> Choice:
-            buckets = gradient_bytes if way.ranks > 1 else 0
-            memory = _interpolated(peaks, way.micro_batch) + buckets
-            return Choice(
-                way.ranks, way.micro_batch, way.accumulation_steps, way.effective_batch, memory, None, None, None
-            )
-
-        return explain(
-            Plan(
-                choice=choice(way),
-                by_ranks=tuple(choice(split_by_size(way.effective_batch, n, most)) for n in _RANKS),
-                target=target,
-                buffer=buffer,
-                attach=buffer is not None and way.accumulation_steps > 1,
-                accumulation_pays=None,
-                reasons=(),
-                warnings=_warnings(setup, way.micro_batch),
-                memory_limit_bytes=limit,
-                margin=margin,
-                largest_micro_batch=most,
-                is_limited_by_memory=most < at_most,
-                fit=None,
-                predictions=tuple(found[size] for size in sorted(found)),
-                prediction_problem=None,
-                speeds=(),
-                knee=None,
-                noise=None,
-                batches=(),
-                tokens_per_sample=setup.tokens_per_sample,
-                gradient_bytes=gradient_bytes,
-                adam=_is_adam(setup),
-                machine=_machine(setup.device) | {"device": "none: predicted on fake tensors"},
-            )
+        return _plan_of(
+            setup,
+            way,
+            lambda n: split_by_size(way.effective_batch, n, most),
+            {size: prediction.memory.total for size, prediction in found.items()} | {way.micro_batch: peak},
+            lambda way: (None, None, None),
+            target=target,
+            buffer=buffer,
+            memory_limit_bytes=limit,
+            margin=margin,
+            largest_micro_batch=most,
+            is_limited_by_memory=most < at_most,
+            predictions=tuple(found[size] for size in sorted(found)),
+            machine=_machine("none: predicted on fake tensors"),
         )
+
+
+def _plan_of(
+    setup: Setup,
+    way: Split,
+    way_on: Callable[[int], Split],
+    peaks: dict[int, int],
+    prospects: Callable[[Split], tuple[float | None, float | None, float | None]],
+    **known: Any,
+) -> Plan:
+    """Return a plan with its reasons.
+
+    Args:
+        setup: that it is of.
+        way: to train on the ranks there are.
+        way_on: to train on another number of them.
+        peaks: of memory, by micro-batch.
+        prospects: samples per second of a way, and the range of useful batches.
+        known: other fields of the plan.
+    """
+    gradient_bytes = sum(p.numel() * p.element_size() for p in setup.model.parameters() if p.requires_grad)
+
+    def choice(of: Split) -> Choice:
+        buckets = gradient_bytes if of.ranks > way.ranks == 1 else 0  # of DistributedDataParallel
+        memory = _interpolated(peaks, of.micro_batch) + buckets
+        return Choice(of.ranks, of.micro_batch, of.accumulation_steps, of.effective_batch, memory, *prospects(of))
+
+    return explain(
+        Plan(
+            choice=choice(way),
+            by_ranks=tuple(choice(way if n == way.ranks else way_on(n)) for n in sorted({*_RANKS, way.ranks})),
+            attach=known["buffer"] is not None and way.accumulation_steps > 1,
+            warnings=_warnings(setup, way.micro_batch),
+            tokens_per_sample=setup.tokens_per_sample,
+            gradient_bytes=gradient_bytes,
+            adam="betas" in setup.optimizer.param_groups[0],
+            **known,
+        )
+    )
 
 
 def _predictions(
@@ -299,39 +291,6 @@ def _predictions(
         return (), str(error)
     progress("what would fit elsewhere", f"{format_bytes(predictions[-1].memory.total)} predicted for {sizes[-1]}")
     return predictions, None
-
-
-def _sizes(most: int, per_rank: int | None) -> list[int]:
-    """Return the micro-batches to time: powers of two, the largest, and the largest parts of a rank's batch."""
-    sizes = {2**i for i in range(most.bit_length())} | {most}
-    if per_rank is not None:
-        parts = [size for size in range(1, most + 1) if per_rank % size == 0]
-        sizes |= set(parts[-3:])
-    return sorted(sizes)
-
-
-def _batches(way: Split, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> tuple[Batch, ...]:
-    """Return what powers of two per rank cost, up to well beyond the chosen batch and the noise scale."""
-    if noise is None or noise.noise_scale in (0, math.inf):
-        return ()
-    most = _SHOWN * max(way.effective_batch, noise.noise_scale)
-    sizes_of_batches = [way.ranks * 2**i for i in range(64) if i < 4 or way.ranks * 2**i <= most]
-    columns = []
-    for noise_scale in (noise.noise_scale, noise.low, noise.high):
-        times = [relative_time(batch, way.ranks, sizes, rate, noise_scale) for batch in sizes_of_batches]
-        columns.append([time / min(times) for time in times])
-    ways = [split(batch, way.ranks, sizes, rate) for batch in sizes_of_batches]
-    speeds = [way.ranks * rate(way.micro_batch, way.accumulation_steps) for way in ways]
-    return tuple(map(Batch, sizes_of_batches, speeds, *columns))
-
-
-def _pays(way: Split, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> bool | None:
-    """Return whether training takes less time than with the best effective batch of one micro-batch."""
-    if noise is None or way.accumulation_steps == 1 or noise.noise_scale == 0:
-        return None
-    alone = min(relative_time(way.ranks * size, way.ranks, [size], rate, noise.noise_scale) for size in sizes)
-    own = relative_time(way.effective_batch, way.ranks, [way.micro_batch], rate, noise.noise_scale)
-    return own <= _PAYS * alone
 
 
 def _interpolated(peaks: dict[int, int], micro_batch: int) -> int:
@@ -356,18 +315,13 @@ def _warnings(setup: Setup, micro_batch: int) -> tuple[str, ...]:
     )
 
 
-def _gradient_bytes(setup: Setup) -> int:
-    return sum(param.numel() * param.element_size() for param in setup.model.parameters() if param.requires_grad)
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def _is_adam(setup: Setup) -> bool:
-    return "betas" in setup.optimizer.param_groups[0]
-
-
-def _machine(device: torch.device) -> dict[str, str]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+def _machine(device: str) -> dict[str, str]:
     return {
-        "device": name,
+        "device": device,
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from accumkern import backends
 from accumkern.accumulator import GradAccumulator
-from accumkern.planning.preserve import RandomState
 from accumkern.planning.protocol import Setup, SetupFunction, make_batch, run_setup
-from accumkern.planning.window import train_window
+from accumkern.planning.trial import RandomState, train_window
 
 
 class PredictionError(RuntimeError):
@@ -45,6 +44,19 @@ class Memory:
     def total(self) -> int:
         """All of them."""
         return self.parameters + self.gradients + self.residuals + self.optimizer_state + self.activations
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a micro-batch needs, from fake tensors.
+
+    Attributes:
+        micro_batch: samples in it.
+        memory: at the peak, by category.
+    """
+
+    micro_batch: int
+    memory: Memory
 
 
 @contextmanager
@@ -86,12 +98,6 @@ def predict_memory(setup: Setup, micro_batch: int, buffer: str | None, micro_bat
         buffer: of :func:`accumkern.attach`; None accumulates as stock PyTorch does.
         micro_batches: in a window; 1 accumulates nothing.
     """
-    accumulates = buffer is not None and micro_batches > 1
-    attached = (
-        _FakeAccumulator(setup.optimizer, buffer or "", average_over=micro_batches, backend="eager")
-        if accumulates
-        else nullcontext()
-    )
     tracker = MemTracker()
 
     def batch_beside_tracker() -> object:
@@ -102,12 +108,11 @@ def predict_memory(setup: Setup, micro_batch: int, buffer: str | None, micro_bat
         tracker.track_external(*(leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)))
         return batch
 
-    with attached as accumulator:
+    with _accumulation_without_kernels(setup, buffer, micro_batches) as accumulator:
         batches = (make_batch(setup, micro_batch, "longest_batch") for _ in range(micro_batches))
         train_window(setup, batches, micro_batches, accumulator)
         tracker.track_external(setup.model, setup.optimizer)
-        if isinstance(accumulator, _FakeAccumulator):
-            tracker.track_external(*accumulator.residuals())
+        tracker.track_external(*_residuals(accumulator))
         residuals = tracker.get_tracker_snapshot()[setup.device][_MemRefType.OTH]
         with tracker:
             train_window(setup, (batch_beside_tracker() for _ in range(micro_batches)), micro_batches, accumulator)
@@ -121,15 +126,27 @@ def predict_memory(setup: Setup, micro_batch: int, buffer: str | None, micro_bat
     )
 
 
+def _accumulation_without_kernels(
+    setup: Setup, buffer: str | None, micro_batches: int
+) -> AbstractContextManager[object]:
+    """Return the block of :func:`accumkern.planning.trial.accumulation`, without what would read fake tensors."""
+    if buffer is None or micro_batches == 1:
+        return nullcontext()
+    return _FakeAccumulator(setup.optimizer, buffer, average_over=micro_batches, backend="eager")
+
+
 class _FakeAccumulator(GradAccumulator):
     """The hooks and the memory of accumkern without its kernels: fake tensors have nothing that they could read."""
 
     def _kernel_on(self, device: torch.device) -> backends.FoldFunction:
         return lambda *arguments: None
 
-    def residuals(self) -> list[torch.Tensor]:
-        """Return what is kept beside ``.grad``."""
-        return [entry.residual for entry in self._parameters.values() if entry.residual is not None]
+
+def _residuals(accumulator: object) -> list[torch.Tensor]:
+    """Return what is kept beside ``.grad``."""
+    if not isinstance(accumulator, GradAccumulator):
+        return []
+    return [entry.residual for entry in accumulator._parameters.values() if entry.residual is not None]
 
 
 @contextmanager

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from accumkern.formats import BUFFERS
 from accumkern.planning.memory import is_out_of_memory
 
 
@@ -168,6 +169,24 @@ def _check_parameters(setup: Setup) -> None:
         raise ValueError(f"model of setup() is on several devices ({', '.join(devices)}); put it on one")
     if setup.device.type == "meta":
         raise ValueError("model of setup() is on the meta device, without memory; put it on the device to train on")
+
+
+def choose_buffer(setup: Setup, buffer: str | None) -> str | None:
+    """Return the ``buffer`` for :func:`accumkern.attach`, or None where stock PyTorch accumulates in FP32 already.
+
+    Args:
+        setup: whose trainable parameters decide: ``"split24"`` where some are bfloat16, ``"fp32"`` where float16.
+        buffer: what the user asked for; None chooses.
+
+    Raises:
+        ValueError: ``buffer`` is unknown.
+    """
+    if buffer is not None and buffer not in BUFFERS:
+        raise ValueError(f"buffer is {buffer!r}; it must be one of {', '.join(BUFFERS)}, or None to choose")
+    dtypes = {param.dtype for param in setup.model.parameters() if param.requires_grad}
+    if not dtypes & {torch.bfloat16, torch.float16}:
+        return None
+    return buffer or ("fp32" if torch.float16 in dtypes else "split24")
 
 
 def make_batch(setup: Setup, size: int, kind: str = "make_batch") -> Any:

@@ -5,7 +5,6 @@ Every finished run is one JSON file, written at once or not at all, so a sweep t
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import inspect
 import json
@@ -20,14 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from accumkern.planning.files import write_json
-from accumkern.planning.fit import find_fit, try_window
 from accumkern.planning.memory import available_bytes, check_margin, is_out_of_memory, parse_bytes
-from accumkern.planning.outcome import Point, Run, Sweep
-from accumkern.planning.preserve import Preserved, RandomState
-from accumkern.planning.protocol import Setup, SetupFunction, compute_loss, make_batch, run_setup
+from accumkern.planning.protocol import Setup, SetupFunction, choose_buffer, compute_loss, make_batch, run_setup
 from accumkern.planning.ranks import Ranks
-from accumkern.planning.window import accumulate, accumulation, choose_buffer, now
+from accumkern.planning.sweep_result import Point, Run, Sweep, write_json
+from accumkern.planning.trial import Preserved, RandomState, accumulation, find_fit, train_window, verify
 
 #: Factor of the learning rate for an effective batch that is ``ratio`` times the one it was chosen for.
 LEARNING_RATE_RULES: dict[str, Callable[[float], float]] = {
@@ -39,7 +35,7 @@ LEARNING_RATE_RULES: dict[str, Callable[[float], float]] = {
 SETTINGS = "sweep.json"
 RUNS = "runs"
 
-_VALIDATION_SEED = 2**31 - 1
+VALIDATION_SEED = 2**31 - 1
 _DIVERGED = 2.0  # times the first loss
 
 Progress = Callable[[Run], None]
@@ -104,33 +100,33 @@ def sweep(
     random_state = RandomState(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         _check_setup_is_new(setup)
-        ranks = Ranks()
-        if ranks.count > 1:
+        ranks = Ranks().count
+        if ranks > 1:
             raise RuntimeError(
-                f"a sweep trains in one process, and there are {ranks.count} ranks; start it without torchrun: an "
+                f"a sweep trains in one process, and there are {ranks} ranks; start it without torchrun: an "
                 "effective batch trains alike however many ranks share it"
             )
-        made = _seeded_setup(setup, _VALIDATION_SEED)
+        made = _seeded_setup(setup, VALIDATION_SEED)
         limit = int((available_bytes(made.device) if memory is None else parse_bytes(memory)) * (1 - margin))
         settings |= {"buffer": choose_buffer(made, buffer), "script_sha256": _source_hash(setup)}
         folder = Path(folder).expanduser()
         found = _claim(folder, settings)
         if micro_batch is None:
             if "micro_batch_found" not in found:
-                with Preserved(made) as preserved:
-                    fit = find_fit(made, preserved, ranks, limit, settings["effective_batches"][-1], settings["buffer"])
+                with Preserved(made, settings["buffer"]) as preserved:
+                    fit = find_fit(preserved, limit, settings["effective_batches"][-1])
                 found = settings | {"micro_batch_found": fit.micro_batch}
                 write_json(folder / SETTINGS, found)
             settings["micro_batch"] = found["micro_batch_found"]
-        validation = _validation(_seeded_setup(setup, _VALIDATION_SEED), settings)
+        validation = _validation(_seeded_setup(setup, VALIDATION_SEED), settings)
         runs = []
         for batch, rule, seed in _plan_of_runs(settings):
             path = folder / RUNS / f"batch-{batch}_{rule}_seed-{seed}.json"
             if path.is_file():
                 run = Run.from_dict(json.loads(path.read_text()))
             else:
-                run = _train(setup, batch, rule, seed, settings, validation, limit)
-                write_json(path, dataclasses.asdict(run))
+                run = _run(setup, batch, rule, seed, settings, validation, limit)
+                write_json(path, run.to_dict())
             runs.append(run)
             progress(run)
         return Sweep(tuple(runs), target_loss, made.tokens_per_sample, settings["base_batch"])
@@ -148,7 +144,7 @@ def _plan_of_runs(settings: dict[str, Any]) -> list[tuple[int, str, int]]:
     ]
 
 
-def _train(
+def _run(
     function: SetupFunction,
     batch: int,
     rule: str,
@@ -158,21 +154,20 @@ def _train(
     limit_bytes: int,
 ) -> Run:
     """Train once: a trial for the memory, then the training itself with everything made anew."""
-    buffer = settings["buffer"]
     micro_batch = max(size for size in range(1, min(settings["micro_batch"], batch) + 1) if batch % size == 0)
     accumulation_steps = batch // micro_batch
     setup = _scaled_setup(function, batch / settings["base_batch"], rule, seed)
     learning_rate = float(setup.optimizer.param_groups[0]["lr"])
-    with Preserved(setup) as preserved:
-        trial = try_window(setup, preserved, Ranks(), micro_batch, accumulation_steps, buffer, limit_bytes)
-    steps, seconds, points = 0, 0.0, []
+    with Preserved(setup, settings["buffer"]) as preserved:
+        trial = verify(preserved, micro_batch, accumulation_steps, limit_bytes)
+    points: list[Point] = []
     status = "out of memory"
     if trial.fits:
         setup = _scaled_setup(function, batch / settings["base_batch"], rule, seed)
         try:
-            for steps, seconds, loss in _training(setup, micro_batch, accumulation_steps, settings, validation):
-                points.append(Point(steps * batch, seconds, loss))
-            status = "diverged" if _diverges(points) else "finished"
+            for point in train(setup, micro_batch, accumulation_steps, settings, validation):
+                points.append(point)
+            status = "diverged" if _diverges(points[0], points[-1]) else "finished"
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -184,43 +179,37 @@ def _train(
         seed=seed,
         learning_rate=learning_rate,
         status=status,
-        steps=steps,
-        seconds=seconds,
+        steps=points[-1].samples // batch if points else 0,
+        seconds=points[-1].seconds if points else 0.0,
         peak_bytes=trial.peak_bytes,
         points=tuple(points),
     )
 
 
-def _training(
+def train(
     setup: Setup, micro_batch: int, accumulation_steps: int, settings: dict[str, Any], validation: list[Any]
-) -> Iterator[tuple[int, float, float]]:
-    """Train; yield steps, seconds and validation loss at the beginning and at equal distances, until it diverges."""
-    steps = settings["samples"] // (micro_batch * accumulation_steps)
+) -> Iterator[Point]:
+    """Train; yield the validation loss at the beginning and at equal distances, until it diverges."""
+    batch = micro_batch * accumulation_steps
+    steps = settings["samples"] // batch
     marks = {round(steps * i / settings["evaluations"]) for i in range(1, 1 + settings["evaluations"])}
     seconds = 0.0
-    points = [Point(0, 0.0, _validation_loss(setup, validation))]
-    yield 0, 0.0, points[0].loss
+    first = Point(0, seconds, _validation_loss(setup, validation))
+    yield first
     with accumulation(setup, settings["buffer"], accumulation_steps) as accumulator:
         for step in range(1, steps + 1):
-            for _ in range(accumulation_steps):
-                batch = make_batch(setup, micro_batch)
-                begin = now(setup)
-                accumulate(setup, [batch], accumulation_steps, accumulator)
-                seconds += now(setup) - begin
-            begin = now(setup)
-            setup.optimizer.step()
-            setup.optimizer.zero_grad()
-            seconds += now(setup) - begin
+            batches = (make_batch(setup, micro_batch) for _ in range(accumulation_steps))
+            of_micro_batches, of_step = train_window(setup, batches, accumulation_steps, accumulator)
+            seconds += sum(of_micro_batches) + of_step
             if step in marks:
-                points.append(Point(step, seconds, _validation_loss(setup, validation)))
-                yield step, seconds, points[-1].loss
-                if _diverges(points):
+                point = Point(step * batch, seconds, _validation_loss(setup, validation))
+                yield point
+                if _diverges(first, point):
                     return
 
 
-def _diverges(points: Sequence[Point]) -> bool:
-    first, last = points[0].loss, points[-1].loss
-    return not math.isfinite(last) or (first > 0 and last > _DIVERGED * first)
+def _diverges(first: Point, last: Point) -> bool:
+    return not math.isfinite(last.loss) or (first.loss > 0 and last.loss > _DIVERGED * first.loss)
 
 
 def _scaled_setup(function: SetupFunction, ratio: float, rule: str, seed: int) -> Setup:
@@ -269,7 +258,7 @@ def _check_setup_is_new(function: SetupFunction) -> None:
         ValueError: it does not.
     """
     setups, batches = [], []
-    for seed in (_VALIDATION_SEED, _VALIDATION_SEED - 1):
+    for seed in (VALIDATION_SEED, VALIDATION_SEED - 1):
         setups.append(_seeded_setup(function, seed))
         batches.append(tree_leaves(make_batch(setups[-1], 2)))
     if set(setups[0].model.parameters()) & set(setups[1].model.parameters()):

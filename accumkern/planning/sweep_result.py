@@ -1,16 +1,17 @@
-"""What came of a sweep: its runs, the way to a target loss, and what follows."""
+"""What ``accumkern.sweep`` returns: its runs, which files keep, the way to a target loss, and what follows."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
-
-from accumkern.planning.files import finite
 
 _LEARNT = 0.99  # of the first loss
 
@@ -60,9 +61,14 @@ class Run:
     peak_bytes: int
     points: tuple[Point, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data for JSON: a loss that is not finite becomes None."""
+        data: dict[str, Any] = plain(dataclasses.asdict(self))
+        return data
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Run:
-        """Return what ``dataclasses.asdict`` made a dictionary of, and JSON a None of each NaN."""
+        """Return what :meth:`to_dict` made a dictionary of; a loss of None becomes NaN."""
         points = [
             Point(p["samples"], p["seconds"], math.nan if p["loss"] is None else p["loss"]) for p in data["points"]
         ]
@@ -179,14 +185,9 @@ class Sweep:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data for JSON."""
-        data: dict[str, Any] = finite(
-            dataclasses.asdict(self)
-            | {
-                "target_loss": self.target_loss,
-                "rows": [dataclasses.asdict(row) for row in self.rows],
-                "findings": self.findings,
-            }
-        )
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        own = {"target_loss": self.target_loss, "rows": rows, "findings": self.findings}
+        data: dict[str, Any] = plain(dataclasses.asdict(self) | own)
         return data
 
     @property
@@ -229,5 +230,13 @@ class Sweep:
         return findings
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file so that nobody ever finds half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def plain(data: Any) -> Any:
+    """Return what JSON makes of data, with None for numbers that it does not have: infinite ones and NaN."""
+    return json.loads(json.dumps(data), parse_constant=lambda _: None)

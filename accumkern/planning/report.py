@@ -1,16 +1,26 @@
-"""The figures of a plan and of a sweep, drawn from their plain data."""
+"""A folder of results: JSON, CSV, PNG figures, and one HTML page of all that lies there."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import csv
+import json
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-CATEGORIES = {
+from accumkern.planning.memory import format_bytes
+from accumkern.planning.plan_result import Plan
+from accumkern.planning.sweep_result import Sweep, write_json
+
+_PLAN, _RESULTS, _PAGE = "plan.json", "results.json", "report.html"
+_CATEGORIES = {
     "parameters": ("parameters", "#30343f"),
     "gradients": ("gradients", "#1f77b4"),
     "residuals": ("residuals", "#7fc8f8"),
@@ -25,13 +35,107 @@ _DPI = 144
 _MOST_BARS = 10
 
 
+def write_plan(plan: Plan, folder: Path) -> Path:
+    """Write ``plan.json``, ``plan.csv``, figures and the page into a folder; return the page's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = plan.to_dict()
+    write_json(folder / _PLAN, data)
+    _write_csv(folder / "plan.csv", _plan_rows(data))
+    return write_page(folder)
+
+
+def write_sweep(sweep: Sweep, folder: Path) -> Path:
+    """Write ``results.json``, ``results.csv``, figures and the page into a folder; return the page's path."""
+    data = sweep.to_dict()
+    write_json(folder / _RESULTS, data)
+    _write_csv(folder / "results.csv", data["rows"])
+    return write_page(folder)
+
+
+def write_page(folder: Path) -> Path:
+    """Draw the figures of the plan and of the sweep in a folder, and write the page that shows them; return its path.
+
+    The page holds its images and style: it can be sent to somebody, and loads nothing.
+    """
+    plan, sweep = (_read(folder / name) for name in (_PLAN, _RESULTS))
+    figures = (plan_figures(plan) if plan else {}) | (sweep_figures(sweep) if sweep else {})
+    images = []
+    for name, figure in figures.items():
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=_DPI)
+        images.append((name, base64.b64encode(path.read_bytes()).decode()))
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": format_bytes, "rate": format_rate, "useful": format_useful}
+    machine = plan["machine"] if plan else {}
+    page = environment.get_template("report.html").render(
+        title="Which batch size?",
+        subtitle="Micro-batch, accumulation and effective batch: what fits, what is fast, and what helps training.",
+        plan=plan,
+        sweep=sweep,
+        images=images,
+        footer=", ".join(f"{name} {value}" for name, value in machine.items()) or "accumkern sweep",
+    )
+    path = folder / _PAGE
+    path.write_text(page)
+    return path
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _plan_rows(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each micro-batch: what was tried, predicted and timed."""
+    trials = {trial["micro_batch"]: trial for trial in plan["fit"]["trials"]} if plan["fit"] else {}
+    predictions = {entry["micro_batch"]: entry["memory"] for entry in plan["predictions"]}
+    speeds = {entry["micro_batch"]: entry for entry in plan["speeds"]}
+    rows = []
+    for size in sorted({*trials, *predictions, *speeds}):
+        trial, memory, speed = (of.get(size, {}) for of in (trials, predictions, speeds))
+        rows.append(
+            {"micro_batch": size, "fits": trial.get("fits"), "measured_peak_bytes": trial.get("peak_bytes")}
+            | {f"predicted_{key}_bytes": memory.get(key) for key in (*_CATEGORIES, "total")}
+            | {key: speed.get(key) for key in ("seconds", "step_seconds", "samples_per_second")}
+        )
+    return rows
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def format_rate(samples: float, tokens_per_sample: float | None) -> str:
+    """Return a number of samples, or of their tokens, for people."""
+    value = samples * (tokens_per_sample or 1)
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def format_useful(choice: dict[str, Any]) -> str:
+    """Return a range of useful effective batches for people."""
+    low, high = choice["useful_low"], choice["useful_high"]
+    if low is None:
+        return "not measured"
+    if high is None or math.isinf(high):
+        return f"{low:,.0f} or more"
+    return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
+
+
 def plan_figures(plan: dict[str, Any]) -> dict[str, Figure]:
     """Return the figures of a plan's ``to_dict()`` by file name."""
-    figures = {"memory": memory(plan)}
+    figures = {"memory": _memory(plan)}
     if plan["batches"]:
-        figures["batches"] = batches(plan)
+        figures["batches"] = _batches(plan)
     if plan["speeds"]:
-        figures["throughput"] = throughput(plan)
+        figures["throughput"] = _throughput(plan)
     return figures
 
 
@@ -40,18 +144,12 @@ def sweep_figures(sweep: dict[str, Any]) -> dict[str, Figure]:
     tokens = sweep["tokens_per_sample"]
     unit, factor = ("tokens", tokens) if tokens else ("samples", 1)
     return {
-        "loss-by-samples": losses(sweep, f"{unit} trained", lambda point: point["samples"] * factor),
-        "loss-by-time": losses(sweep, "seconds trained", lambda point: point["seconds"]),
+        "loss-by-samples": _losses(sweep, f"{unit} trained", lambda point: point["samples"] * factor),
+        "loss-by-time": _losses(sweep, "seconds trained", lambda point: point["seconds"]),
     }
 
 
-def save(figures: dict[str, Figure], folder: Path) -> None:
-    """Write the figures as PNG files."""
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=_DPI)
-
-
-def memory(plan: dict[str, Any]) -> Figure:
+def _memory(plan: dict[str, Any]) -> Figure:
     """Bars of memory by category, predicted, with what was measured and what is allowed."""
     figure, axes = _axes("Peak memory by micro-batch")
     predicted = {entry["micro_batch"]: entry["memory"] for entry in plan["predictions"]}
@@ -64,7 +162,7 @@ def memory(plan: dict[str, Any]) -> Figure:
     rows = range(len(sizes))
     if predicted:
         left = [0.0] * len(sizes)
-        for key, (label, color) in CATEGORIES.items():
+        for key, (label, color) in _CATEGORIES.items():
             widths = [predicted[size][key] / one for size in sizes]
             if any(widths):
                 axes.barh(rows, widths, left=left, color=color, label=f"{label}", height=0.68)
@@ -88,7 +186,7 @@ def memory(plan: dict[str, Any]) -> Figure:
     return figure
 
 
-def throughput(plan: dict[str, Any]) -> Figure:
+def _throughput(plan: dict[str, Any]) -> Figure:
     """Speed against the micro-batch, and the time of a window of the effective batch."""
     figure = Figure(figsize=(_SIZE[0] * 1.3, _SIZE[1]), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -125,7 +223,7 @@ def throughput(plan: dict[str, Any]) -> Figure:
     return figure
 
 
-def batches(plan: dict[str, Any]) -> Figure:
+def _batches(plan: dict[str, Any]) -> Figure:
     """Time to train against the effective batch, as speed and noise scale have it."""
     figure, axes = _axes("Time to train, by speed and gradient noise scale")
     shown = [entry for entry in plan["batches"] if entry["time"] <= 8]
@@ -146,7 +244,7 @@ def batches(plan: dict[str, Any]) -> Figure:
     return figure
 
 
-def losses(sweep: dict[str, Any], label: str, x: Any) -> Figure:
+def _losses(sweep: dict[str, Any], label: str, x: Callable[[dict[str, Any]], float]) -> Figure:
     """Loss of every run, against samples or time; runs that did not finish end with a cross."""
     figure, axes = _axes(f"Validation loss by {label}")
     sizes = sorted({run["effective_batch"] for run in sweep["runs"]})
