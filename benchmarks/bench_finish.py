@@ -23,8 +23,9 @@ from harness import parser, steps, write_results
 from timing import Timing, Variant, allocate, sets_of, time_variants
 
 from accumkern import backends
-from accumkern.finish import Gradient, total_norm, write
+from accumkern.finish import total_norm, write
 from accumkern.formats import PARTIALS, Format, Start, partial_rows
+from accumkern.slot import Parts, Stored
 
 # What is divided by is 1 and what is clipped to is never reached: the work is the same, and the values stay what they
 # are from call to call.
@@ -119,22 +120,23 @@ def finish_variant(buffers: Buffers, format_: Format, backend: str) -> Variant:
     """Return what GradAccumulator.finish() does with gradients that were folded."""
     residuals = buffers.residuals[format_]
     gradients = [
-        Gradient(grad, format_, residual, partials)
+        Stored(Parts(grad, residual, format_), partials)
         for grad, residual, partials in zip(buffers.sums, residuals, buffers.partials, strict=True)
     ]
+    kernels = backends.kernels(backend)
     one = torch.ones((), device=buffers.sums[0].device)
 
     def run(i: int) -> None:
-        norm = total_norm([gradients[i]], 2.0, lambda _: backend) / one
+        norm = total_norm([gradients[i]], 2.0, lambda _: kernels) / one
         coefficient = torch.clamp(MAX_NORM / (norm + 1e-6), max=1.0)
-        write([gradients[i]], one, coefficient, lambda _: backend)
+        write([gradients[i]], one, coefficient, lambda _: kernels)
 
     return Variant(run, buffers.sets, (2 + residuals[0].element_size() + 2) * buffers.numel)
 
 
 def fold_variant(buffers: Buffers, backend: str, measured: bool) -> Variant:
     """Return a split24 fold, with or without partial sums of squares."""
-    fold = backends.fold_function(backend)
+    fold = backends.kernels(backend).fold
     grads, sums, residuals = buffers.grads, buffers.sums, buffers.residuals[Format.SPLIT24]
 
     def run(i: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
 
 from accumkern import backends
-from accumkern.accumulator import GradAccumulator
 from accumkern.planning.protocol import Setup, SetupFunction, make_batch, run_setup
-from accumkern.planning.trial import RandomState, train_window
+from accumkern.planning.trial import RandomState, accumulate, train_window
+from accumkern.wiring import attach
 
 
 class PredictionError(RuntimeError):
@@ -108,11 +108,22 @@ def predict_memory(setup: Setup, micro_batch: int, buffer: str | None, micro_bat
         tracker.track_external(*(leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)))
         return batch
 
-    with _accumulation_without_kernels(setup, buffer, micro_batches) as accumulator:
-        batches = (make_batch(setup, micro_batch, "longest_batch") for _ in range(micro_batches))
-        train_window(setup, batches, micro_batches, accumulator)
+    # The hooks run, and allocate what they do in training; fake tensors have nothing that kernels could read.
+    accumulates = buffer is not None and micro_batches > 1
+    with (
+        backends.without_kernels(),
+        attach(setup.optimizer, buffer or "", average_over=micro_batches, backend="eager")
+        if accumulates
+        else nullcontext() as accumulator,
+    ):
+        for _ in range(micro_batches):
+            accumulate(setup, make_batch(setup, micro_batch, "longest_batch"), micro_batches, accumulator)
+        if accumulator is not None:
+            parts = [accumulator.parts(param) for group in setup.optimizer.param_groups for param in group["params"]]
+            tracker.track_external(*(p.residual for p in parts if p is not None and p.residual is not None))
+        setup.optimizer.step()
+        setup.optimizer.zero_grad()
         tracker.track_external(setup.model, setup.optimizer)
-        tracker.track_external(*_residuals(accumulator))
         residuals = tracker.get_tracker_snapshot()[setup.device][_MemRefType.OTH]
         with tracker:
             train_window(setup, (batch_beside_tracker() for _ in range(micro_batches)), micro_batches, accumulator)
@@ -124,29 +135,6 @@ def predict_memory(setup: Setup, micro_batch: int, buffer: str | None, micro_bat
         optimizer_state=peak[_MemRefType.OPT],
         activations=peak[_MemRefType.ACT] + peak[_MemRefType.TEMP] + peak[_MemRefType.OTH] - residuals,
     )
-
-
-def _accumulation_without_kernels(
-    setup: Setup, buffer: str | None, micro_batches: int
-) -> AbstractContextManager[object]:
-    """Return the block of :func:`accumkern.planning.trial.accumulation`, without what would read fake tensors."""
-    if buffer is None or micro_batches == 1:
-        return nullcontext()
-    return _FakeAccumulator(setup.optimizer, buffer, average_over=micro_batches, backend="eager")
-
-
-class _FakeAccumulator(GradAccumulator):
-    """The hooks and the memory of accumkern without its kernels: fake tensors have nothing that they could read."""
-
-    def _kernel_on(self, device: torch.device) -> backends.FoldFunction:
-        return lambda *arguments: None
-
-
-def _residuals(accumulator: object) -> list[torch.Tensor]:
-    """Return what is kept beside ``.grad``."""
-    if not isinstance(accumulator, GradAccumulator):
-        return []
-    return [entry.residual for entry in accumulator._parameters.values() if entry.residual is not None]
 
 
 @contextmanager
