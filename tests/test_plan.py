@@ -33,14 +33,7 @@ from accumkern.planning.memory import (
     parse_bytes,
     storage_bytes,
 )
-from accumkern.planning.noise import (
-    best_batch,
-    interval,
-    measure_noise,
-    samples_factor,
-    steps_factor,
-    useful_batches,
-)
+from accumkern.planning.noise import best_batch, interval, measure_noise, samples_factor, steps_factor, useful_batches
 from accumkern.planning.predict import PredictionError, fake_setup, predict_memory
 from accumkern.planning.protocol import (
     Setup,
