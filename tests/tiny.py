@@ -54,7 +54,7 @@ class MicroGradients:
             param.register_hook(functools.partial(self._add, name))
 
     def _add(self, name: str, grad: Tensor) -> None:
-        self.sums[name] += grad
+        self.sums[name] = self.sums[name].to(grad.device) + grad  # the model may have moved
 
     def norm(self) -> float:
         """Return the norm of all sums as one vector."""
@@ -65,7 +65,7 @@ class MicroGradients:
         difference = 0.0
         for name, param in self.params.items():
             grad = torch.zeros_like(param) if param.grad is None else param.grad
-            difference += float((grad.double() - self.sums[name]).square().sum())
+            difference += float((grad.double() - self.sums[name].to(grad.device)).square().sum())
         return math.sqrt(difference) / self.norm()
 
 
