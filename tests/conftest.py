@@ -33,11 +33,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--write-compatibility"):
+        if hasattr(config, "workerinput"):
+            raise pytest.UsageError("--write-compatibility needs all tests in one process; leave -n out")
         config.pluginmanager.register(Recorder())
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest chooses by -m
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by -m, and pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        share_among_workers(items)
     if torch.cuda.is_available():
         for item in items:  # what runs in triton's interpreter elsewhere is a test of the GPU here
             params = getattr(item, "callspec", None)
@@ -53,6 +57,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             params = getattr(item, "callspec", None)
             backend = params.params.get("backend") if params else None
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {reasons.get(str(backend)) or reasons['cuda']}"))
+
+
+def share_among_workers(items: list[pytest.Item]) -> None:
+    """Group what shares processes or fixtures of its module, and begin with what takes long.
+
+    A worker of pytest-xdist takes a whole group; a test that is marked slow is a group of its own.
+    """
+
+    def order(item: pytest.Item) -> int:
+        return 0 if item.get_closest_marker("slow") else 1 if "ranks" in item.fixturenames else 2  # type: ignore[attr-defined]
+
+    items.sort(key=order)
+    for item in items:
+        if order(item):
+            item.add_marker(pytest.mark.xdist_group("ranks" if order(item) == 1 else item.path.name))
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-_TIMEOUT = timedelta(seconds=30)  # of a collective
+_TIMEOUT = timedelta(minutes=2)  # of a collective: the first waits until every rank has imported the test
 
 
 class Ranks:

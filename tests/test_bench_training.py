@@ -160,7 +160,7 @@ def test_what_fails_in_a_design_is_its_result_and_the_others_go_on(monkeypatch: 
 
     class OutOfMemory(designs.StockBF16):
         def begin(self) -> None:
-            torch.empty(2**45)
+            torch.empty(2**50)  # more than a process can address
 
     found = {r["design"]: r for r in measurement(monkeypatch, fails=Fails, out_of_memory=OutOfMemory).results()}
     assert found["fails"]["error"] == "ValueError: no more"
