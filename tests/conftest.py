@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
 # Without a GPU the triton kernels run in triton's interpreter, which must be chosen before triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Its numpy overflows where a GPU rounds to infinity.
-warnings.filterwarnings("ignore", message="overflow encountered in cast", category=RuntimeWarning)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -43,9 +40,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         share_among_workers(items)
     if torch.cuda.is_available():
-        for item in items:  # what runs in triton's interpreter elsewhere is a test of the GPU here
+        for item in items:  # what runs on the CPU elsewhere is a test of the GPU here
             params = getattr(item, "callspec", None)
-            if params and params.params.get("backend") in ("triton", "cuda"):
+            if params and params.params.get("backend") in ("triton", "cuda", "eager"):
                 item.add_marker(pytest.mark.gpu)
         return
     from accumkern import available_backends
