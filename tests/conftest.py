@@ -42,7 +42,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if torch.cuda.is_available():
         for item in items:  # what runs on the CPU elsewhere is a test of the GPU here
             params = getattr(item, "callspec", None)
-            if params and params.params.get("backend") in ("triton", "cuda", "eager"):
+            backend = params.params.get("backend") if params else None
+            if backend in ("triton", "cuda") or (backend == "eager" and item.get_closest_marker("eager_on_gpu")):
                 item.add_marker(pytest.mark.gpu)
         return
     from accumkern import available_backends

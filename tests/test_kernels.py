@@ -53,6 +53,7 @@ def rounds_once(backend: str, device: torch.device) -> bool:
 @ALL_FORMATS
 @ALL_STARTS
 @pytest.mark.parametrize("scale", [1.0, 0.25, THIRD], ids=["one", "quarter", "third"])
+@pytest.mark.eager_on_gpu
 def test_bits_agree_with_the_reference(
     backend: str, device: torch.device, format_: Format, start: Start, scale: float
 ) -> None:
@@ -89,6 +90,7 @@ def test_eager_is_within_one_ulp_of_fp32_for_any_scale(start: Start) -> None:
 
 
 @pytest.mark.parametrize("format_", [f for f in Format if f.residual_dtype is not None], ids=lambda f: f.name.lower())
+@pytest.mark.eager_on_gpu
 def test_every_half_and_residual_decodes_alike(backend: str, device: torch.device, format_: Format) -> None:
     """Stale pairs too, which no encoder writes: a zero gradient leaves the decoded value to be stored again.
 
@@ -164,6 +166,7 @@ def test_formats_may_be_mixed_in_one_call(backend: str, device: torch.device, sc
 
 
 @ALL_FORMATS
+@pytest.mark.eager_on_gpu
 def test_sum_may_be_the_gradient_itself_from_zero(backend: str, device: torch.device, format_: Format) -> None:
     rows = [problem(format_, numel) for numel in (*SIZES, 70_001)]
     if backend == "eager" and format_ is Format.PLAIN32:
@@ -266,6 +269,7 @@ def test_encode(backend: str, device: torch.device, format_: Format, shift: int,
 
 @ALL_FORMATS
 @ALL_STARTS
+@pytest.mark.eager_on_gpu
 def test_partial_sums_of_squares(backend: str, device: torch.device, format_: Format, start: Start) -> None:
     for sizes in ([70_001], [0, 1, 4095, 4096, 4097, 0, 70_001, 0]):
         rows: list[Row] = [(torch.randn(n).to(format_.sum_dtype), *encode(format_, torch.randn(n))) for n in sizes]

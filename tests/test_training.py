@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import accumkern
 
+pytestmark = pytest.mark.eager_on_gpu
+
 
 def make_mlp(device: torch.device) -> tuple[nn.Module, Callable[[], Tensor]]:
     """A network with large and small parameters, and its random inputs."""
