@@ -35,10 +35,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Recorder())
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest chooses by -m, and pytest-xdist reads the groups
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):
-        share_among_workers(items)
+    if hasattr(config, "workerinput"):  # of pytest-xdist: files that take long go first, so that all end together
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if torch.cuda.is_available():
         for item in items:  # what runs on the CPU elsewhere is a test of the GPU here
             params = getattr(item, "callspec", None)
@@ -55,21 +55,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             params = getattr(item, "callspec", None)
             backend = params.params.get("backend") if params else None
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {reasons.get(str(backend)) or reasons['cuda']}"))
-
-
-def share_among_workers(items: list[pytest.Item]) -> None:
-    """Group what shares processes or fixtures of its module, and begin with what takes long.
-
-    A worker of pytest-xdist takes a whole group; a test that is marked slow is a group of its own.
-    """
-
-    def order(item: pytest.Item) -> int:
-        return 0 if item.get_closest_marker("slow") else 1 if "ranks" in item.fixturenames else 2  # type: ignore[attr-defined]
-
-    items.sort(key=order)
-    for item in items:
-        if order(item):
-            item.add_marker(pytest.mark.xdist_group("ranks" if order(item) == 1 else item.path.name))
 
 
 @pytest.fixture(autouse=True)

@@ -111,6 +111,7 @@ def test_gradient_release_trains_and_keeps_no_gradient() -> None:
 # ---- the training benchmark --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training(tmp_path: Path) -> None:
     keys = "stock_bf16,stock_fp32,grad_dtype,split24,split32_finish,stock_fp32_masters,split24_masters"
     content = run("training", tmp_path, "--regimes", "compute,launch", "--designs", keys)
@@ -187,6 +188,7 @@ def test_as_many_designs_at_a_time_as_fit_into_memory(monkeypatch: pytest.Monkey
 # ---- the convergence benchmark -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_convergence(tmp_path: Path) -> None:
     content = run("convergence", tmp_path, "--workers", "2")
     assert {(r["design"], r["micro_batches"]) for r in content["results"]} == {

@@ -47,6 +47,7 @@ def run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_a_benchmark_runs_and_keeps_to_its_schema(name: str, tmp_path: Path) -> None:
     printed = run(name, *QUICK[name], "--results", str(tmp_path))

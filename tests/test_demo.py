@@ -71,6 +71,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> tuple[
     return json.loads((output / "demo.json").read_text()), output, done.stdout
 
 
+@pytest.mark.slow
 def test_errors_of_the_designs(quick: tuple[dict[str, Any], Path, str]) -> None:
     errors = {key: entry["relative_error"] for key, entry in quick[0]["designs"].items()}
     assert quick[0]["same_micro_gradients"]
