@@ -39,11 +39,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The tests run many processes at once, and threads that wait for one another by spinning take their cores from them.
+# A process for each core takes file after file. Each has one thread, and threads of the processes that the tests start
+# do not wait for one another by spinning, which would take the cores from the others.
 test: export OMP_WAIT_POLICY ?= passive
+test: export OMP_NUM_THREADS ?= 1
 test: $(BUILT) lint
 	$(BIN)/python -m accumkern doctor
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(shell nproc) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # Each script writes one result file; one that fails does not keep the others from running, but make says so.
 run_benchmarks = failed=; for name in $(1); do \

@@ -270,14 +270,17 @@ def findings(results: dict[str, Any]) -> list[str]:
     designs, count = results["designs"], results["options"]["micro_batches"]
     stock, fp32, split = designs[StockBF16.key], designs[StockFP32.key], designs[Split24.key]
 
-    def times_closer(which: str) -> str:
+    def closer(which: str) -> str:
         ours, theirs = split["relative_error"][which], stock["relative_error"][which]
-        ratio = theirs / ours if ours else float("inf")
-        return f"{_number(ratio)} times closer" if ratio >= 1 else f"{_number(1 / ratio)} times farther off"
+        if ours == theirs:  # both are zero after a single micro-batch
+            return "as close"
+        low, high = sorted((ours, theirs))
+        ratio = _number(high / low) if low else "infinitely many"
+        return f"{ratio} times {'closer' if ours < theirs else 'farther off'}"
 
     lines = [
-        f"After {count} micro-batches {split['label']} is {times_closer('sum')} to the FP64 sum than {stock['label']}, "
-        f"and what AdamW reads is {times_closer('optimizer')}."
+        f"Compared with {stock['label']} after {count} micro-batches, {split['label']} is {closer('sum')} to the FP64 "
+        f"sum, and what AdamW reads is {closer('optimizer')}."
     ]
     split32 = designs[Split32.key]
     if split32["relative_error"]["by_micro_batches"] == fp32["relative_error"]["by_micro_batches"]:
@@ -361,17 +364,13 @@ def figure(results: dict[str, Any]) -> Figure:
     axes.set(title="relative error of the accumulated sum against FP64", xlabel="micro-batches accumulated")
 
     axes = picture.add_subplot(grid[1, :2])
-    _bars(
-        axes,
-        labels,
-        colors,
-        {
-            "the sum": [entry["relative_error"]["sum"] for entry in designs],
-            "what AdamW reads": [entry["relative_error"]["optimizer"] for entry in designs],
-        },
-        "{:.0e}",
-    )
-    axes.set_yscale("log")
+    errors = {
+        "the sum": [entry["relative_error"]["sum"] for entry in designs],
+        "what AdamW reads": [entry["relative_error"]["optimizer"] for entry in designs],
+    }
+    _bars(axes, labels, colors, errors, "{:.0e}")
+    if any(map(any, errors.values())):
+        axes.set_yscale("log")
     axes.set(title=f"relative error after {count} micro-batches")
 
     axes = picture.add_subplot(grid[1, 2:4])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
 # Without a GPU the triton kernels run in triton's interpreter, which must be chosen before triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Its numpy overflows where a GPU rounds to infinity.
-warnings.filterwarnings("ignore", message="overflow encountered in cast", category=RuntimeWarning)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -33,15 +30,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--write-compatibility"):
+        if hasattr(config, "workerinput"):
+            raise pytest.UsageError("--write-compatibility needs all tests in one process; leave -n out")
         config.pluginmanager.register(Recorder())
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by -m
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # of pytest-xdist: files that take long go first, so that all end together
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if torch.cuda.is_available():
-        for item in items:  # what runs in triton's interpreter elsewhere is a test of the GPU here
+        for item in items:  # what runs on the CPU elsewhere is a test of the GPU here
             params = getattr(item, "callspec", None)
-            if params and params.params.get("backend") in ("triton", "cuda"):
+            backend = params.params.get("backend") if params else None
+            if backend in ("triton", "cuda") or (backend == "eager" and item.get_closest_marker("eager_on_gpu")):
                 item.add_marker(pytest.mark.gpu)
         return
     from accumkern import available_backends

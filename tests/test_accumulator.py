@@ -5,13 +5,17 @@ always the stock one; what autograd does besides adding is in test_autograd.py, 
 test_state.py.
 """
 
+import functools
 import gc
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+import gradients
 import pytest
 import torch
+from gradients import BF16, assert_same_bits, assert_stock, backward, backward_of_all, fp32_sum, parameter, sgd
+from tiny import relative_error
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -19,8 +23,7 @@ import accumkern
 from accumkern import backends
 from accumkern.formats import BUFFERS, decode, encode, fma
 
-BF16 = torch.bfloat16
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+micro_gradients = functools.partial(gradients.micro_gradients, mean=3.0)
 CASES = [
     pytest.param(buffer, dtype, id=f"{buffer}-{str(dtype)[6:]}")
     for buffer, formats in BUFFERS.items()
@@ -31,39 +34,6 @@ ACCURATE_CASES = [case for case in CASES if case.values != ("split24", BF16)]  #
 
 
 # ---- helpers -----------------------------------------------------------------------------------------------------
-
-
-def device_of(backend: str) -> str | None:
-    """Return the kind of device on which a backend can run here, or None."""
-    if accumkern.available_backends()[backend] is not None:
-        return None
-    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        if backends._refusal(backend, device) is None:
-            return device
-    return None
-
-
-@pytest.fixture(
-    params=[
-        "cpu",
-        "eager",
-        pytest.param("triton", marks=[pytest.mark.gpu] * torch.cuda.is_available()),
-        pytest.param("cuda", marks=pytest.mark.gpu),
-    ]
-)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that can run here."""
-    if device_of(request.param) is None:
-        pytest.skip(f"backend {request.param}: {accumkern.available_backends()[request.param]}")
-    return str(request.param)
-
-
-@pytest.fixture
-def device(backend: str) -> str:
-    """Where the backend's tensors are."""
-    found = device_of(backend)
-    assert found is not None
-    return found
 
 
 @pytest.fixture
@@ -85,24 +55,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return recorded
 
 
-def parameter(*shape: int, dtype: torch.dtype = BF16, device: str = "cpu") -> Parameter:
-    return Parameter(torch.zeros(shape, dtype=dtype, device=device))
-
-
-def sgd(*params: Tensor) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=0.5)
-
-
-def backward(param: Tensor, grad: Tensor) -> None:
-    """Run a backward pass whose gradient for `param` is exactly `grad`."""
-    (param.float() * grad.float()).sum().backward()
-
-
-def backward_of_all(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Run one backward pass whose gradients are exactly `grads`."""
-    sum((param.float() * grad.float()).sum() for param, grad in zip(params, grads, strict=True)).backward()
-
-
 class Give(torch.autograd.Function):
     """A zero whose gradient for `param` is the very tensor that `make` returns: its layout survives."""
 
@@ -116,22 +68,6 @@ class Give(torch.autograd.Function):
         return ctx.make(), None
 
 
-def micro_gradients(
-    count: int, *shape: int, dtype: torch.dtype = BF16, mean: float = 3.0, device: str = "cpu"
-) -> list[Tensor]:
-    """Return gradients that agree in sign when their mean is a few times their standard deviation, which is 1."""
-    generator = torch.Generator().manual_seed(count)
-    return [(torch.randn(shape, generator=generator) + mean).to(dtype).to(device) for _ in range(count)]
-
-
-def fp32_sum(grads: list[Tensor], scale: float = 1.0) -> Tensor:
-    """Return the sum that FP32 arithmetic gives, one micro-gradient after another."""
-    total = grads[0].float() * scale
-    for grad in grads[1:]:
-        total = total + grad.float() if scale == 1 else fma(scale, grad, total)
-    return total
-
-
 def stored_sum(buffer: str, grads: list[Tensor], scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return .grad and the accumulated FP32 value as the formats have them after these micro-gradients."""
     format_ = BUFFERS[buffer][grads[0].dtype]
@@ -140,18 +76,6 @@ def stored_sum(buffer: str, grads: list[Tensor], scale: float = 1.0) -> tuple[Te
     for grad in grads[1:]:
         total, residual = encode(format_, fma(scale, grad, decode(format_, total, residual)))
     return total, decode(format_, total, residual)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().cpu().view(BITS[tensor.element_size()])
-
-
-def assert_same_bits(found: Tensor | None, expected: Tensor) -> None:
-    assert found is not None
-    assert found.dtype is expected.dtype
-    assert found.shape == expected.shape
-    differ = bits(found) != bits(expected)
-    assert not differ.any(), f"{differ.sum()} of {differ.numel()} differ: {found[differ][:4]}, {expected[differ][:4]}"
 
 
 def assert_correctly_rounded(grad: Tensor | None, x: Tensor) -> None:
@@ -177,7 +101,7 @@ def gradient(acc: accumkern.GradAccumulator, param: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("buffer", "dtype"), CASES)
 def test_grad_is_visible_and_correctly_rounded_after_every_backward(
-    buffer: str, dtype: torch.dtype, backend: str, device: str
+    buffer: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
     param = parameter(3, 41, dtype=dtype, device=device)
     acc = accumkern.attach(sgd(param), buffer, backend=backend)
@@ -191,17 +115,15 @@ def test_grad_is_visible_and_correctly_rounded_after_every_backward(
 
 
 @pytest.mark.parametrize(("buffer", "dtype"), ACCURATE_CASES)
-def test_sum_is_bit_for_bit_the_sequential_fp32_sum(buffer: str, dtype: torch.dtype, backend: str, device: str) -> None:
+def test_sum_is_bit_for_bit_the_sequential_fp32_sum(
+    buffer: str, dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
     param = parameter(1000, dtype=dtype, device=device)
     acc = accumkern.attach(sgd(param), buffer, backend=backend)
     grads = micro_gradients(48, 1000, dtype=dtype, mean=0.3, device=device)
     for grad in grads:
         backward(param, grad)
     assert_same_bits(acc.gradient(param), fp32_sum(grads))
-
-
-def relative_error(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).norm() / truth.norm())
 
 
 def errors_of_accumulation(count: int, buffer: str) -> tuple[float, float, float]:
@@ -219,9 +141,9 @@ def errors_of_accumulation(count: int, buffer: str) -> tuple[float, float, float
             backward(param, micro_gradient.to(BF16))
     assert stock.grad is not None
     return (
-        relative_error(gradient(acc, attached), truth),
-        relative_error(fp32, truth),
-        relative_error(stock.grad, truth),
+        relative_error([gradient(acc, attached)], [truth]),
+        relative_error([fp32], [truth]),
+        relative_error([stock.grad], [truth]),
     )
 
 
@@ -281,7 +203,7 @@ def test_special_values_do_what_they_do_in_fp32(buffer: str) -> None:
 
 @pytest.mark.parametrize("buffer", BUFFERS)
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0, 2), (1, 1, 5, 1)], ids=str)
-def test_any_shape(shape: tuple[int, ...], buffer: str, backend: str, device: str) -> None:
+def test_any_shape(shape: tuple[int, ...], buffer: str, backend: str, device: torch.device) -> None:
     param, other = parameter(*shape, device=device), parameter(3, device=device)
     acc = accumkern.attach(sgd(param, other), buffer, backend=backend)
     grads = micro_gradients(6, *shape, device=device)
@@ -400,7 +322,7 @@ def test_zeros_written_through_data_beside_any_residual_count_as_zero(buffer: st
         assert_same_bits(acc.gradient(param), stored_sum(buffer, grads)[1])
 
 
-def test_windows_may_be_swapped(backend: str, device: str) -> None:
+def test_windows_may_be_swapped(backend: str, device: torch.device) -> None:
     """Two windows in turn, as methods do that combine the gradients of several tasks."""
     param = parameter(200, device=device)
     acc = accumkern.attach(sgd(param), "split32", backend=backend)
@@ -476,7 +398,7 @@ def test_edit_of_grad_wins(buffer: str, dtype: torch.dtype, edit: str) -> None:
 
 @pytest.mark.parametrize("average_over", [None, 4], ids=["sum", "average"])
 @pytest.mark.parametrize("when", [1, 2], ids=["after the first micro-batch", "after the second"])
-def test_edit_early_in_a_window_wins(when: int, average_over: int | None, backend: str, device: str) -> None:
+def test_edit_early_in_a_window_wins(when: int, average_over: int | None, backend: str, device: torch.device) -> None:
     param = parameter(50, device=device)
     acc = accumkern.attach(sgd(param), "split32", average_over=average_over, backend=backend)
     grads = micro_gradients(4, 50, device=device)
@@ -599,7 +521,7 @@ def test_average_over_multiplies_inside_the_fused_addition(
 
 @pytest.mark.parametrize(("buffer", "dtype"), CASES)
 def test_average_over_a_power_of_two_on_every_backend(
-    buffer: str, dtype: torch.dtype, backend: str, device: str
+    buffer: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
     param = parameter(500, dtype=dtype, device=device)
     acc = accumkern.attach(sgd(param), buffer, average_over=8, backend=backend)
@@ -725,7 +647,7 @@ def laid_out(layout: str, backend_device: str) -> Parameter:
 
 @pytest.mark.parametrize("average_over", [None, 4], ids=["sum", "average"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_parameters_of_any_layout(layout: str, average_over: int | None, backend: str, device: str) -> None:
+def test_parameters_of_any_layout(layout: str, average_over: int | None, backend: str, device: torch.device) -> None:
     param = laid_out(layout, device)
     acc = accumkern.attach(sgd(param), "split32", average_over=average_over, backend=backend)
     grads = micro_gradients(5, *param.shape, device=device)
@@ -764,7 +686,7 @@ def test_incoming_gradients_of_any_layout(incoming: str, running: str, average_o
 
 
 @pytest.mark.parametrize("average_over", [None, 4], ids=["sum", "average"])
-def test_expanded_gradients(average_over: int | None, backend: str, device: str) -> None:
+def test_expanded_gradients(average_over: int | None, backend: str, device: torch.device) -> None:
     param = parameter(4, 6, device=device)
     acc = accumkern.attach(sgd(param), "split32", average_over=average_over, backend=backend)
     rows = micro_gradients(5, 6, device=device)
@@ -793,7 +715,7 @@ USER_GRADS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("of_parameter", ["contiguous", "transposed"])
 @pytest.mark.parametrize("buffer", BUFFERS)
 def test_grad_set_by_the_user_in_any_layout(
-    buffer: str, of_parameter: str, user_grad: str, backend: str, device: str
+    buffer: str, of_parameter: str, user_grad: str, backend: str, device: torch.device
 ) -> None:
     param = parameter(3, 7, device=device)
     if of_parameter == "transposed":
@@ -809,7 +731,7 @@ def test_grad_set_by_the_user_in_any_layout(
         assert_same_bits(acc.gradient(param), x)
 
 
-def test_grad_that_is_a_slice_leaves_its_neighbours_alone(backend: str, device: str) -> None:
+def test_grad_that_is_a_slice_leaves_its_neighbours_alone(backend: str, device: torch.device) -> None:
     param = parameter(4, 5, device=device)
     acc = accumkern.attach(sgd(param), "split32", backend=backend)
     memory = torch.full((6, 12), 77.0, dtype=BF16, device=device)
@@ -829,7 +751,7 @@ def test_grad_that_is_a_slice_leaves_its_neighbours_alone(backend: str, device: 
     ids=["split32", "split32-average", "fp32"],
 )
 def test_gradients_that_are_views_of_one_flat_buffer_keep_their_residuals(
-    buffer: str, average_over: int | None, backend: str, device: str
+    buffer: str, average_over: int | None, backend: str, device: torch.device
 ) -> None:
     """Views of one tensor share one version counter, so writing one looks like an edit of all."""
     shapes = [(3, 5), (7,), (257, 256), (), (2, 2)]
@@ -897,7 +819,7 @@ def test_small_gradients_wait_only_until_they_are_many(
         assert_same_bits(acc.gradient(param), fp32_sum(of_param))
 
 
-def test_large_tensors_take_part_in_windows_and_averages(backend: str, device: str) -> None:
+def test_large_tensors_take_part_in_windows_and_averages(backend: str, device: torch.device) -> None:
     params = [parameter(257, 256, device=device), parameter(257, device=device)]
     optimizer = sgd(*params)
     acc = accumkern.attach(optimizer, "split24", average_over=4, backend=backend)
@@ -938,15 +860,6 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, object], type[Exception], str]] = {
     "average over True": ({"average_over": True}, ValueError, "average_over is True; .* positive"),
     "average over a tensor": ({"average_over": torch.ones(2)}, ValueError, r"average_over is tensor.*; .* positive"),
 }
-
-
-def assert_stock(param: Parameter) -> None:
-    """Assert that nothing is hooked, and that three additions lose what bfloat16 cannot hold."""
-    assert not param._post_accumulate_grad_hooks
-    param.grad = None
-    for grad in (256.0, 1.0, 1.0):
-        backward(param, torch.full_like(param, grad))
-    assert (param.grad == 256).all()
 
 
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)

@@ -11,38 +11,18 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from gradients import BF16, Raise, backward, fail, fp32_sum, micro_gradients, parameter, sgd
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 import accumkern
-from accumkern.formats import BUFFERS, decode, encode, fma
+from accumkern.formats import BUFFERS, decode, encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BF16 = torch.bfloat16
-
-
 # ---- helpers -----------------------------------------------------------------------------------------------------
-
-
-def parameter(*shape: int, dtype: torch.dtype = BF16) -> Parameter:
-    return Parameter(torch.zeros(shape, dtype=dtype))
-
-
-def sgd(*params: Tensor) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=0.5)
-
-
-def backward(param: Tensor, grad: Tensor | float) -> None:
-    """Run a backward pass whose gradient for `param` is exactly `grad`."""
-    (param.float() * grad).sum().backward()
-
-
-def micro_gradients(count: int, *shape: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(count)
-    return [(torch.randn(shape, generator=generator) + 1).to(BF16) for _ in range(count)]
 
 
 def record(param: Tensor) -> list[Tensor]:
@@ -50,13 +30,6 @@ def record(param: Tensor) -> list[Tensor]:
     arrived: list[Tensor] = []
     param.register_hook(lambda grad: arrived.append(grad.detach().clone()))
     return arrived
-
-
-def fp32_sum(grads: list[Tensor], scale: float = 1.0) -> Tensor:
-    total = grads[0].float() * scale
-    for grad in grads[1:]:
-        total = total + grad.float() if scale == 1 else fma(scale, grad, total)
-    return total
 
 
 def assert_equal(found: Tensor | None, expected: Tensor | None) -> None:
@@ -90,18 +63,6 @@ def seeded(*shape: int, seed: int = 0) -> Tensor:
 @pytest.fixture(params=[None, 4], ids=["sum", "average"])
 def average_over(request: pytest.FixtureRequest) -> int | None:
     return request.param
-
-
-class Raise(torch.autograd.Function):
-    """The identity, whose backward pass fails."""
-
-    @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, _grad):  # type: ignore[no-untyped-def]
-        raise ArithmeticError("this backward pass fails")
 
 
 class Fails(torch.nn.Module):
@@ -699,13 +660,6 @@ def test_tensor_hook_registered_later_does_not_see_the_sum() -> None:
 
 
 # ---- backward passes that fail -----------------------------------------------------------------------------------
-
-
-def fail(params: list[Parameter], late: Parameter) -> None:
-    """Run a backward pass in which `params` get gradients of 3, and which fails before `late` gets one."""
-    failing = Raise.apply((late.float() * 3).sum())  # autograd begins with what the forward pass ended with
-    with pytest.raises(ArithmeticError):
-        (failing + sum((p.float() * 3).sum() for p in params)).backward()
 
 
 @pytest.mark.parametrize("micro_batches_before", [0, 1, 3])

@@ -111,6 +111,7 @@ def test_gradient_release_trains_and_keeps_no_gradient() -> None:
 # ---- the training benchmark --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training(tmp_path: Path) -> None:
     keys = "stock_bf16,stock_fp32,grad_dtype,split24,split32_finish,stock_fp32_masters,split24_masters"
     content = run("training", tmp_path, "--regimes", "compute,launch", "--designs", keys)
@@ -160,7 +161,7 @@ def test_what_fails_in_a_design_is_its_result_and_the_others_go_on(monkeypatch: 
 
     class OutOfMemory(designs.StockBF16):
         def begin(self) -> None:
-            torch.empty(2**45)
+            torch.empty(2**50)  # more than a process can address
 
     found = {r["design"]: r for r in measurement(monkeypatch, fails=Fails, out_of_memory=OutOfMemory).results()}
     assert found["fails"]["error"] == "ValueError: no more"
@@ -187,6 +188,7 @@ def test_as_many_designs_at_a_time_as_fit_into_memory(monkeypatch: pytest.Monkey
 # ---- the convergence benchmark -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_convergence(tmp_path: Path) -> None:
     content = run("convergence", tmp_path, "--workers", "2")
     assert {(r["design"], r["micro_batches"]) for r in content["results"]} == {

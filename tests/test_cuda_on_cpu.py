@@ -30,7 +30,6 @@ from test_kernels import (
     test_list_of_two_thousand,
     test_lists,
     test_partial_sums_of_squares,
-    test_scale_from_a_tensor,
     test_sum_may_be_the_gradient_itself_from_zero,
     test_writes_its_range_and_nothing_else,
 )
@@ -46,7 +45,6 @@ __all__ = [
     "test_list_of_two_thousand",
     "test_lists",
     "test_partial_sums_of_squares",
-    "test_scale_from_a_tensor",
     "test_sum_may_be_the_gradient_itself_from_zero",
     "test_writes_its_range_and_nothing_else",
 ]

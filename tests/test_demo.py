@@ -71,6 +71,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> tuple[
     return json.loads((output / "demo.json").read_text()), output, done.stdout
 
 
+@pytest.mark.slow
 def test_errors_of_the_designs(quick: tuple[dict[str, Any], Path, str]) -> None:
     errors = {key: entry["relative_error"] for key, entry in quick[0]["designs"].items()}
     assert quick[0]["same_micro_gradients"]
@@ -147,17 +148,42 @@ def test_what_is_shown_and_written(quick: tuple[dict[str, Any], Path, str], demo
 
 def test_findings_follow_the_numbers(quick: tuple[dict[str, Any], Path, str], demo: ModuleType) -> None:
     results = json.loads(json.dumps(quick[0]))
-    results["designs"]["split24"]["relative_error"]["sum"] = (
-        10 * results["designs"]["stock_bf16"]["relative_error"]["sum"]
-    )
+    errors = {key: entry["relative_error"] for key, entry in results["designs"].items()}
+    errors["split24"]["sum"] = 10 * errors["stock_bf16"]["sum"]
     results["designs"]["split24"]["final_loss"] += 5
-    results["designs"]["split32"]["relative_error"]["by_micro_batches"]["2"] *= 2
+    errors["split32"]["by_micro_batches"]["2"] += 1e-9  # it may be exactly zero
     results["same_micro_gradients"] = False
     said = " ".join(demo.findings(results))
     assert "accumkern split24 is 10 times farther off" in said
     assert "more than the" in said
     assert "to the last digit" not in said
     assert "The micro-gradients differed" in said
+
+
+@pytest.mark.parametrize(
+    ("stock", "split24", "said"),
+    [
+        (0.0, 0.0, "as close"),
+        (0.5, 0.0, "infinitely many times closer"),
+        (0.0, 0.5, "infinitely many times farther off"),
+        (0.5, 0.25, "2.0 times closer"),
+    ],
+)
+def test_findings_where_an_error_is_zero(
+    quick: tuple[dict[str, Any], Path, str], demo: ModuleType, stock: float, split24: float, said: str
+) -> None:
+    results = json.loads(json.dumps(quick[0]))
+    for key, error in (("stock_bf16", stock), ("split24", split24)):
+        results["designs"][key]["relative_error"] |= {"sum": error, "optimizer": error}
+    assert f"split24 is {said} to the FP64 sum, and what AdamW reads is {said}." in demo.findings(results)[0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_figure_where_every_error_is_zero(quick: tuple[dict[str, Any], Path, str], demo: ModuleType) -> None:
+    results = json.loads(json.dumps(quick[0]))
+    for entry in results["designs"].values():
+        entry["relative_error"] |= {"sum": 0.0, "optimizer": 0.0}
+    demo.figure(results).draw_without_rendering()
 
 
 # ---- the measuring tools -----------------------------------------------------------------------------------------

@@ -24,9 +24,9 @@ import accumkern
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(code: str, folder: Path = ROOT) -> str:
+def run(code: str, folder: Path = ROOT, **environment: str) -> str:
     """Run code with accumkern from `folder`; return what it prints."""
-    env = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, cwd=folder, capture_output=True, text=True, timeout=120
     )
@@ -39,60 +39,59 @@ def run(code: str, folder: Path = ROOT) -> str:
 OUT_OF_MEMORY = """
 import resource, torch, accumkern
 
-accumkern.parameter.SMALL_NUMEL, accumkern.accumulator._MAX_WAITING_NUMEL = SMALL, 2**30
-params = [torch.nn.Parameter(torch.zeros(2**25, dtype=torch.bfloat16)) for _ in range(2)]
-optimizer = torch.optim.SGD(params, lr=1.0)
-accumulator = accumkern.attach(optimizer, average_over=AVERAGE)
-x = torch.ones_like(params[0])
+def run(small, before, average_over):
+    accumkern.parameter.SMALL_NUMEL, accumkern.accumulator._MAX_WAITING_NUMEL = small, 2**30
+    params = [torch.nn.Parameter(torch.zeros(2**23, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = torch.optim.SGD(params, lr=1.0)
+    accumulator = accumkern.attach(optimizer, average_over=average_over)
+    x = torch.ones_like(params[0])
 
-def no_more_memory(_grad):  # both new gradients are there; what a fold allocates is next
-    in_use = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**22, resource.RLIM_INFINITY))
+    def no_more_memory(_grad):  # both new gradients are there; what a fold allocates is next
+        in_use = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**22, resource.RLIM_INFINITY))
 
-def backward(value):
-    sum((param * (x * value)).sum() for param in params).backward()
+    def backward(value):
+        sum((param * (x * value)).sum() for param in params).backward()
 
-for _ in range(BEFORE):
-    backward(1.0)
-grads = [param.grad for param in params]
-arrived = []
-for param in params:
-    param.register_hook(lambda _grad: arrived.append(1))
-    param.register_hook(lambda grad: no_more_memory(grad) if len(arrived) == 2 else None)
-try:
-    backward(3.0)
-except RuntimeError as error:
-    message = str(error)
-resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-assert "can't allocate memory" in message, message
+    for _ in range(before):
+        backward(1.0)
+    grads = [param.grad for param in params]
+    arrived = []
+    for param in params:
+        param.register_hook(lambda _grad: arrived.append(1))
+        param.register_hook(lambda grad: no_more_memory(grad) if len(arrived) == 2 else None)
+    try:
+        backward(3.0)
+    except RuntimeError as error:
+        message = str(error)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert "can't allocate memory" in message, message
 
-# The one that came first is in if it was folded at once; otherwise both are as they were.
-found = [None if param.grad is None else accumulator.gradient(param)[0].item() for param in params]
-print(sorted(found, key=str))
-optimizer.zero_grad()
-for value in (1.0, 2.0**-9):
-    backward(value)
-scale = 1 / (AVERAGE or 1)
-assert all((accumulator.gradient(param)[0] - scale * (1 + 2.0**-9)).abs() < 2.0**-16 for param in params)
+    # The one that came first is in if it was folded at once; otherwise both are as they were.
+    found = [None if param.grad is None else accumulator.gradient(param)[0].item() for param in params]
+    print(sorted(found, key=str))
+    optimizer.zero_grad()
+    for value in (1.0, 2.0**-9):
+        backward(value)
+    scale = 1 / (average_over or 1)
+    assert all((accumulator.gradient(param)[0] - scale * (1 + 2.0**-9)).abs() < 2.0**-16 for param in params)
+
+for case in CASES:
+    run(*case)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits its address space as Linux does")
-@pytest.mark.parametrize(
-    ("small", "before", "average_over", "left"),
-    [
-        (0, 1, None, "[1.0, 4.0]"),  # the first was folded when memory was there
-        (2**30, 1, None, "[1.0, 1.0]"),  # both wait for the end of the backward pass
-        (2**30, 0, 4, "[None, None]"),
-    ],
-    ids=["at once", "at the end", "first micro-batch"],
-)
-def test_out_of_memory_in_a_fold_leaves_the_gradient_as_it_was(
-    small: int, before: int, average_over: int | None, left: str
-) -> None:
+def test_out_of_memory_in_a_fold_leaves_the_gradient_as_it_was() -> None:
     """The allocation of a residual, or of the first sum, really fails: the address space is limited in between."""
-    settings = f"SMALL, BEFORE, AVERAGE = {small}, {before}, {average_over}\n"
-    assert run(settings + OUT_OF_MEMORY) == left
+    cases = {  # (small, micro-batches before, average_over) -> what is left
+        (0, 1, None): "[1.0, 4.0]",  # the first was folded when memory was there
+        (2**30, 1, None): "[1.0, 1.0]",  # both wait for the end of the backward pass
+        (2**30, 0, 4): "[None, None]",
+    }
+    # Every allocation comes from the system and goes back to it: none is served from what was freed before.
+    found = run(f"CASES = {list(cases)}" + OUT_OF_MEMORY, MALLOC_MMAP_THRESHOLD_="65536")
+    assert found.splitlines() == list(cases.values())
 
 
 # ---- a backward pass that fails where nobody can put things back -------------------------------------------------

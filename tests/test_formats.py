@@ -32,6 +32,7 @@ needs_extension = pytest.mark.skipif(
 
 
 @needs_extension
+@pytest.mark.slow
 @pytest.mark.parametrize("format_", SPLITS, ids=lambda f: f.name.lower())
 def test_cpp_round_trip_holds_for_all_floats(format_: Format) -> None:
     from accumkern import _C

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import is_interpreted
 from tiny import Classifier, MicroGradients, assert_same_weights, examples
 from torch import nn
 from torch.optim import lr_scheduler
@@ -205,12 +206,12 @@ def test_schedulers(first: str, make_scheduler: Callable[[torch.optim.Optimizer]
 
 # ---- memory ------------------------------------------------------------------------------------------------------
 
-NUMEL = 2**20
+NUMEL = 2**17
 
 
 @pytest.fixture(scope="module")
 def meter() -> type[Any]:
-    """The demo's reading of what torch allocates and frees on the CPU."""
+    """The demo's reading of what torch allocates and frees."""
     folder = str(Path(__file__).resolve().parent.parent / "examples")
     sys.path.insert(0, folder)
     try:
@@ -226,15 +227,17 @@ def meter() -> type[Any]:
     ids=["stock", "split24", "split32", "fp32"],
 )
 def test_only_residuals_stay_allocated_between_windows(
-    buffer: str | None, in_window: int, between: int, meter: type[Any]
+    backend: str, device: torch.device, buffer: str | None, in_window: int, between: int, meter: type[Any]
 ) -> None:
-    param = nn.Parameter(torch.ones(NUMEL, dtype=torch.bfloat16))
+    if is_interpreted(backend, device):
+        pytest.skip("triton's interpreter keeps copies of its arguments")
+    param = nn.Parameter(torch.ones(NUMEL, dtype=torch.bfloat16, device=device))
     x = torch.ones_like(param)
     optimizer = torch.optim.SGD([param], lr=0.1)
     if buffer is not None:
-        accumkern.attach(optimizer, buffer)
+        accumkern.attach(optimizer, buffer, backend=backend)
 
-    with meter(torch.device("cpu")) as allocated:
+    with meter(device) as allocated:
         for set_to_none in (False, True):
             for _ in range(3):
                 (param * x).sum().backward()

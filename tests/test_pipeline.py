@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks, device, fp64_sums, full, relative_error
+from ranks import Ranks, device, full
+from tiny import fp64_sums, relative_error
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

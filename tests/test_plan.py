@@ -965,12 +965,13 @@ def test_a_plan_on_a_gpu_respects_its_limit_and_gives_the_memory_back() -> None:
     made = setup()
     device = made.device
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(device), torch.cuda.get_per_process_memory_fraction(device)
+    allocated, fraction = torch.cuda.memory_allocated(device), torch.cuda.get_per_process_memory_fraction(device)
     limit = torch.cuda.memory_reserved(device) + 200 * 10**6
     plan = accumkern.plan(lambda: made, effective_batch=4096, memory=limit, noise_windows=8)
     assert plan.is_limited_by_memory
     assert plan.choice.memory_bytes <= 0.9 * limit
-    assert before == (torch.cuda.memory_allocated(device), torch.cuda.get_per_process_memory_fraction(device))
+    assert torch.cuda.memory_allocated(device) <= allocated  # less where a library has let go of its workspace
+    assert torch.cuda.get_per_process_memory_fraction(device) == fraction
     with fake_setup(setup) as fake:
         size = plan.choice.micro_batch
         predicted = predict_memory(fake, size, "split24", min(2, plan.choice.accumulation_steps)).total

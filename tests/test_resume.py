@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from gradients import assert_same_bits
 from tiny import LIGHTNING, TOKENS, Classifier, assert_same_weights, examples
-from torch import Tensor, nn
+from torch import nn
 
 import accumkern
 
@@ -142,11 +143,7 @@ def test_killed_in_a_window_and_resumed_ends_with_the_same_bits(framework: str, 
     resumed, whole = TRAIN[framework](folder), TRAIN[framework](other)
     assert_same_weights(resumed, whole)
     for a, b in zip(resumed.parameters(), whole.parameters(), strict=True):
-        assert same_grad(a.grad, b.grad)
-
-
-def same_grad(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
+        assert_same_bits(a.grad, b.grad)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A checkpoint is right if the run that continues from it has the bits of the run 
 """
 
 import copy
+import functools
 import gc
 import io
 import pickle
@@ -13,8 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gradients
 import pytest
 import torch
+from gradients import BF16, assert_same_bits, assert_stock, fail, micro_gradients, parameter
+from gradients import backward_of_all as backward
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F  # noqa: N812
@@ -24,42 +28,10 @@ from accumkern.formats import BUFFERS, decode, encode, fma
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BF16 = torch.bfloat16
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+sgd = functools.partial(gradients.sgd, momentum=0.5)
 
 
 # ---- helpers -----------------------------------------------------------------------------------------------------
-
-
-def parameter(*shape: int, dtype: torch.dtype = BF16) -> Parameter:
-    return Parameter(torch.zeros(shape, dtype=dtype))
-
-
-def sgd(*params: Tensor) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=0.5, momentum=0.5)
-
-
-def backward(params: list[Parameter], grads: list[Tensor]) -> None:
-    """Run one backward pass whose gradients are exactly `grads`."""
-    sum((p.float() * g).sum() for p, g in zip(params, grads, strict=True)).backward()
-
-
-def micro_gradients(count: int, *shape: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(count)
-    return [(torch.randn(shape, generator=generator) + 1).to(BF16) for _ in range(count)]
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().resolve_neg().contiguous().view(BITS[tensor.element_size()])
-
-
-def assert_same_bits(found: Tensor | None, expected: Tensor | None) -> None:
-    if found is None or expected is None:
-        assert found is None
-        assert expected is None
-        return
-    assert found.dtype is expected.dtype
-    assert torch.equal(bits(found), bits(expected)), f"{found} is not {expected}"
 
 
 def through_a_file(state: Any) -> Any:
@@ -71,16 +43,6 @@ def through_a_file(state: Any) -> Any:
 
 def is_hooked(param: Tensor) -> bool:
     return bool(param._post_accumulate_grad_hooks)
-
-
-def assert_stock(param: Parameter) -> None:
-    """Assert that nothing is hooked, and that three additions lose what bfloat16 cannot hold."""
-    assert not is_hooked(param)
-    param.grad = None
-    for grad in (256.0, 1.0, 1.0):
-        backward([param], [torch.full_like(param, grad)])
-    assert param.grad is not None
-    assert (param.grad == 256).all()
 
 
 def assert_attached(param: Parameter) -> None:
@@ -240,25 +202,6 @@ def test_loading_replaces_the_window_that_was_under_way() -> None:
     run.acc.load_state_dict(empty)
     assert all(p.grad is None for p in run.model.parameters())
     assert all(run.acc.gradient(p) is None for p in run.model.parameters())
-
-
-class Raise(torch.autograd.Function):
-    """The identity, whose backward pass fails."""
-
-    @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, _grad):  # type: ignore[no-untyped-def]
-        raise ArithmeticError
-
-
-def fail(arrives: list[Parameter], late: Parameter) -> None:
-    """Run a backward pass that fails when some parameters have their gradients and one has not."""
-    failing = Raise.apply(late.float().sum())
-    with pytest.raises(ArithmeticError):
-        (failing + sum((p.float() * 3).sum() for p in arrives)).backward()
 
 
 def test_loading_drops_what_a_failed_backward_left() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradients import Raise, assert_same_bits
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -37,18 +38,6 @@ SUM_TINY = 1e-37
 
 
 # ---- random models -----------------------------------------------------------------------------------------------
-
-
-class Fail(torch.autograd.Function):
-    """The identity, whose backward pass fails."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, _grad: Tensor) -> Tensor:
-        raise ArithmeticError
 
 
 LAYERS = ["linear", "tied", "norm", "gain", "convolution", "checkpointed", "checkpointed reentrant", "large"]
@@ -83,7 +72,7 @@ class Network(nn.Module):
         """x: (batch, width); returns a scalar."""
         for i, (kind, layer) in enumerate(zip(self.kinds, self.layers, strict=True)):
             if i == self.fails_before:
-                x = Fail.apply(x)
+                x = Raise.apply(x)
             x = x.to(next(layer.parameters()).dtype)
             if kind == "gain":
                 x = x * layer[0] + layer[1] + layer[2].sum()
@@ -371,8 +360,8 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
         self.accumulator.load_state_dict(state["accumulator"])
         self.accumulator.scale = scale
         for param, gradient, grad in zip(self.params, before, grads, strict=True):
-            assert same(self.accumulator.gradient(param), gradient)
-            assert same(param.grad, grad)
+            assert_same_bits(self.accumulator.gradient(param), gradient)
+            assert_same_bits(param.grad, grad)
 
     @stateful.rule()
     def detach_and_attach(self) -> None:
@@ -430,10 +419,6 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
         self.optimizer.step()
         self.zero_grad(style)
         counted["windows"] += 1
-
-
-def same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and a.dtype is b.dtype and torch.equal(a, b))
 
 
 def test_any_sequence_of_events_keeps_the_sums(tmp_path: Any) -> None:
