@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 TEXT ?=
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -12,17 +13,17 @@ SOURCES := $(wildcard csrc/*) setup.py accumkern/__init__.py
 
 help:
 	@echo "make demo [TEXT=folder]   train a small GPT with stock and with accumkern accumulation, and compare"
-	@echo "make test                 lint, types and all tests"
+	@echo "make test                 lint, types and all tests; with CONSTRAINTS=constraints-floor.txt, on the oldest torch"
 	@echo "make bench                the CPU benchmarks; writes benchmarks/results/"
 	@echo "make gpu                  GPU tests and benchmarks, with the python3 that has torch; installs nothing."
 	@echo "                          Its parts: make gpu-test, gpu-kernels, gpu-training"
-	@echo "make lint                 ruff and mypy alone"
+	@echo "make lint                 ruff, mypy and the import contract alone"
 	@echo "make clean                remove what the others made"
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	ACCUMKERN_BUILD=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	ACCUMKERN_BUILD=0 $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
 	$(BIN)/python -m pip install --quiet pybind11 setuptools
 	touch $@
 
@@ -38,6 +39,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # A process for each core takes file after file. Each has one thread, and threads of the processes that the tests start
 # do not wait for one another by spinning, which would take the cores from the others.
