@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--write-compatibility"):
-        if hasattr(config, "workerinput"):
+        if config.getoption("numprocesses", default=None):
             raise pytest.UsageError("--write-compatibility needs all tests in one process; leave -n out")
         config.pluginmanager.register(Recorder())
 
