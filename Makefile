@@ -42,9 +42,10 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports --no-cache
 
 # A process for each core takes file after file. Each has one thread, and threads of the processes that the tests start
-# do not wait for one another by spinning, which would take the cores from the others.
+# do not wait for one another by spinning, which would take the cores from the others. Files are UTF-8 in any locale.
 test: export OMP_WAIT_POLICY ?= passive
 test: export OMP_NUM_THREADS ?= 1
+test: export PYTHONUTF8 ?= 1
 test: $(BUILT) lint
 	$(BIN)/python -m accumkern doctor
 	$(BIN)/python -m pytest --numprocesses $(shell nproc) --maxprocesses 8 --dist loadfile --no-loadscope-reorder

@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--write-compatibility"):
-        if hasattr(config, "workerinput"):
+        if config.getoption("numprocesses", default=None):
             raise pytest.UsageError("--write-compatibility needs all tests in one process; leave -n out")
         config.pluginmanager.register(Recorder())
 
@@ -72,8 +72,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(params=["cpu", "cuda", "triton", "eager"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that can run here on `device`; the others skip with their reason."""
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend that can run here on `device`, the cpu one with two threads; the others skip with their reason."""
     from accumkern import available_backends, backends
 
     name: str = request.param
@@ -83,7 +83,10 @@ def backend(request: pytest.FixtureRequest) -> str:
         reason = backends._refusal(name, on)
     if reason is not None:
         pytest.skip(f"backend {name}: {reason}")
-    return name
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2 if name == "cpu" else threads)
+    yield name
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

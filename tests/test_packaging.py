@@ -50,8 +50,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wheel(source: Path, folder: Path, **environment: str) -> Path:
-    shutil.rmtree(source / "build", ignore_errors=True)  # of an earlier test
-    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, source]
+    copy = shutil.copytree(source, folder / "source")  # a build leaves files behind
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, copy]
     run(*command, cwd=folder, PYTHONPATH=str(source.parent / "no-torch"), **environment)
     return next(folder.glob("*.whl"))
 
