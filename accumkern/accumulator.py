@@ -883,7 +883,7 @@ class GradAccumulator:
         return self._kinds.setdefault((device, dtype), len(Start) * len(self._kinds))
 
     def _kernel_on(self, device: torch.device) -> backends.FoldFunction:
-        return backends.fold_function(self._backend_on(device))
+        return backends.kernels(self._backend_on(device)).fold
 
     def _backend_on(self, device: torch.device) -> str:
         chosen = self._backend_of_device.get(device)

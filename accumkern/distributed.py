@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from accumkern.backends import decode_function, encode_function
+from accumkern.backends import kernels
 from accumkern.formats import BUFFERS, Format, decode, encode
 from accumkern.ops import same_order
 
@@ -201,7 +201,7 @@ class Fp32Reduction:
             members.append((parameter, format_, half, part))
         for format_, tensors in stored.items():
             sums, residuals, parts = map(list, zip(*tensors, strict=True))
-            decode_function(backend)(format_, sums, residuals, parts)
+            kernels(backend).decode(format_, sums, residuals, parts)
 
         def split(future: torch.futures.Future[Any]) -> Tensor:
             future.wait()  # raises what went wrong
@@ -223,7 +223,7 @@ class Fp32Reduction:
                 self._reduced.append(parameter)
             for format_, tensors in to_store.items():
                 parts, halves, residuals = map(list, zip(*tensors, strict=True))
-                encode_function(backend)(format_, parts, ranks, halves, residuals)
+                kernels(backend).encode(format_, parts, ranks, halves, residuals)
                 torch.autograd.graph.increment_version(halves)
             return buffer
 

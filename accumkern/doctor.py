@@ -23,7 +23,7 @@ def doctor() -> int:
         print(f"device      {device}")
     print("\nbackends")
     for name, reason in available_backends().items():
-        print(f"  {name:8s}  {'ok' if reason is None else 'no'}   {reason or backends.BACKENDS[name]}")
+        print(f"  {name:8s}  {'ok' if reason is None else 'no'}   {reason or backends.BACKENDS[name].summary}")
     print()
     failed = False
     for kind in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
@@ -52,7 +52,7 @@ def _version_of(package: str) -> str:
 
 
 def _extension() -> str:
-    problem = backends._extension_problem()
+    problem = backends.extension_problem()
     if problem is not None:
         return problem
     from accumkern import _C  # type: ignore[attr-defined]

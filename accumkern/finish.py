@@ -120,7 +120,7 @@ def write(
     for (device, format_, start), members in groups.items():
         residuals: Any = None if start is Start.FROM_SUM else [member.residual for member in members]
         sums = [member.grad for member in members]
-        finish = backends.finish_function(backend_on(device))
+        finish = backends.kernels(backend_on(device)).finish
         finish(format_, start, sums, residuals, _on(divisor, device), _on(factor, device))
         torch.autograd.graph.increment_version(sums)
 
@@ -144,7 +144,7 @@ def _norms(gradient: Gradient, norm_type: float, backend_on: Callable[[torch.dev
         dtype = torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else None
         return [torch.linalg.vector_norm(grad, norm_type, dtype=dtype).float()]
     flat = grad.as_strided((grad.numel(),), (1,))
-    decode_into = backends.decode_function(backend_on(grad.device))
+    decode_into = backends.kernels(backend_on(grad.device)).decode
     norms = []
     for part, low in zip(flat.split(_PART_NUMEL), residual.split(_PART_NUMEL), strict=True):
         value = torch.empty_like(part, dtype=torch.float32)

@@ -134,7 +134,7 @@ def finish_variant(buffers: Buffers, format_: Format, backend: str) -> Variant:
 
 def fold_variant(buffers: Buffers, backend: str, measured: bool) -> Variant:
     """Return a split24 fold, with or without partial sums of squares."""
-    fold = backends.fold_function(backend)
+    fold = backends.kernels(backend).fold
     grads, sums, residuals = buffers.grads, buffers.sums, buffers.residuals[Format.SPLIT24]
 
     def run(i: int) -> None:

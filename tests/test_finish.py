@@ -71,7 +71,7 @@ def test_kernel_bits(backend: str, device: torch.device, format_: Format, start:
         before = None if residuals is None else [r.clone() for r in residuals]
         divisor: Any = 3.0 if scalars == "numbers" else torch.tensor(3.0, device=device)
         factor: Any = 0.7 if scalars == "numbers" else torch.tensor(0.7, device=device)
-        backends.finish_function(backend)(format_, start, moved, residuals, divisor, factor)
+        backends.kernels(backend).finish(format_, start, moved, residuals, divisor, factor)
         for found, want in zip(moved, wanted, strict=True):
             assert torch.equal(found.cpu().view(want.dtype), want), sizes
         if before is not None:

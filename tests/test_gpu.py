@@ -144,7 +144,7 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("format_", list(Format), ids=lambda format_: format_.name.lower())
 @pytest.mark.parametrize("backend", ALL)
 def test_bits_equal_reference(backend: str, format_: Format, start: Start) -> None:
-    fold = backends.fold_function(backend)
+    fold = backends.kernels(backend).fold
     scales = [1.0, 0.5, 1 / 3]
     if backend == "eager":  # it rounds the product first; half of a subnormal FP32 gradient is not exact either
         scales = [1.0] if format_ is Format.PLAIN32 else [1.0, 0.5]
@@ -185,7 +185,7 @@ def test_cpu_kernels_give_the_same_bits(format_: Format, start: Start) -> None:
     for scale in (1.0, 0.5, 1 / 3):
         cases = [case(format_, start, scale, numel) for numel in SIZES]
         grads, sums, residuals = columns([inputs for inputs, _ in cases], "cpu")
-        backends.fold_function("cpu")(format_, start, grads, sums, residuals, scale, None)
+        backends.kernels("cpu").fold(format_, start, grads, sums, residuals, scale, None)
         for i, (_, expected) in enumerate(cases):
             assert_same_bits(sums[i], expected[0], f"sum {i}")
             if residuals is not None and expected[1] is not None:
@@ -211,7 +211,7 @@ def check_decoding(backend: str, format_: Format, sums: Tensor, residuals: Tenso
     expected = formats.encode(format_, formats.decode(format_, sums, residuals))
     zeros = torch.full(sums.shape, -0x8000, dtype=torch.int16, device=DEVICE).view(sums.dtype)
     actual = on_device([sums, residuals])
-    backends.fold_function(backend)(format_, Start.CONTINUE, [zeros], actual[:1], actual[1:], 1.0, None)
+    backends.kernels(backend).fold(format_, Start.CONTINUE, [zeros], actual[:1], actual[1:], 1.0, None)
     assert expected[1] is not None
     assert_same_bits(actual[0], expected[0], "sum")
     assert_same_bits(actual[1], expected[1], "residual")
@@ -272,7 +272,7 @@ def block_sums_of_squares(x: Tensor) -> Tensor:
 )
 @pytest.mark.parametrize("backend", ALL)
 def test_partial_sums_of_squares(backend: str, format_: Format, start: Start) -> None:
-    fold = backends.fold_function(backend)
+    fold = backends.kernels(backend).fold
     scale = 0.5
     for sizes in ([70_001], [0, 1, 4096, 4097, 0, 70_001, 3, 0]):
         rows = []
@@ -321,7 +321,7 @@ def test_lists_of_any_length(backend: str, format_: Format, aligned: bool) -> No
         if aligned:
             grads, sums = [grad.clone() for grad in grads], [total.clone() for total in sums]
             residuals = None if residuals is None else [residual.clone() for residual in residuals]
-        backends.fold_function(backend)(format_, Start.CONTINUE, grads, sums, residuals, 1 / 3, None)
+        backends.kernels(backend).fold(format_, Start.CONTINUE, grads, sums, residuals, 1 / 3, None)
         assert_same_bits(torch.cat(sums), expected[0], f"sums of {len(sizes)} tensors")
         if residuals is not None and expected[1] is not None:
             assert_same_bits(torch.cat(residuals), expected[1], f"residuals of {len(sizes)} tensors")
@@ -349,7 +349,7 @@ def test_unaligned_views_write_their_range_only(backend: str, format_: Format) -
         ]
         before = [[buffer.clone() for buffer, _ in row] for row in views]
         grads, sums, *rest = ([row[k][1] for row in views] for k in range(len(views[0])))
-        backends.fold_function(backend)(format_, Start.CONTINUE, grads, sums, rest[0] if rest else None, 1 / 3, None)
+        backends.kernels(backend).fold(format_, Start.CONTINUE, grads, sums, rest[0] if rest else None, 1 / 3, None)
         for row, copies, slide in zip(views, before, calls, strict=True):
             for k, ((buffer, view), copy) in enumerate(zip(row, copies, strict=True)):
                 right = (inputs[0], *expected)[k]
@@ -383,7 +383,7 @@ def test_more_than_2_to_the_31_elements(backend: str) -> None:
             end = min(begin + chunk, numel)
             tensors[-1][begin:end] = repeated(base, begin, end)
     grad, total, residual = tensors
-    backends.fold_function(backend)(Format.SPLIT24, Start.CONTINUE, [grad], [total], [residual], 1 / 3, None)
+    backends.kernels(backend).fold(Format.SPLIT24, Start.CONTINUE, [grad], [total], [residual], 1 / 3, None)
     for actual, right in zip((grad, total, residual), (inputs[0], *expected), strict=True):
         assert right is not None
         base = right.to(DEVICE)
@@ -401,7 +401,7 @@ def test_more_than_2_to_the_31_elements(backend: str) -> None:
 @pytest.mark.parametrize("backend", ALL)
 def test_folds_run_on_the_current_stream(backend: str) -> None:
     sizes = [300, 4097, 200_001]
-    fold = functools.partial(backends.fold_function(backend), Format.SPLIT24, Start.CONTINUE)
+    fold = functools.partial(backends.kernels(backend).fold, Format.SPLIT24, Start.CONTINUE)
     cases = [case(Format.SPLIT24, Start.CONTINUE, 0.5, numel) for numel in sizes]
     rows = [inputs for inputs, _ in cases]
     here, there = columns(rows), columns(rows)
@@ -437,13 +437,11 @@ def test_a_launch_error_is_raised_and_leaves_nothing_behind(backend: str) -> Non
     no_device = torch.cuda.device_count()
     addresses = [grad.data_ptr()], [total.data_ptr()], [residuals[0].data_ptr()]
     with pytest.raises(RuntimeError, match="accumkern: cudaSetDevice"):
-        _C.accumulate_cuda(
-            int(Format.SPLIT24), int(Start.CONTINUE), *addresses, [], [grad.numel()], (0.5, 0), no_device, 0
-        )
+        _C.fold(int(Format.SPLIT24), int(Start.CONTINUE), *addresses, (0.5, 0), [], [grad.numel()], no_device, 0)
     torch.cuda.synchronize()
     assert torch.cuda.current_device() == grad.device.index
     assert_same_bits(total, inputs[1], "after an error")
-    backends.fold_function(backend)(Format.SPLIT24, Start.CONTINUE, [grad], [total], residuals, 0.5, None)
+    backends.kernels(backend).fold(Format.SPLIT24, Start.CONTINUE, [grad], [total], residuals, 0.5, None)
     assert_same_bits(total, expected[0], "sum")
 
 
@@ -727,7 +725,7 @@ def test_the_hook_never_waits_for_the_gpu(backend: str, buffer: str) -> None:
 @pytest.mark.parametrize("backend", FUSED)
 def test_a_captured_fold_replays_like_repeated_folds(backend: str, sizes: list[int]) -> None:
     # No other test has SPLIT32 from a sum with partial sums: nothing but the same call, before, has loaded its kernel.
-    fold = functools.partial(backends.fold_function(backend), Format.SPLIT32, Start.FROM_SUM)
+    fold = functools.partial(backends.kernels(backend).fold, Format.SPLIT32, Start.FROM_SUM)
     sums = [torch.randn(numel, device=DEVICE).bfloat16() for numel in sizes]
     grads = [torch.randn_like(total) for total in sums]
     residuals = [torch.zeros_like(total, dtype=torch.int16) for total in sums]

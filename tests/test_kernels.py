@@ -63,7 +63,7 @@ def run(
     """Fold copies on the device and return (sums, residuals) from there."""
     grads, sums = [g.to(device, copy=True) for g in grads], [s.to(device, copy=True) for s in sums]
     residuals = None if residuals is None else [r.to(device, copy=True) for r in residuals]
-    backends.fold_function(backend)(format_, start, grads, sums, residuals, scale, partials)
+    backends.kernels(backend).fold(format_, start, grads, sums, residuals, scale, partials)
     return sums, residuals
 
 
@@ -195,7 +195,7 @@ def test_writes_its_range_and_nothing_else(backend: str, device: torch.device, f
             buffers.append(buffer)
             views.append(view)
         count = 2 if together else 1
-        backends.fold_function(backend)(
+        backends.kernels(backend).fold(
             format_,
             Start.CONTINUE,
             views[:1] + [torch.zeros(3, dtype=grad.dtype, device=device)] * (count - 1),
@@ -244,7 +244,7 @@ def test_sum_may_be_the_gradient_itself_from_zero(backend: str, device: torch.de
         want_sum, want_residual = expected(format_, Start.FROM_ZERO, grad, grad, None, 0.125)
         tensor = grad.to(device, copy=True)
         residuals = None if residual is None else [torch.empty_like(residual, device=device)]
-        backends.fold_function(backend)(format_, Start.FROM_ZERO, [tensor], [tensor], residuals, 0.125, None)
+        backends.kernels(backend).fold(format_, Start.FROM_ZERO, [tensor], [tensor], residuals, 0.125, None)
         assert same_bits(want_sum, tensor)
         if residuals is not None and want_residual is not None:
             assert same_bits(want_residual, residuals[0])
@@ -285,7 +285,7 @@ def test_decode(backend: str, device: torch.device, format_: Format, shift: int,
     buffers, values = at_an_offset([torch.zeros(n) for n in sizes], shift, device)
     _, given = at_an_offset(sums, shift, device)
     _, lows = at_an_offset(residuals, shift, device)
-    backends.decode_function(backend)(format_, given, lows or None, values)
+    backends.kernels(backend).decode(format_, given, lows or None, values)
     assert all(map(same_bits, wanted, values))
     assert all(map(same_bits, [*sums, *residuals], [*given, *lows]))  # only read
     assert nothing_around_is_written(buffers, shift)
@@ -302,7 +302,7 @@ def test_encode(backend: str, device: torch.device, format_: Format, shift: int,
     low_buffers, lows = at_an_offset([low for _, low in stored if low is not None], shift, device)
     _, moved = at_an_offset(given, shift, device)
     divisor = 3.0 if scalar == "number" else torch.tensor(3.0, device=device)
-    backends.encode_function(backend)(format_, moved, divisor, sums, lows or None)
+    backends.kernels(backend).encode(format_, moved, divisor, sums, lows or None)
     assert all(map(same_bits, [total for total, _ in wanted], sums))
     assert all(map(same_bits, [low for _, low in wanted if low is not None], lows))
     assert all(map(same_bits, given, moved))  # only read
@@ -337,7 +337,7 @@ def test_tensors_without_memory_are_refused() -> None:
         pytest.skip(f"backend cpu: {available_backends()['cpu']}")
     zero = torch._efficientzerotensor((5,), dtype=torch.bfloat16)
     total, residual = torch.ones(5).bfloat16(), torch.zeros(5, dtype=torch.int8)
-    fold = backends.fold_function("cpu")
+    fold = backends.kernels("cpu").fold
     with pytest.raises(RuntimeError, match=r"a tensor has no memory, .*clone\(\) it first"):
         fold(Format.SPLIT24, Start.CONTINUE, [zero], [total], [residual], 1.0, None)
     assert (total == 1).all()
