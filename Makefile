@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 BENCHMARKS := kernels finish overhead training accuracy convergence reduce registers
-SOURCES := $(wildcard csrc/*) setup.py accumkern/__init__.py
+SOURCES := $(wildcard csrc/*) setup.py accumkern/version.py
 
 help:
 	@echo "make demo [TEXT=folder]   train a small GPT with stock and with accumkern accumulation, and compare"

@@ -38,8 +38,8 @@ if CHOICE not in ("", "cpu", "cuda", "0"):
 
 
 def version() -> str:
-    match = re.search(r'^__version__ = "(.+)"', Path("accumkern/__init__.py").read_text(), re.MULTILINE)
-    assert match, "accumkern/__init__.py holds no version"
+    match = re.search(r'^__version__ = "(.+)"', Path("accumkern/version.py").read_text(), re.MULTILINE)
+    assert match, "accumkern/version.py holds no version"
     return match.group(1)
 
 

@@ -9,7 +9,8 @@ import platform
 
 import torch
 
-from accumkern import __version__, available_backends, backends
+from accumkern import backends
+from accumkern.version import __version__
 
 
 def doctor() -> int:
@@ -22,8 +23,8 @@ def doctor() -> int:
     for device in _devices():
         print(f"device      {device}")
     print("\nbackends")
-    for name, reason in available_backends().items():
-        print(f"  {name:8s}  {'ok' if reason is None else 'no'}   {reason or backends.BACKENDS[name]}")
+    for name, reason in backends.available_backends().items():
+        print(f"  {name:8s}  {'ok' if reason is None else 'no'}   {reason or backends.BACKENDS[name].summary}")
     print()
     failed = False
     for kind in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
@@ -52,7 +53,7 @@ def _version_of(package: str) -> str:
 
 
 def _extension() -> str:
-    problem = backends._extension_problem()
+    problem = backends.extension_problem()
     if problem is not None:
         return problem
     from accumkern import _C  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The front door of the kernels: every check stands here, before anything is written."""
+"""The front door of the kernels: contract, checks, one call. Nothing is written before every check has passed."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def accumulate_(
     _check_memory(grads, sums, residuals)
 
     for (device, format_), members in groups.items():
-        backends.fold_function(chosen[device])(
+        backends.kernels(chosen[device]).fold(
             format_,
             Start.CONTINUE,
             [grads[i] for i in members],
@@ -193,9 +193,6 @@ def _check_memory(grads: list[Tensor], sums: list[Tensor], residuals: list[Tenso
         if furthest is None or furthest[0] != device or furthest[1] < end:
             reached[written] = (device, end, name, i)
 
-    if any(device.type == "cpu" for device in devices) and backends._unavailable("cpu") is None:
-        from accumkern import _C  # type: ignore[attr-defined]
-
-        for device, begin, end, written, name, i in ranges:
-            if written and device.type == "cpu" and not _C.is_writable(begin, end - begin):
-                raise ValueError(f"{name}[{i}] lies in read-only memory; pass a clone")
+    for device, begin, end, written, name, i in ranges:
+        if written and device.type == "cpu" and not backends.is_writable(begin, end - begin):
+            raise ValueError(f"{name}[{i}] lies in read-only memory; pass a clone")

@@ -3,7 +3,7 @@
 ``python benchmarks/bench_kernels.py [--device cpu|cuda] [--quick] [--sizes 2^20,2^25] [--models GPT-2,Llama-1B]``
 
 Single tensors, and the parameter lists of real models. accumkern is called as its hook calls it: the kernel of each
-backend, ``accumkern.backends.fold_function``, without the checks of ``accumkern.accumulate_``. Writes
+backend, ``accumkern.backends.kernels(name).fold``, without the checks of ``accumkern.accumulate_``. Writes
 ``benchmarks/results/<machine>/kernels.json``.
 """
 
@@ -179,7 +179,7 @@ def folds(case: Case, device: torch.device) -> list[Operation]:
 
 def fold(format_: Format, memory: str, backend: str, called: str, buffers: Buffers) -> Run:
     """Return a fold of a set's gradients, as the hook does it."""
-    kernel = backends.fold_function(backend)
+    kernel = backends.kernels(backend).fold
     grads, sums, residuals = buffers.grads, buffers.sums, getattr(buffers, memory)
 
     def all_at_once(i: int) -> None:
@@ -263,7 +263,7 @@ def main() -> None:
         "how": "benchmarks/timing.py; all variants of a case in one run, by turns",
         "rounds": rounds,
         "backend": backends.choose(None, device),
-        "accumkern_is_called_as": "accumkern.backends.fold_function(backend), which the hook calls, without checks",
+        "accumkern_is_called_as": "accumkern.backends.kernels(backend).fold, which the hook calls, without checks",
         "bandwidth": "bytes that the operation must read and write, over the median time",
         "roof": "copy_ of as many elements in one tensor",
         "left_out": f"the eager backend above {EAGER_MAX_NUMEL[device.type]:,} elements, by rule",

@@ -40,30 +40,30 @@ struct Scalar {
   const float* address;
 };
 
-// x = fma(scale, grad, decode(sum, residual)); (sum, residual) = encode(x)
-void accumulate_cpu(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar scale, int threads);
-// sum = round((decode(sum, residual) / divisor) * factor), from kContinue or kFromSum; residuals are left alone
-void finish_cpu(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar divisor, Scalar factor,
-                int threads);
-// value = decode(sum, residual)
-void decode_cpu(Format format, const std::vector<FoldTensor>& tensors, int threads);
-// (sum, residual) = encode(value / divisor)
-void encode_cpu(Format format, const std::vector<FoldTensor>& tensors, Scalar divisor, int threads);
+// What is computed for every element of every tensor.
+enum class Kernel {
+  kFold,    // x = fma(scale, grad, decode(sum, residual)); (sum, residual) = encode(x)
+  kFinish,  // sum = round((decode(sum, residual) / divisor) * factor), not from zero; residuals are left alone
+  kDecode,  // value = decode(sum, residual)
+  kEncode,  // (sum, residual) = encode(value / divisor)
+};
+
+struct Call {
+  Kernel kernel;
+  Format format;
+  Start start;  // of a fold or finish
+  std::vector<FoldTensor> tensors;
+  Scalar scalar;  // a fold's scale, the others' divisor
+  Scalar factor;  // finish's
+};
+
+void run_cpu(const Call& call, int threads);
 const char* cpu_instruction_set();
 
-// The same, launched on `stream` of `device` without waiting; they throw std::runtime_error with CUDA's message.
-void accumulate_cuda(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar scale, int device,
-                     uintptr_t stream);
-void finish_cuda(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar divisor, Scalar factor,
-                 int device, uintptr_t stream);
-void decode_cuda(Format format, const std::vector<FoldTensor>& tensors, int device, uintptr_t stream);
-void encode_cuda(Format format, const std::vector<FoldTensor>& tensors, Scalar divisor, int device, uintptr_t stream);
+// Launched on `stream` of `device` without waiting; throws std::runtime_error with CUDA's message.
+void run_cuda(const Call& call, int device, uintptr_t stream);
 
 // Why the kernels cannot run on the current device (another architecture, an old driver), or an empty string.
 std::string cuda_problem();
-
-// Number of bit patterns in [first, last) that break a format's law when they are encoded and decoded again; `law` is
-// described where it is checked, in accumulate_cpu.cpp.
-uint64_t count_roundtrip_failures(Format format, uint64_t first, uint64_t last, int threads);
 
 }  // namespace accumkern

@@ -35,9 +35,24 @@ struct Squares {
   alignas(64) float of_grad[kChunk] = {}, of_value[kChunk] = {}, of_old_value[kChunk] = {};
 };
 
-template <class T>
-ACCUMKERN_INLINE T* at(T* array, int64_t i) {
-  return array == nullptr ? nullptr : array + i;
+// The i-th residual's address, of a format that has any.
+template <class F, class Residual>
+ACCUMKERN_INLINE Residual* at(Residual* residuals, int64_t i) {
+  if constexpr (F::kHasResidual) {
+    return residuals + i;
+  } else {
+    return nullptr;
+  }
+}
+
+// The i-th accumulated value: of sum and residual, or of the sum alone.
+template <class F, Start kStart = Start::kContinue>
+ACCUMKERN_INLINE float value_at(const typename F::Sum* sum, const typename F::Residual* residual, int64_t i) {
+  if constexpr (kStart == Start::kFromSum || !F::kHasResidual) {
+    return F::widen(sum[i]);
+  } else {
+    return F::decode(sum[i], residual[i]);
+  }
 }
 
 // Asks for the chunk that is kAhead elements away. The processor's own prefetching stops at every page. Addresses past
@@ -62,19 +77,10 @@ ACCUMKERN_INLINE void fold_elements(const typename F::Sum* grad, typename F::Sum
     if constexpr (kStart == Start::kFromZero) {
       x = scale * g;
     } else {
-      if constexpr (kStart == Start::kFromSum || !F::kHasResidual) {
-        old_value = F::widen(sum[i]);
-      } else {
-        old_value = F::decode(sum[i], residual[i]);
-      }
+      old_value = value_at<F, kStart>(sum, residual, i);
       x = __builtin_fmaf(scale, g, old_value);
     }
-    const uint32_t bits = canonical_bits(x);
-    if constexpr (F::kHasResidual) {
-      F::encode(bits, sum + i, residual + i);
-    } else {
-      F::encode(bits, sum + i, nullptr);
-    }
+    F::encode(canonical_bits(x), sum + i, at<F>(residual, i));
     if constexpr (kMeasured) {
       squares->of_grad[i] += g * g;
       squares->of_value[i] += x * x;
@@ -127,39 +133,41 @@ ACCUMKERN_INLINE float sum_of(const float* values) {
 }
 
 template <class F, Start kStart, bool kMeasured>
-ACCUMKERN_INLINE void fold(const Range& range, float scale, float) {
-  const auto* grads = static_cast<const typename F::Sum*>(range.tensor.grad);
-  auto* sums = static_cast<typename F::Sum*>(range.tensor.sum);
-  auto* residuals = F::kHasResidual ? static_cast<typename F::Residual*>(range.tensor.residual) : nullptr;
-  for (int64_t block = range.begin; block < range.end; block += kBlockNumel) {
-    Squares squares;
-    const int64_t block_end = std::min(range.end, block + kBlockNumel);
-    for (int64_t i = block; i < block_end; i += kChunk) {
-      const auto* grad = grads + i;
-      auto* sum = sums + i;
-      auto* residual = at(residuals, i);
-      const int64_t numel = std::min(kChunk, block_end - i);
-      if constexpr (F::kHasResidual) {
-        prefetch<false>(grad);
-        prefetch<true>(sum);
-        prefetch<true>(residual);
+struct Fold {
+  static ACCUMKERN_INLINE void run(const Range& range, float scale, float) {
+    const auto* grads = static_cast<const typename F::Sum*>(range.tensor.grad);
+    auto* sums = static_cast<typename F::Sum*>(range.tensor.sum);
+    auto* residuals = static_cast<typename F::Residual*>(range.tensor.residual);
+    for (int64_t block = range.begin; block < range.end; block += kBlockNumel) {
+      Squares squares;
+      const int64_t block_end = std::min(range.end, block + kBlockNumel);
+      for (int64_t i = block; i < block_end; i += kChunk) {
+        const auto* grad = grads + i;
+        auto* sum = sums + i;
+        auto* residual = at<F>(residuals, i);
+        const int64_t numel = std::min(kChunk, block_end - i);
+        if constexpr (F::kHasResidual) {
+          prefetch<false>(grad);
+          prefetch<true>(sum);
+          prefetch<true>(residual);
+        }
+        if (numel < kChunk) {
+          fold_elements<F, kStart, kMeasured>(grad, sum, residual, scale, numel, &squares);
+        } else if constexpr (F::kHasPairs) {
+          fold_pairs<F, kStart, kMeasured>(grad, sum, residual, scale, &squares);
+        } else {  // the compiler sees how many, and leaves out what other numbers need
+          fold_elements<F, kStart, kMeasured>(grad, sum, residual, scale, kChunk, &squares);
+        }
       }
-      if (numel < kChunk) {
-        fold_elements<F, kStart, kMeasured>(grad, sum, residual, scale, numel, &squares);
-      } else if constexpr (F::kHasPairs) {
-        fold_pairs<F, kStart, kMeasured>(grad, sum, residual, scale, &squares);
-      } else {  // the compiler sees how many, and leaves out what other numbers need
-        fold_elements<F, kStart, kMeasured>(grad, sum, residual, scale, kChunk, &squares);
+      if constexpr (kMeasured) {
+        float* partials = range.tensor.partials + kPartials * (block / kBlockNumel);
+        partials[0] = sum_of(squares.of_grad);
+        partials[1] = sum_of(squares.of_value);
+        partials[2] = sum_of(squares.of_old_value);
       }
-    }
-    if constexpr (kMeasured) {
-      float* partials = range.tensor.partials + kPartials * (block / kBlockNumel);
-      partials[0] = sum_of(squares.of_grad);
-      partials[1] = sum_of(squares.of_value);
-      partials[2] = sum_of(squares.of_old_value);
     }
   }
-}
+};
 
 // sum = round((decode(sum, residual) / divisor) * factor), for `numel` elements of a chunk.
 template <class F, Start kStart>
@@ -167,67 +175,60 @@ ACCUMKERN_INLINE void finish_elements(typename F::Sum* sum, const typename F::Re
                                       float factor, int64_t numel) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < numel; ++i) {
-    float x;
-    if constexpr (kStart == Start::kFromSum || !F::kHasResidual) {
-      x = F::widen(sum[i]);
-    } else {
-      x = F::decode(sum[i], residual[i]);
-    }
+    const float x = value_at<F, kStart>(sum, residual, i);
     sum[i] = F::round(canonical_bits((x / divisor) * factor));
   }
 }
 
-template <class F, Start kStart, bool>
-ACCUMKERN_INLINE void finish(const Range& range, float divisor, float factor) {
-  auto* sums = static_cast<typename F::Sum*>(range.tensor.sum);
-  const auto* residuals = F::kHasResidual ? static_cast<const typename F::Residual*>(range.tensor.residual) : nullptr;
-  for (int64_t i = range.begin; i < range.end; i += kChunk) {
-    auto* sum = sums + i;
-    const auto* residual = at(residuals, i);
-    const int64_t numel = std::min(kChunk, range.end - i);
-    prefetch<true>(sum);
-    if constexpr (kStart == Start::kContinue && F::kHasResidual) prefetch<false>(residual);
-    if (numel < kChunk) {
-      finish_elements<F, kStart>(sum, residual, divisor, factor, numel);
-    } else {
-      finish_elements<F, kStart>(sum, residual, divisor, factor, kChunk);
+template <class F, Start kStart>
+struct Finish {
+  static ACCUMKERN_INLINE void run(const Range& range, float divisor, float factor) {
+    auto* sums = static_cast<typename F::Sum*>(range.tensor.sum);
+    const auto* residuals = static_cast<const typename F::Residual*>(range.tensor.residual);
+    for (int64_t i = range.begin; i < range.end; i += kChunk) {
+      auto* sum = sums + i;
+      const auto* residual = at<F>(residuals, i);
+      const int64_t numel = std::min(kChunk, range.end - i);
+      prefetch<true>(sum);
+      if constexpr (kStart == Start::kContinue && F::kHasResidual) prefetch<false>(residual);
+      if (numel < kChunk) {
+        finish_elements<F, kStart>(sum, residual, divisor, factor, numel);
+      } else {
+        finish_elements<F, kStart>(sum, residual, divisor, factor, kChunk);
+      }
     }
   }
-}
+};
 
 // value = decode(sum, residual), for `numel` elements of a chunk.
 template <class F>
 ACCUMKERN_INLINE void decode_elements(const typename F::Sum* sum, const typename F::Residual* residual, float* value,
                                       int64_t numel) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < numel; ++i) {
-    if constexpr (F::kHasResidual) {
-      value[i] = F::decode(sum[i], residual[i]);
-    } else {
-      value[i] = F::widen(sum[i]);
-    }
-  }
+  for (int64_t i = 0; i < numel; ++i) value[i] = value_at<F>(sum, residual, i);
 }
 
-template <class F, Start, bool>
-ACCUMKERN_INLINE void decode(const Range& range, float, float) {
-  const auto* sums = static_cast<const typename F::Sum*>(range.tensor.grad);
-  const auto* residuals = F::kHasResidual ? static_cast<const typename F::Residual*>(range.tensor.residual) : nullptr;
-  auto* values = static_cast<float*>(range.tensor.sum);
-  for (int64_t i = range.begin; i < range.end; i += kChunk) {
-    const auto* sum = sums + i;
-    const auto* residual = at(residuals, i);
-    const int64_t numel = std::min(kChunk, range.end - i);
-    prefetch<false>(sum);
-    if constexpr (F::kHasResidual) prefetch<false>(residual);
-    prefetch<true>(values + i);
-    if (numel < kChunk) {
-      decode_elements<F>(sum, residual, values + i, numel);
-    } else {
-      decode_elements<F>(sum, residual, values + i, kChunk);
+template <class F>
+struct Decode {
+  static ACCUMKERN_INLINE void run(const Range& range, float, float) {
+    const auto* sums = static_cast<const typename F::Sum*>(range.tensor.grad);
+    const auto* residuals = static_cast<const typename F::Residual*>(range.tensor.residual);
+    auto* values = static_cast<float*>(range.tensor.sum);
+    for (int64_t i = range.begin; i < range.end; i += kChunk) {
+      const auto* sum = sums + i;
+      const auto* residual = at<F>(residuals, i);
+      const int64_t numel = std::min(kChunk, range.end - i);
+      prefetch<false>(sum);
+      if constexpr (F::kHasResidual) prefetch<false>(residual);
+      prefetch<true>(values + i);
+      if (numel < kChunk) {
+        decode_elements<F>(sum, residual, values + i, numel);
+      } else {
+        decode_elements<F>(sum, residual, values + i, kChunk);
+      }
     }
   }
-}
+};
 
 // (sum, residual) = encode(value / divisor), for `numel` elements of a chunk.
 template <class F>
@@ -235,57 +236,53 @@ ACCUMKERN_INLINE void encode_elements(const float* value, float divisor, typenam
                                       typename F::Residual* residual, int64_t numel) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < numel; ++i) {
-    const uint32_t bits = canonical_bits(value[i] / divisor);
-    if constexpr (F::kHasResidual) {
-      F::encode(bits, sum + i, residual + i);
-    } else {
-      F::encode(bits, sum + i, nullptr);
-    }
+    F::encode(canonical_bits(value[i] / divisor), sum + i, at<F>(residual, i));
   }
 }
 
-template <class F, Start, bool>
-ACCUMKERN_INLINE void encode(const Range& range, float divisor, float) {
-  const auto* values = static_cast<const float*>(range.tensor.grad);
-  auto* sums = static_cast<typename F::Sum*>(range.tensor.sum);
-  auto* residuals = F::kHasResidual ? static_cast<typename F::Residual*>(range.tensor.residual) : nullptr;
-  for (int64_t i = range.begin; i < range.end; i += kChunk) {
-    auto* sum = sums + i;
-    auto* residual = at(residuals, i);
-    const int64_t numel = std::min(kChunk, range.end - i);
-    prefetch<false>(values + i);
-    prefetch<true>(sum);
-    if constexpr (F::kHasResidual) prefetch<true>(residual);
-    if (numel < kChunk) {
-      encode_elements<F>(values + i, divisor, sum, residual, numel);
-    } else {
-      encode_elements<F>(values + i, divisor, sum, residual, kChunk);
+template <class F>
+struct Encode {
+  static ACCUMKERN_INLINE void run(const Range& range, float divisor, float) {
+    const auto* values = static_cast<const float*>(range.tensor.grad);
+    auto* sums = static_cast<typename F::Sum*>(range.tensor.sum);
+    auto* residuals = static_cast<typename F::Residual*>(range.tensor.residual);
+    for (int64_t i = range.begin; i < range.end; i += kChunk) {
+      auto* sum = sums + i;
+      auto* residual = at<F>(residuals, i);
+      const int64_t numel = std::min(kChunk, range.end - i);
+      prefetch<false>(values + i);
+      prefetch<true>(sum);
+      if constexpr (F::kHasResidual) prefetch<true>(residual);
+      if (numel < kChunk) {
+        encode_elements<F>(values + i, divisor, sum, residual, numel);
+      } else {
+        encode_elements<F>(values + i, divisor, sum, residual, kChunk);
+      }
     }
   }
-}
+};
 
 // ---- instruction sets ----------------------------------------------------------------------------------------
 
 using RangeFunction = void (*)(const Range&, float, float);
 
-#define ACCUMKERN_FOR_TARGET(KERNEL, NAME, ATTRIBUTE)                          \
-  template <class F, Start kStart, bool kMeasured>                             \
-  ATTRIBUTE void KERNEL##_##NAME(const Range& range, float a, float b) {       \
-    KERNEL<F, kStart, kMeasured>(range, a, b);                                 \
-  }
-#if defined(__x86_64__)
-#define ACCUMKERN_FOR_TARGETS(KERNEL)                                          \
-  ACCUMKERN_FOR_TARGET(KERNEL, baseline, )                                     \
-  ACCUMKERN_FOR_TARGET(KERNEL, avx2, __attribute__((target("avx2,fma"))))      \
-  ACCUMKERN_FOR_TARGET(KERNEL, avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))))
-#else
-#define ACCUMKERN_FOR_TARGETS(KERNEL) ACCUMKERN_FOR_TARGET(KERNEL, baseline, )
-#endif
+template <class K>
+void run_baseline(const Range& range, float scalar, float factor) {
+  K::run(range, scalar, factor);
+}
 
-ACCUMKERN_FOR_TARGETS(fold)
-ACCUMKERN_FOR_TARGETS(finish)
-ACCUMKERN_FOR_TARGETS(decode)
-ACCUMKERN_FOR_TARGETS(encode)
+#if defined(__x86_64__)
+template <class K>
+__attribute__((target("avx2,fma"))) void run_avx2(const Range& range, float scalar, float factor) {
+  K::run(range, scalar, factor);
+}
+
+template <class K>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void run_avx512(const Range& range, float scalar,
+                                                                                       float factor) {
+  K::run(range, scalar, factor);
+}
+#endif
 
 enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
 
@@ -304,70 +301,60 @@ InstructionSet instruction_set() {
 #endif
 }
 
-enum class Kernel { kFold, kMeasuredFold, kFinish, kDecode, kEncode };
-
-#define ACCUMKERN_CHOOSE_KERNEL(NAME)                                       \
-  kKernel == Kernel::kFinish   ? finish_##NAME<F, kStart, false>            \
-  : kKernel == Kernel::kDecode ? decode_##NAME<F, Start::kContinue, false>  \
-  : kKernel == Kernel::kEncode ? encode_##NAME<F, Start::kContinue, false>  \
-                               : fold_##NAME<F, kStart, kKernel == Kernel::kMeasuredFold>
-
-template <class F, Start kStart, Kernel kKernel>
-RangeFunction choose_target() {
+template <class K>
+RangeFunction for_this_cpu() {
   switch (instruction_set()) {
 #if defined(__x86_64__)
     case InstructionSet::kAvx512:
-      return ACCUMKERN_CHOOSE_KERNEL(avx512);
+      return run_avx512<K>;
     case InstructionSet::kAvx2:
-      return ACCUMKERN_CHOOSE_KERNEL(avx2);
+      return run_avx2<K>;
 #endif
     default:
-      return ACCUMKERN_CHOOSE_KERNEL(baseline);
+      return run_baseline<K>;
   }
 }
 
 template <class F, Start kStart>
-RangeFunction choose_kernel(Kernel kernel) {
+RangeFunction choose_kernel(Kernel kernel, bool measured) {
   switch (kernel) {
     case Kernel::kFold:
-      return choose_target<F, kStart, Kernel::kFold>();
-    case Kernel::kMeasuredFold:
-      return choose_target<F, kStart, Kernel::kMeasuredFold>();
+      return measured ? for_this_cpu<Fold<F, kStart, true>>() : for_this_cpu<Fold<F, kStart, false>>();
     case Kernel::kFinish:
-      return choose_target<F, kStart, Kernel::kFinish>();
+      return for_this_cpu<Finish<F, kStart>>();
     case Kernel::kDecode:
-      return choose_target<F, kStart, Kernel::kDecode>();
+      return for_this_cpu<Decode<F>>();
     case Kernel::kEncode:
-      return choose_target<F, kStart, Kernel::kEncode>();
+      return for_this_cpu<Encode<F>>();
   }
   throw std::invalid_argument("accumkern: unknown kernel");
 }
 
 template <class F>
-RangeFunction choose_start(Start start, Kernel kernel) {
-  switch (start) {
+RangeFunction choose_start(const Call& call, bool measured) {
+  switch (call.start) {
     case Start::kContinue:
-      return choose_kernel<F, Start::kContinue>(kernel);
+      return choose_kernel<F, Start::kContinue>(call.kernel, measured);
     case Start::kFromSum:
-      return choose_kernel<F, Start::kFromSum>(kernel);
+      return choose_kernel<F, Start::kFromSum>(call.kernel, measured);
     case Start::kFromZero:
-      return choose_kernel<F, Start::kFromZero>(kernel);
+      return choose_kernel<F, Start::kFromZero>(call.kernel, measured);
   }
   throw std::invalid_argument("accumkern: unknown start");
 }
 
-RangeFunction choose(Format format, Start start, Kernel kernel) {
-  switch (format) {
+RangeFunction choose_format(const Call& call, bool measured) {
+  switch (call.format) {
     case Format::kSplit24:
-      return choose_start<Split24>(start, kernel);
+      return choose_start<Split24>(call, measured);
     case Format::kSplit32:
-      return choose_start<Split32>(start, kernel);
+      return choose_start<Split32>(call, measured);
     case Format::kMainGradBFloat16:
-      return choose_start<MainGrad<BFloat16>>(start, kernel);
+      return choose_start<MainGrad<BFloat16>>(call, measured);
     case Format::kMainGradFloat16:
-      return choose_start<MainGrad<Float16>>(start, kernel);
+      return choose_start<MainGrad<Float16>>(call, measured);
     case Format::kPlain32:
-      return choose_start<Plain32>(start, kernel);
+      return choose_start<Plain32>(call, measured);
   }
   throw std::invalid_argument("accumkern: unknown format");
 }
@@ -391,8 +378,14 @@ const char* cpu_instruction_set() {
 
 static float value_of(Scalar scalar) { return scalar.address != nullptr ? *scalar.address : scalar.value; }
 
-// Runs a kernel over all blocks of a list: an even share for each thread, wherever tensors begin and end.
-static void run(RangeFunction kernel, const std::vector<FoldTensor>& tensors, float a, float b, int threads) {
+// Runs over all blocks of a list: an even share for each thread, wherever tensors begin and end.
+void run_cpu(const Call& call, int threads) {
+  const std::vector<FoldTensor>& tensors = call.tensors;
+  const bool measured = std::any_of(tensors.begin(), tensors.end(), [](const FoldTensor& tensor) {
+    return tensor.partials != nullptr;  // an empty tensor has none
+  });
+  const RangeFunction kernel = choose_format(call, measured);
+  const float scalar = value_of(call.scalar), factor = value_of(call.factor);
   int64_t total_blocks = 0, total_numel = 0;
   for (const FoldTensor& tensor : tensors) {
     total_blocks += blocks_of(tensor.numel);
@@ -405,7 +398,7 @@ static void run(RangeFunction kernel, const std::vector<FoldTensor>& tensors, fl
       const int64_t blocks = blocks_of(tensor.numel);
       const int64_t begin = std::max(first - offset, int64_t{0});
       const int64_t end = std::min(last - offset, blocks);
-      if (begin < end) kernel({tensor, begin * kBlockNumel, std::min(end * kBlockNumel, tensor.numel)}, a, b);
+      if (begin < end) kernel({tensor, begin * kBlockNumel, std::min(end * kBlockNumel, tensor.numel)}, scalar, factor);
       offset += blocks;
       if (offset >= last) break;
     }
@@ -421,107 +414,6 @@ static void run(RangeFunction kernel, const std::vector<FoldTensor>& tensors, fl
   for (int64_t worker = 0; worker < workers; ++worker) {
     run_share(total_blocks * worker / workers, total_blocks * (worker + 1) / workers);
   }
-}
-
-void accumulate_cpu(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar scale, int threads) {
-  const bool measured = std::any_of(tensors.begin(), tensors.end(), [](const FoldTensor& tensor) {
-    return tensor.partials != nullptr;  // an empty tensor has none
-  });
-  run(choose(format, start, measured ? Kernel::kMeasuredFold : Kernel::kFold), tensors, value_of(scale), 0.0f, threads);
-}
-
-void finish_cpu(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar divisor, Scalar factor,
-                int threads) {
-  run(choose(format, start, Kernel::kFinish), tensors, value_of(divisor), value_of(factor), threads);
-}
-
-void decode_cpu(Format format, const std::vector<FoldTensor>& tensors, int threads) {
-  run(choose(format, Start::kContinue, Kernel::kDecode), tensors, 0.0f, 0.0f, threads);
-}
-
-void encode_cpu(Format format, const std::vector<FoldTensor>& tensors, Scalar divisor, int threads) {
-  run(choose(format, Start::kContinue, Kernel::kEncode), tensors, value_of(divisor), 0.0f, threads);
-}
-
-// ---- proof ---------------------------------------------------------------------------------------------------
-
-// Whether decode_pair and encode_pair do to two neighbours what decode and encode do to each. A pattern serves as a float
-// to encode, and as a sum (upper half) with a residual (below it) to decode, stale and impossible pairs included.
-template <class F>
-static bool pairs_like_one_by_one(uint32_t first, uint32_t second) {
-  using Residual = typename F::Residual;
-  constexpr int kResidualBits = 8 * sizeof(Residual);
-  uint16_t sum[2];
-  Residual residual[2];
-  F::encode(canonical_bits(float_of(first)), &sum[0], &residual[0]);
-  F::encode(canonical_bits(float_of(second)), &sum[1], &residual[1]);
-  uint32_t sums;
-  typename F::ResidualPair residuals;
-  F::encode_pair(canonical_bits(float_of(first)), canonical_bits(float_of(second)), &sums, &residuals);
-  if (memcmp(&sums, sum, sizeof sums) != 0 || memcmp(&residuals, residual, sizeof residuals) != 0) return false;
-
-  const uint32_t patterns[2] = {first, second};
-  for (int i = 0; i < 2; ++i) {
-    sum[i] = static_cast<uint16_t>(patterns[i] >> 16);
-    residual[i] = static_cast<Residual>((patterns[i] >> (16 - kResidualBits)) & ((1u << kResidualBits) - 1));
-  }
-  memcpy(&sums, sum, sizeof sums);
-  memcpy(&residuals, residual, sizeof residuals);
-  float decoded[2];
-  F::decode_pair(sums, residuals, &decoded[0], &decoded[1]);
-  return bits_of(decoded[0]) == bits_of(F::decode(sum[0], residual[0])) &&
-         bits_of(decoded[1]) == bits_of(F::decode(sum[1], residual[1]));
-}
-
-// split32: decode(encode(x)) == x bit for bit, and the sum is x rounded to bfloat16 but for ties, which may go away
-// from zero. split24: the error is at most 2^-16 |x| for normal x (half a last place for subnormal x), and the sum is
-// x rounded to bfloat16 to half a last place and 2^-8 of one. Both: NaN becomes (0x7FC0, 0), and encoding what was
-// decoded changes nothing. Two at a time, the same comes out as one by one.
-template <class F>
-static bool obeys_law(uint32_t pattern) {
-  // Multiplied by an odd number: over all patterns, all are in the other place too.
-  if (!pairs_like_one_by_one<F>(pattern, pattern * 2654435761u)) return false;
-
-  uint16_t sum;
-  typename F::Residual residual;
-  F::encode(canonical_bits(float_of(pattern)), &sum, &residual);
-  const uint32_t magnitude = pattern & 0x7FFFFFFFu;
-  if (magnitude > 0x7F800000u) return sum == 0x7FC0u && residual == 0;
-
-  const uint32_t decoded = bits_of(F::decode(sum, residual));
-  uint16_t sum_again;
-  typename F::Residual residual_again;
-  F::encode(decoded, &sum_again, &residual_again);
-  if (sum_again != sum || residual_again != residual) return false;
-  if ((decoded ^ pattern) >> 31) return false;  // the sign is kept, of zeros too
-
-  // In units of the last place, differences of bit patterns are differences of values: the patterns of one sign are
-  // in the order of the values, and across a power of two the spacing only doubles.
-  const int64_t kept_bits = sizeof(typename F::Residual) == 1 ? 8 : 0;
-  const int64_t decoded_error = std::abs(static_cast<int64_t>(decoded & 0x7FFFFFFFu) - static_cast<int64_t>(magnitude));
-  if (decoded_error > (kept_bits == 8 ? 0x80 : 0)) return false;
-  const int64_t sum_magnitude = static_cast<int64_t>(sum & 0x7FFFu) << 16;
-  const int64_t sum_error = std::abs(sum_magnitude - static_cast<int64_t>(magnitude));
-  if (sum_error > (kept_bits == 8 ? 0x8080 : 0x8000)) return false;
-  if (magnitude == 0x7F800000u || magnitude == 0) return decoded == pattern && residual == 0;
-  if (kept_bits == 8 && magnitude >= 0x00800000u && (decoded & 0x7FFFFFFFu) < 0x7F800000u) {
-    const double x = float_of(pattern), y = float_of(decoded);
-    if (std::fabs(y - x) > std::fabs(x) * 0x1p-16) return false;
-  }
-  return true;
-}
-
-uint64_t count_roundtrip_failures(Format format, uint64_t first, uint64_t last, int threads) {
-  if (format != Format::kSplit24 && format != Format::kSplit32) {
-    throw std::invalid_argument("accumkern: only the split formats have a round trip to sweep");
-  }
-  uint64_t failures = 0;
-#pragma omp parallel for num_threads(threads) reduction(+ : failures)
-  for (uint64_t pattern = first; pattern < last; ++pattern) {
-    const auto bits = static_cast<uint32_t>(pattern);
-    failures += format == Format::kSplit24 ? !obeys_law<Split24>(bits) : !obeys_law<Split32>(bits);
-  }
-  return failures;
 }
 
 }  // namespace accumkern

@@ -365,8 +365,8 @@ struct Encode {
   }
 };
 
-template <class F, int kCapacity, class Kernel>
-void launch_in_groups(const Kernel& kernel, const std::vector<FoldTensor>& tensors, cudaStream_t stream) {
+template <class F, int kCapacity, class Launch>
+void launch_in_groups(const Launch& kernel, const std::vector<FoldTensor>& tensors, cudaStream_t stream) {
   constexpr int64_t kMaxBlocks = 0x7FFFFFFF;  // of a grid
   TensorList<kCapacity> list;
   list.count = 0;
@@ -389,8 +389,8 @@ void launch_in_groups(const Kernel& kernel, const std::vector<FoldTensor>& tenso
   if (list.count > 0) launch();
 }
 
-template <class F, class Kernel>
-void launch_all(const Kernel& kernel, const std::vector<FoldTensor>& tensors, cudaStream_t stream) {
+template <class F, class Launch>
+void launch_all(const Launch& kernel, const std::vector<FoldTensor>& tensors, cudaStream_t stream) {
   if (tensors.size() == 1) {
     launch_in_groups<F, 1>(kernel, tensors, stream);
   } else {
@@ -398,44 +398,39 @@ void launch_all(const Kernel& kernel, const std::vector<FoldTensor>& tensors, cu
   }
 }
 
-template <class Kernel>
-void launch_on(Format format, const Kernel& kernel, const std::vector<FoldTensor>& tensors, int device,
-               uintptr_t stream_address) {
-  const DeviceGuard guard(device);
-  const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
-  switch (format) {
+template <class Launch>
+void launch_format(const Call& call, const Launch& kernel, cudaStream_t stream) {
+  switch (call.format) {
     case Format::kSplit24:
-      return launch_all<Split24>(kernel, tensors, stream);
+      return launch_all<Split24>(kernel, call.tensors, stream);
     case Format::kSplit32:
-      return launch_all<Split32>(kernel, tensors, stream);
+      return launch_all<Split32>(kernel, call.tensors, stream);
     case Format::kMainGradBFloat16:
-      return launch_all<MainGrad<BFloat16>>(kernel, tensors, stream);
+      return launch_all<MainGrad<BFloat16>>(kernel, call.tensors, stream);
     case Format::kMainGradFloat16:
-      return launch_all<MainGrad<Float16>>(kernel, tensors, stream);
+      return launch_all<MainGrad<Float16>>(kernel, call.tensors, stream);
     case Format::kPlain32:
-      return launch_all<Plain32>(kernel, tensors, stream);
+      return launch_all<Plain32>(kernel, call.tensors, stream);
   }
   throw std::invalid_argument("accumkern: unknown format");
 }
 
 }  // namespace
 
-void accumulate_cuda(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar scale, int device,
-                     uintptr_t stream) {
-  launch_on(format, Fold{start, scale}, tensors, device, stream);
-}
-
-void finish_cuda(Format format, Start start, const std::vector<FoldTensor>& tensors, Scalar divisor, Scalar factor,
-                 int device, uintptr_t stream) {
-  launch_on(format, Finish{start, divisor, factor}, tensors, device, stream);
-}
-
-void decode_cuda(Format format, const std::vector<FoldTensor>& tensors, int device, uintptr_t stream) {
-  launch_on(format, Decode{}, tensors, device, stream);
-}
-
-void encode_cuda(Format format, const std::vector<FoldTensor>& tensors, Scalar divisor, int device, uintptr_t stream) {
-  launch_on(format, Encode{divisor}, tensors, device, stream);
+void run_cuda(const Call& call, int device, uintptr_t stream_address) {
+  const DeviceGuard guard(device);
+  const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
+  switch (call.kernel) {
+    case Kernel::kFold:
+      return launch_format(call, Fold{call.start, call.scalar}, stream);
+    case Kernel::kFinish:
+      return launch_format(call, Finish{call.start, call.scalar, call.factor}, stream);
+    case Kernel::kDecode:
+      return launch_format(call, Decode{}, stream);
+    case Kernel::kEncode:
+      return launch_format(call, Encode{call.scalar}, stream);
+  }
+  throw std::invalid_argument("accumkern: unknown kernel");
 }
 
 std::string cuda_problem() {

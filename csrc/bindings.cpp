@@ -19,10 +19,11 @@ using namespace accumkern;
 namespace {
 
 using Addresses = std::vector<uintptr_t>;
+using Numels = std::vector<int64_t>;
 
 // One column per argument, one entry per tensor; every column but sums may be empty.
 std::vector<FoldTensor> gather(const Addresses& grads, const Addresses& sums, const Addresses& residuals,
-                               const Addresses& partials, const std::vector<int64_t>& numels) {
+                               const Addresses& partials, const Numels& numels) {
   const size_t count = sums.size();
   for (const Addresses* column : {&grads, &residuals, &partials}) {
     if (!column->empty() && column->size() != count) throw std::invalid_argument("accumkern._C: lists differ in length");
@@ -45,6 +46,17 @@ std::vector<FoldTensor> gather(const Addresses& grads, const Addresses& sums, co
 // A factor crosses as (value, address); an address of zero means the value.
 using ScalarPair = std::pair<float, uintptr_t>;
 Scalar scalar_of(ScalarPair pair) { return {pair.first, reinterpret_cast<const float*>(pair.second)}; }
+
+// Runs on a CUDA device's stream, or on the CPU with some threads where the device is negative.
+void run(const Call& call, int device, uintptr_t threads_or_stream) {
+  const py::gil_scoped_release release;
+  if (device < 0) return run_cpu(call, static_cast<int>(threads_or_stream));
+#if defined(ACCUMKERN_CUDA_TARGETS)
+  run_cuda(call, device, threads_or_stream);
+#else
+  throw std::runtime_error("accumkern: built without CUDA kernels");
+#endif
+}
 
 // Whether the first and the last byte of a range of this process can be written, without writing: the kernel copies
 // each byte onto itself and refuses where a store would fault. Where it cannot be asked, the answer is yes.
@@ -79,108 +91,54 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_instruction_set", &cpu_instruction_set);
   module.def("is_writable", &is_writable, py::arg("address"), py::arg("bytes"));
 
+  // Arguments in the order of every backend, then the tensors' sizes and where they are.
   module.def(
-      "accumulate_cpu",
+      "fold",
       [](int format, int start, const Addresses& grads, const Addresses& sums, const Addresses& residuals,
-         const Addresses& partials, const std::vector<int64_t>& numels, ScalarPair scale, int threads) {
-        const auto tensors = gather(grads, sums, residuals, partials, numels);
-        const py::gil_scoped_release release;
-        accumulate_cpu(static_cast<Format>(format), static_cast<Start>(start), tensors, scalar_of(scale), threads);
+         ScalarPair scale, const Addresses& partials, const Numels& numels, int device, uintptr_t threads_or_stream) {
+        run({Kernel::kFold, static_cast<Format>(format), static_cast<Start>(start),
+             gather(grads, sums, residuals, partials, numels), scalar_of(scale)},
+            device, threads_or_stream);
       },
-      py::arg("format"), py::arg("start"), py::arg("grads"), py::arg("sums"), py::arg("residuals"),
-      py::arg("partials"), py::arg("numels"), py::arg("scale"), py::arg("threads"));
+      py::arg("format"), py::arg("start"), py::arg("grads"), py::arg("sums"), py::arg("residuals"), py::arg("scale"),
+      py::arg("partials"), py::arg("numels"), py::arg("device"), py::arg("threads_or_stream"));
 
   module.def(
-      "finish_cpu",
-      [](int format, int start, const Addresses& sums, const Addresses& residuals, const std::vector<int64_t>& numels,
-         ScalarPair divisor, ScalarPair factor, int threads) {
-        const auto tensors = gather({}, sums, residuals, {}, numels);
-        const py::gil_scoped_release release;
-        finish_cpu(static_cast<Format>(format), static_cast<Start>(start), tensors, scalar_of(divisor),
-                   scalar_of(factor), threads);
+      "finish",
+      [](int format, int start, const Addresses& sums, const Addresses& residuals, ScalarPair divisor,
+         ScalarPair factor, const Numels& numels, int device, uintptr_t threads_or_stream) {
+        run({Kernel::kFinish, static_cast<Format>(format), static_cast<Start>(start),
+             gather({}, sums, residuals, {}, numels), scalar_of(divisor), scalar_of(factor)},
+            device, threads_or_stream);
       },
-      py::arg("format"), py::arg("start"), py::arg("sums"), py::arg("residuals"), py::arg("numels"),
-      py::arg("divisor"), py::arg("factor"), py::arg("threads"));
+      py::arg("format"), py::arg("start"), py::arg("sums"), py::arg("residuals"), py::arg("divisor"),
+      py::arg("factor"), py::arg("numels"), py::arg("device"), py::arg("threads_or_stream"));
 
   module.def(
-      "decode_cpu",
-      [](int format, const Addresses& sums, const Addresses& residuals, const Addresses& values,
-         const std::vector<int64_t>& numels, int threads) {
-        const auto tensors = gather(sums, values, residuals, {}, numels);
-        const py::gil_scoped_release release;
-        decode_cpu(static_cast<Format>(format), tensors, threads);
+      "decode",
+      [](int format, const Addresses& sums, const Addresses& residuals, const Addresses& values, const Numels& numels,
+         int device, uintptr_t threads_or_stream) {
+        run({Kernel::kDecode, static_cast<Format>(format), Start::kContinue,
+             gather(sums, values, residuals, {}, numels)},
+            device, threads_or_stream);
       },
       py::arg("format"), py::arg("sums"), py::arg("residuals"), py::arg("values"), py::arg("numels"),
-      py::arg("threads"));
+      py::arg("device"), py::arg("threads_or_stream"));
 
   module.def(
-      "encode_cpu",
+      "encode",
       [](int format, const Addresses& values, ScalarPair divisor, const Addresses& sums, const Addresses& residuals,
-         const std::vector<int64_t>& numels, int threads) {
-        const auto tensors = gather(values, sums, residuals, {}, numels);
-        const py::gil_scoped_release release;
-        encode_cpu(static_cast<Format>(format), tensors, scalar_of(divisor), threads);
+         const Numels& numels, int device, uintptr_t threads_or_stream) {
+        run({Kernel::kEncode, static_cast<Format>(format), Start::kContinue,
+             gather(values, sums, residuals, {}, numels), scalar_of(divisor)},
+            device, threads_or_stream);
       },
       py::arg("format"), py::arg("values"), py::arg("divisor"), py::arg("sums"), py::arg("residuals"),
-      py::arg("numels"), py::arg("threads"));
-
-  module.def(
-      "count_roundtrip_failures",
-      [](int format, uint64_t first, uint64_t last, int threads) {
-        const py::gil_scoped_release release;
-        return count_roundtrip_failures(static_cast<Format>(format), first, last, threads);
-      },
-      py::arg("format"), py::arg("first"), py::arg("last"), py::arg("threads"));
+      py::arg("numels"), py::arg("device"), py::arg("threads_or_stream"));
 
 #if defined(ACCUMKERN_CUDA_TARGETS)
   module.attr("cuda_targets") = ACCUMKERN_CUDA_TARGETS;
   module.def("cuda_problem", &cuda_problem);
-  module.def(
-      "accumulate_cuda",
-      [](int format, int start, const Addresses& grads, const Addresses& sums, const Addresses& residuals,
-         const Addresses& partials, const std::vector<int64_t>& numels, ScalarPair scale, int device,
-         uintptr_t stream) {
-        const auto tensors = gather(grads, sums, residuals, partials, numels);
-        const py::gil_scoped_release release;
-        accumulate_cuda(static_cast<Format>(format), static_cast<Start>(start), tensors, scalar_of(scale), device,
-                        stream);
-      },
-      py::arg("format"), py::arg("start"), py::arg("grads"), py::arg("sums"), py::arg("residuals"),
-      py::arg("partials"), py::arg("numels"), py::arg("scale"), py::arg("device"), py::arg("stream"));
-
-  module.def(
-      "finish_cuda",
-      [](int format, int start, const Addresses& sums, const Addresses& residuals, const std::vector<int64_t>& numels,
-         ScalarPair divisor, ScalarPair factor, int device, uintptr_t stream) {
-        const auto tensors = gather({}, sums, residuals, {}, numels);
-        const py::gil_scoped_release release;
-        finish_cuda(static_cast<Format>(format), static_cast<Start>(start), tensors, scalar_of(divisor),
-                    scalar_of(factor), device, stream);
-      },
-      py::arg("format"), py::arg("start"), py::arg("sums"), py::arg("residuals"), py::arg("numels"),
-      py::arg("divisor"), py::arg("factor"), py::arg("device"), py::arg("stream"));
-
-  module.def(
-      "decode_cuda",
-      [](int format, const Addresses& sums, const Addresses& residuals, const Addresses& values,
-         const std::vector<int64_t>& numels, int device, uintptr_t stream) {
-        const auto tensors = gather(sums, values, residuals, {}, numels);
-        const py::gil_scoped_release release;
-        decode_cuda(static_cast<Format>(format), tensors, device, stream);
-      },
-      py::arg("format"), py::arg("sums"), py::arg("residuals"), py::arg("values"), py::arg("numels"),
-      py::arg("device"), py::arg("stream"));
-
-  module.def(
-      "encode_cuda",
-      [](int format, const Addresses& values, ScalarPair divisor, const Addresses& sums, const Addresses& residuals,
-         const std::vector<int64_t>& numels, int device, uintptr_t stream) {
-        const auto tensors = gather(values, sums, residuals, {}, numels);
-        const py::gil_scoped_release release;
-        encode_cuda(static_cast<Format>(format), tensors, scalar_of(divisor), device, stream);
-      },
-      py::arg("format"), py::arg("values"), py::arg("divisor"), py::arg("sums"), py::arg("residuals"),
-      py::arg("numels"), py::arg("device"), py::arg("stream"));
 #else
   module.attr("cuda_targets") = py::none();
 #endif

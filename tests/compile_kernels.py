@@ -21,7 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from accumkern.backends import triton_kernels as kernels
-from accumkern.formats import BLOCK_NUMEL, Format, Start
+from accumkern.backends.triton_launch import DTYPES, OPTIONS
+from accumkern.formats import Format, Start
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNTED = ("LDG", "STG", "LDL", "STL", "LDS", "STS")  # global, local (spills) and shared memory
@@ -63,89 +64,49 @@ def arithmetic(ptx: str) -> dict[str, int]:
     return counts
 
 
+def half_nans(ptx: str) -> int:
+    """Count the selections between something and float16's NaN."""
+    return len(re.findall(r"\bselp\.b(?:16|32)\s.*\b(?:32256|0x7E00)\b", ptx))
+
+
 def compile_triton(architecture: int) -> dict[str, Any]:
     names = {tl.bfloat16: "bf16", tl.float16: "fp16", tl.float32: "fp32", tl.int8: "i8", tl.int16: "i16"}
+    report: dict[str, Any] = {}
 
-    def build(kernel: Any, signature: dict[str, str], constants: dict[str, Any], aligned: int) -> dict[str, int]:
+    def build(name: str, variant: str, signature: dict[str, str], constants: dict[str, Any]) -> None:
+        pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
         source = ASTSource(
-            kernel,
+            getattr(kernels, name),
             signature | dict.fromkeys(constants, "constexpr"),
             constants,
-            {(i,): [["tt.divisibility", 16]] for i in range(aligned)},
+            {(i,): [["tt.divisibility", 16]] for i in pointers},
         )
-        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=kernels.OPTIONS)
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=OPTIONS)
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "kernel.cubin"
             cubin.write_bytes(compiled.asm["cubin"])
             (counts,) = describe_functions(cubin).values()
-            return counts | arithmetic(compiled.asm["ptx"])
+        counts |= arithmetic(compiled.asm["ptx"]) | {"half_nans": half_nans(compiled.asm["ptx"])}
+        report.setdefault(name, {})[variant] = counts
 
-    report: dict[str, Any] = {
-        name: {}
-        for name in ("accumulate_kernel", "accumulate_list_kernel", "finish_kernel", "decode_kernel", "encode_kernel")
-    }
     for format_ in Format:
-        sum_dtype = kernels._TRITON_DTYPES[format_.sum_dtype]
-        residual_dtype = kernels._TRITON_DTYPES[format_.residual_dtype]
+        sum_dtype, residual_dtype = DTYPES[format_.sum_dtype], DTYPES[format_.residual_dtype]
+        stored = {"sum_ptr": f"*{names[sum_dtype]}", "residual_ptr": f"*{names[residual_dtype]}"}
+        grad, value, partials = {"grad_ptr": stored["sum_ptr"]}, {"value_ptr": "*fp32"}, {"partials_ptr": "*fp32"}
+        numel, scale, divisor, factor = {"numel": "i64"}, {"scale": "fp32"}, {"divisor": "fp32"}, {"factor": "fp32"}
+        of_format = {"FORMAT": int(format_)}
         for start in Start if architecture == 90 else [Start.CONTINUE]:
-            constants = {
-                "FORMAT": int(format_),
-                "START": int(start),
-                "SCALE_IS_POINTER": False,
-                "BLOCK_SIZE": BLOCK_NUMEL,
-            }
-            for partials in (False, True):
-                key = f"{format_.name}-{start.name}{'-partials' if partials else ''}"
-                signature = {
-                    "grad_ptr": f"*{names[sum_dtype]}",
-                    "sum_ptr": f"*{names[sum_dtype]}",
-                    "residual_ptr": f"*{names[residual_dtype]}",
-                    "partials_ptr": "*fp32",
-                    "numel": "i64",
-                    "scale": "fp32",
-                }
-                report["accumulate_kernel"][key] = build(
-                    kernels.accumulate_kernel, signature, constants | {"PARTIALS": partials}, aligned=4
-                )
-            if start is Start.CONTINUE:
-                report["finish_kernel"][f"{format_.name}-{start.name}"] = build(
-                    kernels.finish_kernel,
-                    {
-                        "sum_ptr": f"*{names[sum_dtype]}",
-                        "residual_ptr": f"*{names[residual_dtype]}",
-                        "numel": "i64",
-                        "divisor": "fp32",
-                        "factor": "fp32",
-                    },
-                    {
-                        "FORMAT": int(format_),
-                        "START": int(start),
-                        "DIVISOR_IS_POINTER": False,
-                        "FACTOR_IS_POINTER": False,
-                        "BLOCK_SIZE": BLOCK_NUMEL,
-                    },
-                    aligned=2,
-                )
-                stored = {"sum_ptr": f"*{names[sum_dtype]}", "residual_ptr": f"*{names[residual_dtype]}"}
-                report["decode_kernel"][f"{format_.name}-{start.name}"] = build(
-                    kernels.decode_kernel,
-                    stored | {"value_ptr": "*fp32", "numel": "i64"},
-                    {"FORMAT": int(format_), "BLOCK_SIZE": BLOCK_NUMEL},
-                    aligned=3,
-                )
-                report["encode_kernel"][f"{format_.name}-{start.name}"] = build(
-                    kernels.encode_kernel,
-                    {"value_ptr": "*fp32"} | stored | {"numel": "i64", "divisor": "fp32"},
-                    {"FORMAT": int(format_), "DIVISOR_IS_POINTER": False, "BLOCK_SIZE": BLOCK_NUMEL},
-                    aligned=3,
-                )
-                report["accumulate_list_kernel"][f"{format_.name}-{start.name}"] = build(
-                    kernels.accumulate_list_kernel,
-                    {"table_ptr": "*i64", "scale": "fp32"},
-                    constants
-                    | {"SUM_DTYPE": sum_dtype, "RESIDUAL_DTYPE": residual_dtype, "PARTIALS": False, "ALIGNED": True},
-                    aligned=1,
-                )
+            variant, constants = f"{format_.name}-{start.name}", of_format | {"START": int(start)}
+            signature = grad | stored | partials | numel | scale
+            build("accumulate_kernel", variant, signature, constants | {"PARTIALS": False})
+            build("accumulate_kernel", f"{variant}-partials", signature, constants | {"PARTIALS": True})
+        variant, constants = f"{format_.name}-{Start.CONTINUE.name}", of_format | {"START": int(Start.CONTINUE)}
+        build("finish_kernel", variant, stored | numel | divisor | factor, constants)
+        build("decode_kernel", variant, stored | value | numel, of_format)
+        build("encode_kernel", variant, value | stored | numel | divisor, of_format)
+        of_list = {"SUM_DTYPE": sum_dtype, "RESIDUAL_DTYPE": residual_dtype, "ALIGNED": True}
+        signature = {"table_ptr": "*i64"} | scale
+        build("accumulate_list_kernel", variant, signature, constants | {"PARTIALS": False} | of_list)
     return report
 
 

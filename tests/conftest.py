@@ -80,7 +80,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     reason = available_backends()[name]
     if reason is None:
         on = "cpu" if name == "cpu" else DEVICE
-        reason = backends._refusal(name, on)
+        reason = backends.refusal(name, on)
     if reason is not None:
         pytest.skip(f"backend {name}: {reason}")
     threads = torch.get_num_threads()

@@ -91,7 +91,7 @@ def assert_folded(
 ) -> None:
     """Fold copies of a list, with the scale given as it is or as ``given``, and compare with the reference."""
     grads, sums, residuals = columns(rows, device)
-    fold = backends.fold_function(backend)
+    fold = backends.kernels(backend).fold
     fold(format_, start, grads, sums, residuals, scale if given is None else given, partials)
     assert_stored(format_, start, rows, scale, grads, sums, residuals, what)
 

@@ -40,18 +40,18 @@ ACCURATE_CASES = [case for case in CASES if case.values != ("split24", BF16)]  #
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Record each launch of a kernel: the numbers of elements of its tensors."""
     recorded: list[list[int]] = []
-    original = backends.fold_function
+    original = backends.kernels
 
-    def fold_function(name: str) -> backends.FoldFunction:
-        fold = original(name)
+    def kernels(name: str) -> backends.Kernels:
+        found = original(name)
 
         def fold_and_record(format_, start, grads, *others):  # type: ignore[no-untyped-def]
             recorded.append([grad.numel() for grad in grads])
-            fold(format_, start, grads, *others)
+            found.fold(format_, start, grads, *others)
 
-        return fold_and_record
+        return found._replace(fold=fold_and_record)
 
-    monkeypatch.setattr(backends, "fold_function", fold_function)
+    monkeypatch.setattr(backends, "kernels", kernels)
     return recorded
 
 
@@ -807,7 +807,7 @@ def test_small_gradients_wait_only_until_they_are_many(
     launches: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Waiting gradients are memory that stock PyTorch would have freed."""
-    monkeypatch.setattr(accumkern.accumulator, "_MAX_WAITING_NUMEL", 100)
+    monkeypatch.setattr(accumkern.passes, "MAX_WAITING_NUMEL", 100)
     params = [parameter(30) for _ in range(10)]
     acc = accumkern.attach(sgd(*params), "split32")
     grads = [micro_gradients(4, 30) for _ in params]
@@ -888,7 +888,7 @@ def test_attach_refuses_what_is_no_optimizer(not_an_optimizer: object) -> None:
 def test_attach_refuses_a_backend_that_cannot_run_on_the_parameters(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     param = parameter(4)
-    reason = accumkern.available_backends()[name] or backends._refusal(name, "cpu")
+    reason = accumkern.available_backends()[name] or backends.refusal(name, "cpu")
     assert reason is not None
     with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run on device 'cpu': {re.escape(reason)}"):
         accumkern.attach(sgd(param), backend=name)
@@ -907,8 +907,8 @@ def test_attach_refuses_a_bad_default_backend(wanted: str, monkeypatch: pytest.M
 
 def test_default_backend_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
-    original = backends.fold_function
-    monkeypatch.setattr(backends, "fold_function", lambda name: used.append(name) or original(name))
+    original = backends.kernels
+    monkeypatch.setattr(backends, "kernels", lambda name: used.append(name) or original(name))
     monkeypatch.setenv("ACCUMKERN_BACKEND", "eager")
     param = parameter(4)
     optimizer = sgd(param)  # it keeps the accumulator alive

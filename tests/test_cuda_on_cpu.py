@@ -92,16 +92,14 @@ def extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 @pytest.fixture
 def backend(extension: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[str]:
-    """The cuda backend over that extension; a CPU tensor has no index of a device and no stream to hand on."""
+    """The cuda backend over that extension, told device 0 and its default stream where CPU tensors name the CPU."""
     from accumkern.backends import native
 
-    names = ["accumulate_cuda", "finish_cuda", "decode_cuda", "encode_cuda"]
-
-    def on_cpu(name: str) -> Callable[..., None]:
+    def on_device(name: str) -> Callable[..., None]:
         return lambda *arguments: getattr(extension, name)(*arguments[:-2], 0, 0)
 
-    monkeypatch.setattr(native, "_C", SimpleNamespace(**{name: on_cpu(name) for name in names}))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    names = ["fold", "finish", "decode", "encode"]
+    monkeypatch.setattr(native, "_C", SimpleNamespace(**{name: on_device(name) for name in names}))
     yield "cuda"
     assert "runtime error" not in capfd.readouterr().err
 

@@ -40,7 +40,7 @@ OUT_OF_MEMORY = """
 import resource, torch, accumkern
 
 def run(small, before, average_over):
-    accumkern.parameter.SMALL_NUMEL, accumkern.accumulator._MAX_WAITING_NUMEL = small, 2**30
+    accumkern.slot.SMALL_NUMEL, accumkern.passes.MAX_WAITING_NUMEL = small, 2**30
     params = [torch.nn.Parameter(torch.zeros(2**23, dtype=torch.bfloat16)) for _ in range(2)]
     optimizer = torch.optim.SGD(params, lr=1.0)
     accumulator = accumkern.attach(optimizer, average_over=average_over)

@@ -71,7 +71,7 @@ def test_kernel_bits(backend: str, device: torch.device, format_: Format, start:
         before = None if residuals is None else [r.clone() for r in residuals]
         divisor: Any = 3.0 if scalars == "numbers" else torch.tensor(3.0, device=device)
         factor: Any = 0.7 if scalars == "numbers" else torch.tensor(0.7, device=device)
-        backends.finish_function(backend)(format_, start, moved, residuals, divisor, factor)
+        backends.kernels(backend).finish(format_, start, moved, residuals, divisor, factor)
         for found, want in zip(moved, wanted, strict=True):
             assert torch.equal(found.cpu().view(want.dtype), want), sizes
         if before is not None:
@@ -142,8 +142,10 @@ def test_norm_of_a_large_gradient_is_taken_in_parts(monkeypatch: pytest.MonkeyPa
     train_window(net, 3)
     for norm_type in (2.0, 1.0, math.inf):
         norm = stock_norm(values(acc, net), norm_type)
-        gradients = [parameter.gradient(acc.buffer) for parameter in acc._parameters.values()]
-        torch.testing.assert_close(finish.total_norm(gradients, norm_type, acc._backend_on), norm, rtol=1e-5, atol=0)
+        gradients = acc._attachment.stored()
+        torch.testing.assert_close(
+            finish.total_norm(gradients, norm_type, acc._fold.kernels_on), norm, rtol=1e-5, atol=0
+        )
 
 
 def test_norm_is_read_from_what_the_folds_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +156,9 @@ def test_norm_is_read_from_what_the_folds_left(monkeypatch: pytest.MonkeyPatch) 
     from accumkern import finish
 
     original = finish._norms
-    monkeypatch.setattr(finish, "_norms", lambda g, *rest: (passes.append(tuple(g.grad.shape)), original(g, *rest))[1])
+    monkeypatch.setattr(
+        finish, "_norms", lambda g, *rest: (passes.append(tuple(g.parts.sum.shape)), original(g, *rest))[1]
+    )
 
     def window(count: int, change: Callable[[], object] = lambda: None) -> int:
         passes.clear()
@@ -435,7 +439,9 @@ def test_scale_set_back_to_one_keeps_the_first_gradient_as_it_comes() -> None:
     acc.scale = 1
     (param * 3).sum().backward()
     assert (param.grad == 3).all()
-    assert next(iter(acc._parameters.values())).residual is None
+    parts = acc.parts(param)
+    assert parts is not None
+    assert parts.residual is None
 
 
 # ---- GradScaler --------------------------------------------------------------------------------------------------

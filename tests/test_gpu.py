@@ -44,7 +44,7 @@ def check_decoding(backend: str, format_: Format, sums: Tensor, residuals: Tenso
     """Fold a gradient of -0, the zero that leaves -0 + 0 = 0 and -0 - 0 = -0 alone: what was decoded is encoded."""
     expected = encode(format_, decode(format_, sums, residuals))
     stored = columns([(torch.full_like(sums, -0.0), sums, residuals)], DEVICE)
-    backends.fold_function(backend)(format_, Start.CONTINUE, *stored, 1.0, None)
+    backends.kernels(backend).fold(format_, Start.CONTINUE, *stored, 1.0, None)
     assert stored[2] is not None
     assert_same_bits(stored[1][0], expected[0], "sum")
     assert_same_bits(stored[2][0], expected[1], "residual")
@@ -86,7 +86,7 @@ def test_more_than_2_to_the_31_elements(backend: str) -> None:
             end = min(begin + chunk, numel)
             tensors[-1][begin:end] = repeated(base, begin, end)
     grad, total, residual = tensors
-    backends.fold_function(backend)(Format.SPLIT24, Start.CONTINUE, [grad], [total], [residual], THIRD, None)
+    backends.kernels(backend).fold(Format.SPLIT24, Start.CONTINUE, [grad], [total], [residual], THIRD, None)
     expected = encode(Format.SPLIT24, accumulated(Format.SPLIT24, Start.CONTINUE, row, THIRD))
     for actual, right in zip((grad, total, residual), (row[0], *expected), strict=True):
         assert right is not None
@@ -104,7 +104,7 @@ def test_more_than_2_to_the_31_elements(backend: str) -> None:
 
 @every_backend
 def test_folds_run_on_the_current_stream(backend: str) -> None:
-    fold = functools.partial(backends.fold_function(backend), Format.SPLIT24, Start.CONTINUE)
+    fold = functools.partial(backends.kernels(backend).fold, Format.SPLIT24, Start.CONTINUE)
     rows = [problem(Format.SPLIT24, numel) for numel in (300, 4097, 200_001)]
     here, there = columns(rows, DEVICE), columns(rows, DEVICE)
     fresh = [grad.clone() for grad in there[0]]
@@ -141,7 +141,7 @@ def test_a_launch_error_is_raised_and_leaves_nothing_behind(backend: str) -> Non
     torch.cuda.synchronize()
     assert torch.cuda.current_device() == grad.device.index
     assert_same_bits(total, row[1], "after an error")
-    backends.fold_function(backend)(Format.SPLIT24, Start.CONTINUE, [grad], [total], residuals, 0.5, None)
+    backends.kernels(backend).fold(Format.SPLIT24, Start.CONTINUE, [grad], [total], residuals, 0.5, None)
     assert_stored(Format.SPLIT24, Start.CONTINUE, [row], 0.5, [grad], [total], residuals)
 
 
@@ -293,7 +293,7 @@ def test_the_hook_never_waits_for_the_gpu(backend: str, buffer: str) -> None:
 @fused_backends
 def test_a_captured_fold_replays_like_repeated_folds(backend: str, sizes: list[int]) -> None:
     # No other test has SPLIT32 from a sum with partial sums: nothing but the same call, before, has loaded its kernel.
-    fold = functools.partial(backends.fold_function(backend), Format.SPLIT32, Start.FROM_SUM)
+    fold = functools.partial(backends.kernels(backend).fold, Format.SPLIT32, Start.FROM_SUM)
     sums = [torch.randn(numel, device=DEVICE).bfloat16() for numel in sizes]
     grads = [torch.randn_like(total) for total in sums]
     residuals = [torch.zeros_like(total, dtype=torch.int16) for total in sums]

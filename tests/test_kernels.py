@@ -79,7 +79,7 @@ def test_eager_is_within_one_ulp_of_fp32_for_any_scale(start: Start) -> None:
     row = problem(Format.SPLIT32, 100_003)
     want = accumulated(Format.SPLIT32, start, row, THIRD)
     grads, sums, residuals = columns([row], "cpu")
-    backends.fold_function("eager")(Format.SPLIT32, start, grads, sums, residuals, THIRD, None)
+    backends.kernels("eager").fold(Format.SPLIT32, start, grads, sums, residuals, THIRD, None)
     assert residuals is not None
     x = decode(Format.SPLIT32, sums[0], residuals[0])
     # The rounding of the product is half a unit of the product's last place, before cancellation.
@@ -144,7 +144,7 @@ def check_list(backend: str, device: torch.device, sizes: list[int]) -> None:
             lists = [None if x is None else list(x.to(device, copy=True).split(sizes)) for x in whole]
             if aligned:
                 lists = [None if tensors is None else [x.clone() for x in tensors] for tensors in lists]
-            backends.fold_function(backend)(format_, Start.CONTINUE, *lists, 1.0, None)  # type: ignore[arg-type]
+            backends.kernels(backend).fold(format_, Start.CONTINUE, *lists, 1.0, None)  # type: ignore[arg-type]
             grads, sums, residuals = (None if tensors is None else [torch.cat(tensors)] for tensors in lists)
             assert grads is not None
             assert sums is not None
@@ -174,7 +174,7 @@ def test_sum_may_be_the_gradient_itself_from_zero(backend: str, device: torch.de
             grad[grad.abs() < 2.0**-120] = 0
     for some in [*([row] for row in rows), rows]:
         _, grads, residuals = columns([(low, grad, residual) for (grad, low, residual) in some], device)
-        backends.fold_function(backend)(format_, Start.FROM_ZERO, grads, grads, residuals, 0.125, None)
+        backends.kernels(backend).fold(format_, Start.FROM_ZERO, grads, grads, residuals, 0.125, None)
         assert_stored(format_, Start.FROM_ZERO, some, 0.125, grads, grads, residuals)
 
 
@@ -215,7 +215,7 @@ def test_writes_its_range_and_nothing_else(backend: str, device: torch.device, f
                     column.append(view)
                     written.append((buffers, shift))
         grads, sums, residuals = views[0], views[1], views[2] or None
-        backends.fold_function(backend)(format_, Start.CONTINUE, grads, sums, residuals, 1.0, None)
+        backends.kernels(backend).fold(format_, Start.CONTINUE, grads, sums, residuals, 1.0, None)
         assert_stored(format_, Start.CONTINUE, rows, 1.0, grads, sums, residuals, slides)
         assert all(nothing_around_is_written(buffers, shift) for buffers, shift in written), slides
 
@@ -243,7 +243,7 @@ def test_decode(backend: str, device: torch.device, format_: Format, shift: int,
     buffers, decoded = at_an_offset([torch.zeros(n) for n in sizes], shift, device)
     _, given = at_an_offset(sums, shift, device)
     _, lows = at_an_offset(residuals, shift, device)
-    backends.decode_function(backend)(format_, given, lows or None, decoded)
+    backends.kernels(backend).decode(format_, given, lows or None, decoded)
     assert_all_same_bits(decoded, wanted)
     assert_all_same_bits([*given, *lows], [*sums, *residuals])  # only read
     assert nothing_around_is_written(buffers, shift)
@@ -260,7 +260,7 @@ def test_encode(backend: str, device: torch.device, format_: Format, shift: int,
     low_buffers, lows = at_an_offset([low for _, low in stored if low is not None], shift, device)
     _, moved = at_an_offset(given, shift, device)
     divisor = 3.0 if scalar == "number" else torch.tensor(3.0, device=device)
-    backends.encode_function(backend)(format_, moved, divisor, sums, lows or None)
+    backends.kernels(backend).encode(format_, moved, divisor, sums, lows or None)
     assert_all_same_bits(sums, [total for total, _ in wanted])
     assert_all_same_bits(lows, [low for _, low in wanted if low is not None])
     assert_all_same_bits(moved, given)  # only read
@@ -291,7 +291,7 @@ def test_tensors_without_memory_are_refused() -> None:
         pytest.skip(f"backend cpu: {available_backends()['cpu']}")
     zero = torch._efficientzerotensor((5,), dtype=torch.bfloat16)
     total, residual = torch.ones(5).bfloat16(), torch.zeros(5, dtype=torch.int8)
-    fold = backends.fold_function("cpu")
+    fold = backends.kernels("cpu").fold
     with pytest.raises(RuntimeError, match=r"a tensor has no memory, .*clone\(\) it first"):
         fold(Format.SPLIT24, Start.CONTINUE, [zero], [total], [residual], 1.0, None)
     assert (total == 1).all()

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
-from accumkern import accumulate_, available_backends
-from accumkern.formats import Format, decode
+from accumkern import accumulate_, available_backends, backends
+from accumkern.formats import Format, Start, decode
 
 BF16 = torch.bfloat16
 
@@ -234,9 +235,7 @@ def test_read_only_memory_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["triton", "cuda", "cpu"])
 def test_a_backend_asked_for_runs_or_says_why_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "accumkern.backends._unavailable", lambda wanted: "the moon is full" if wanted == name else None
-    )
+    monkeypatch.setattr("accumkern.backends.unavailable", lambda wanted: "the moon is full" if wanted == name else None)
     with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run on device 'cpu': the moon is full"):
         accumulate_(**good(), backend=name)
     accumulate_(**good(), backend="eager")
@@ -256,14 +255,31 @@ def test_the_environment_sets_the_default(monkeypatch: pytest.MonkeyPatch) -> No
         accumulate_(**good())
     accumulate_(**good(), backend="eager")  # an argument goes before it
     monkeypatch.setenv("ACCUMKERN_BACKEND", "eager")
-    calls = []
-    from accumkern.backends import eager
-
-    original = eager.fold
-    monkeypatch.setattr(eager, "fold", lambda *args: (calls.append(1), original(*args)))
-    from accumkern import backends
-
-    backends.fold_function.cache_clear()
+    used = []
+    original = backends.kernels
+    monkeypatch.setattr(backends, "kernels", lambda name: used.append(name) or original(name))
     accumulate_(**good())
-    backends.fold_function.cache_clear()
-    assert calls
+    assert used == ["eager"]
+
+
+def test_without_kernels_nothing_is_written() -> None:
+    arguments = good()
+    before = [t.clone() for t in arguments["sums"] + arguments["residuals"]]
+    accumulate_(**good(), backend="eager")  # its kernels are loaded
+    with backends.without_kernels():
+        with backends.without_kernels():
+            accumulate_(**arguments, backend="eager")
+        accumulate_(**arguments, backend="eager")
+        # Fake tensors have shapes but no memory.
+        with FakeTensorMode():
+            sums = [torch.empty(4, dtype=BF16) for _ in range(3)]
+            residuals = [torch.empty(4, dtype=torch.int8)]
+            for name in backends.BACKENDS:
+                kernels = backends.kernels(name)
+                kernels.fold(Format.SPLIT24, Start.CONTINUE, sums[:1], sums[1:2], residuals, 1.0, None)
+                kernels.finish(Format.SPLIT24, Start.CONTINUE, sums[:1], residuals, 2.0, 1.0)
+                kernels.decode(Format.SPLIT24, sums[:1], residuals, sums[1:2])
+                kernels.encode(Format.SPLIT24, sums[:1], 1.0, sums[1:2], residuals)
+    assert all(torch.equal(t, b) for t, b in zip(arguments["sums"] + arguments["residuals"], before, strict=True))
+    accumulate_(**arguments, backend="eager")
+    assert (arguments["sums"][0] == 2).all()

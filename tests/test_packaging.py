@@ -152,12 +152,12 @@ def test_a_stale_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     if accumkern.available_backends()["cpu"] is not None:
         pytest.skip(f"backend cpu: {accumkern.available_backends()['cpu']}")
-    monkeypatch.setattr(accumkern, "__version__", "99.0")
-    backends._extension_problem.cache_clear()
+    monkeypatch.setattr(backends.problems, "__version__", "99.0")
+    backends.extension_problem.cache_clear()
     try:
         reason = accumkern.available_backends()["cpu"]
     finally:
-        backends._extension_problem.cache_clear()
+        backends.extension_problem.cache_clear()
     assert reason is not None
     assert "of version 0." in reason
     assert "the package of 99.0: install it again" in reason

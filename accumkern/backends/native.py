@@ -9,7 +9,7 @@ from accumkern import _C  # type: ignore[attr-defined]
 from accumkern.formats import Format, Start
 
 
-def fold_cpu(
+def fold(
     format_: Format,
     start: Start,
     grads: list[Tensor],
@@ -18,48 +18,24 @@ def fold_cpu(
     scale: float | Tensor,
     partials: list[Tensor] | None,
 ) -> None:
-    """Fold each gradient into its sum; see :func:`accumkern.backends.fold_function` for the contract."""
+    """Fold each gradient into its sum; see :class:`accumkern.backends.FoldFunction`."""
     scale_pair, _held = _scalar(scale)
-    _C.accumulate_cpu(
+    device, threads_or_stream = _place(sums)
+    _C.fold(
         format_,
         start,
         _addresses(grads),
         _addresses(sums),
         _addresses(residuals),
-        _addresses(partials),
-        list(map(Tensor.numel, grads)),
         scale_pair,
-        torch.get_num_threads(),
+        _addresses(partials),
+        list(map(Tensor.numel, sums)),
+        device,
+        threads_or_stream,
     )
 
 
-def fold_cuda(
-    format_: Format,
-    start: Start,
-    grads: list[Tensor],
-    sums: list[Tensor],
-    residuals: list[Tensor] | None,
-    scale: float | Tensor,
-    partials: list[Tensor] | None,
-) -> None:
-    """Fold each gradient into its sum; see :func:`accumkern.backends.fold_function` for the contract."""
-    device = grads[0].device
-    scale_pair, _held = _scalar(scale)
-    _C.accumulate_cuda(
-        format_,
-        start,
-        _addresses(grads),
-        _addresses(sums),
-        _addresses(residuals),
-        _addresses(partials),
-        list(map(Tensor.numel, grads)),
-        scale_pair,
-        device.index,
-        torch.cuda.current_stream(device).cuda_stream,
-    )
-
-
-def finish_cpu(
+def finish(
     format_: Format,
     start: Start,
     sums: list[Tensor],
@@ -67,111 +43,56 @@ def finish_cpu(
     divisor: float | Tensor,
     factor: float | Tensor,
 ) -> None:
-    """Divide, multiply and round each sum; see :func:`accumkern.backends.finish_function` for the contract."""
+    """Divide, multiply and round each sum; see :class:`accumkern.backends.FinishFunction`."""
     divisor_pair, _held = _scalar(divisor)
     factor_pair, _held_too = _scalar(factor)
-    _C.finish_cpu(
+    device, threads_or_stream = _place(sums)
+    _C.finish(
         format_,
         start,
         _addresses(sums),
         _addresses(residuals),
-        list(map(Tensor.numel, sums)),
         divisor_pair,
         factor_pair,
-        torch.get_num_threads(),
+        list(map(Tensor.numel, sums)),
+        device,
+        threads_or_stream,
     )
 
 
-def finish_cuda(
-    format_: Format,
-    start: Start,
-    sums: list[Tensor],
-    residuals: list[Tensor] | None,
-    divisor: float | Tensor,
-    factor: float | Tensor,
-) -> None:
-    """Divide, multiply and round each sum; see :func:`accumkern.backends.finish_function` for the contract."""
-    device = sums[0].device
-    divisor_pair, _held = _scalar(divisor)
-    factor_pair, _held_too = _scalar(factor)
-    _C.finish_cuda(
-        format_,
-        start,
-        _addresses(sums),
-        _addresses(residuals),
-        list(map(Tensor.numel, sums)),
-        divisor_pair,
-        factor_pair,
-        device.index,
-        torch.cuda.current_stream(device).cuda_stream,
-    )
-
-
-def decode_cpu(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
-    """Write the FP32 values of each sum; see :func:`accumkern.backends.decode_function` for the contract."""
-    _C.decode_cpu(
+def decode(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
+    """Write the FP32 values of each sum; see :class:`accumkern.backends.DecodeFunction`."""
+    device, threads_or_stream = _place(sums)
+    _C.decode(
         format_,
         _addresses(sums),
         _addresses(residuals),
         _addresses(values),
-        [total.numel() for total in sums],
-        torch.get_num_threads(),
+        list(map(Tensor.numel, sums)),
+        device,
+        threads_or_stream,
     )
 
 
-def decode_cuda(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
-    """Write the FP32 values of each sum; see :func:`accumkern.backends.decode_function` for the contract."""
-    device = sums[0].device
-    _C.decode_cuda(
-        format_,
-        _addresses(sums),
-        _addresses(residuals),
-        _addresses(values),
-        [total.numel() for total in sums],
-        device.index,
-        torch.cuda.current_stream(device).cuda_stream,
-    )
-
-
-def encode_cpu(
+def encode(
     format_: Format,
     values: list[Tensor],
     divisor: float | Tensor,
     sums: list[Tensor],
     residuals: list[Tensor] | None,
 ) -> None:
-    """Divide FP32 values and store them; see :func:`accumkern.backends.encode_function` for the contract."""
+    """Divide FP32 values and store them; see :class:`accumkern.backends.EncodeFunction`."""
     divisor_pair, _held = _scalar(divisor)
-    _C.encode_cpu(
+    device, threads_or_stream = _place(sums)
+    _C.encode(
         format_,
         _addresses(values),
         divisor_pair,
         _addresses(sums),
         _addresses(residuals),
-        [total.numel() for total in sums],
-        torch.get_num_threads(),
-    )
-
-
-def encode_cuda(
-    format_: Format,
-    values: list[Tensor],
-    divisor: float | Tensor,
-    sums: list[Tensor],
-    residuals: list[Tensor] | None,
-) -> None:
-    """Divide FP32 values and store them; see :func:`accumkern.backends.encode_function` for the contract."""
-    device = sums[0].device
-    divisor_pair, _held = _scalar(divisor)
-    _C.encode_cuda(
-        format_,
-        _addresses(values),
-        divisor_pair,
-        _addresses(sums),
-        _addresses(residuals),
-        [total.numel() for total in sums],
-        device.index,
-        torch.cuda.current_stream(device).cuda_stream,
+        list(map(Tensor.numel, sums)),
+        device,
+        threads_or_stream,
     )
 
 
@@ -185,3 +106,9 @@ def _scalar(factor: float | Tensor) -> tuple[tuple[float, int], Tensor | None]:
         held = factor.detach().to(torch.float32)
         return (1.0, held.data_ptr()), held
     return (factor, 0), None
+
+
+def _place(sums: list[Tensor]) -> tuple[int, int]:
+    """Return where the kernels run, as the extension takes it: (device, stream), or (-1, threads) for the CPU."""
+    device = sums[0].get_device()
+    return device, torch.get_num_threads() if device < 0 else torch.cuda.current_stream(device).cuda_stream

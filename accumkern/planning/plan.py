@@ -12,7 +12,6 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from accumkern import __version__
 from accumkern.planning.memory import available_bytes, check_margin, format_bytes, parse_bytes
 from accumkern.planning.noise import accumulation_pays, best_batch, costs, measure_noise, useful_batches
 from accumkern.planning.plan_result import Choice, Plan, explain
@@ -21,6 +20,7 @@ from accumkern.planning.protocol import Setup, SetupFunction, choose_buffer, run
 from accumkern.planning.ranks import Ranks
 from accumkern.planning.speed import Split, knee, measure_speeds, sizes_to_time, split, split_by_size
 from accumkern.planning.trial import Preserved, Trial, find_fit, largest, verify
+from accumkern.version import __version__
 
 _RANKS = (1, 2, 4, 8)
 _NOISE_MICRO_BATCH = 4

@@ -1,0 +1,164 @@
+"""The launches of the Triton kernels: one for each large tensor, one for all small ones.
+
+The launch configuration is fixed: the kernels stream memory, and an autotuner would stall the first step to find what
+is known beforehand.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from accumkern.backends.triton_kernels import (
+    accumulate_kernel,
+    accumulate_list_kernel,
+    decode_kernel,
+    decode_list_kernel,
+    encode_kernel,
+    encode_list_kernel,
+    finish_kernel,
+    finish_list_kernel,
+)
+from accumkern.formats import Format, Start, partial_rows
+
+# The arithmetic is pinned: tl.fma where one rounding is meant, no other product is fused with a sum.
+OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
+if torch.version.hip is None:
+    OPTIONS["maxnreg"] = 96  # left to itself, the assembler for sm_100 stops at 64 registers and spills
+# A tensor of at most this many elements shares a launch with others; a larger one fills the GPU by itself.
+SMALL_NUMEL = 65536
+#: torch's dtype, or None where a format has no residuals -> Triton's.
+DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.int8: tl.int8,
+    torch.int16: tl.int16,
+    None: tl.int8,
+}
+
+
+# What a kernel does not use, residuals or partials, are sums instead: a pointer has to point somewhere.
+
+
+def fold(
+    format_: Format,
+    start: Start,
+    grads: list[Tensor],
+    sums: list[Tensor],
+    residuals: list[Tensor] | None,
+    scale: float | Tensor,
+    partials: list[Tensor] | None,
+) -> None:
+    """Fold each gradient into its sum; see :class:`accumkern.backends.FoldFunction`."""
+    _launch(
+        accumulate_kernel,
+        accumulate_list_kernel,
+        format_,
+        [grads, sums, residuals or sums, partials or sums],
+        [scale],
+        START=int(start),
+        PARTIALS=partials is not None,
+    )
+
+
+def finish(
+    format_: Format,
+    start: Start,
+    sums: list[Tensor],
+    residuals: list[Tensor] | None,
+    divisor: float | Tensor,
+    factor: float | Tensor,
+) -> None:
+    """Divide, multiply and round each sum; see :class:`accumkern.backends.FinishFunction`."""
+    columns = [sums, residuals or sums]
+    _launch(finish_kernel, finish_list_kernel, format_, columns, [divisor, factor], START=int(start))
+
+
+def decode(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
+    """Write the FP32 values of each sum; see :class:`accumkern.backends.DecodeFunction`."""
+    _launch(decode_kernel, decode_list_kernel, format_, [sums, residuals or sums, values], [])
+
+
+def encode(
+    format_: Format,
+    values: list[Tensor],
+    divisor: float | Tensor,
+    sums: list[Tensor],
+    residuals: list[Tensor] | None,
+) -> None:
+    """Divide FP32 values and store them; see :class:`accumkern.backends.EncodeFunction`."""
+    _launch(encode_kernel, encode_list_kernel, format_, [values, sums, residuals or sums], [divisor])
+
+
+_loaded: set[tuple[object, ...]] = set()
+
+
+def _launch(
+    kernel: Any,
+    list_kernel: Any,
+    format_: Format,
+    columns: list[list[Tensor]],
+    scalars: list[float | Tensor],
+    **constants: int,
+) -> None:
+    """Launch a kernel on lists of tensors, one list for each of its pointers, in their order."""
+    scalars = [s.detach().to(torch.float32) if isinstance(s, Tensor) else float(s) for s in scalars]
+    options = {"FORMAT": int(format_), **constants, **OPTIONS}
+    numels = [tensor.numel() for tensor in columns[0]]
+    device = columns[0][0].device
+
+    def launch(i: int, numel: int) -> None:
+        grid = (max(1, partial_rows(numel)),)
+        kernel[grid](*[column[i] for column in columns], numel, *scalars, **options)
+
+    with _current(device):
+        small, others = _split_by_size(numels, device)
+        if small:
+            # While a CUDA graph is captured, lists are launched one by one, and a kernel may not be loaded then. So its
+            # first list also launches the single kernel, on no elements.
+            key = (kernel, device, *[isinstance(s, Tensor) for s in scalars], *options.values())
+            if key not in _loaded:
+                _loaded.add(key)
+                launch(small[0], 0)
+            addresses = [[column[i].data_ptr() for i in small] for column in columns]
+            small_numels = [numels[i] for i in small]
+            list_kernel[len(small), partial_rows(max(small_numels))](
+                _table([*addresses, small_numels], device),
+                *scalars,
+                SUM_DTYPE=DTYPES[format_.sum_dtype],
+                RESIDUAL_DTYPE=DTYPES[format_.residual_dtype],
+                # The fourth column, of partial sums, is stored one by one.
+                ALIGNED=all(address % 16 == 0 for column in addresses[:3] for address in column),
+                **options,
+            )
+        for i in others:
+            launch(i, numels[i])
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensors', where it is not."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return nullcontext()
+
+
+def _split_by_size(numels: list[int], device: torch.device) -> tuple[list[int], list[int]]:
+    """Return the indices of tensors that share a launch, and of those that have one each; empty ones have none."""
+    # A captured copy of the table would read host memory again at every replay, so a capture gets single launches.
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    small = [i for i, numel in enumerate(numels) if 0 < numel <= SMALL_NUMEL]
+    if capturing or len(small) < 2:
+        return [], [i for i, numel in enumerate(numels) if numel > 0]
+    return small, [i for i, numel in enumerate(numels) if numel > SMALL_NUMEL]
+
+
+def _table(columns: list[list[int]], device: torch.device) -> Tensor:
+    """Return the columns as rows on the device, copied there from pinned memory without waiting."""
+    rows = list(zip(*columns, strict=True))
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)
