@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 $(BUILT): $(INSTALLED) $(SOURCES)
-	rm -f accumkern/_C.*.so
+	rm -f accumkern/backends/_C.*.so
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
@@ -76,5 +76,5 @@ gpu-training: gpu-build
 	$(call run_benchmarks,training convergence accuracy reduce,$(PYTHON),cuda)
 
 clean:
-	rm -rf $(VENV) build demo dist *.egg-info accumkern/_C.*.so .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build demo dist *.egg-info accumkern/backends/_C.*.so .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Builds the extension module accumkern._C; everything else about the package stands in pyproject.toml.
+"""Builds the extension module accumkern.backends._C; everything else about the package stands in pyproject.toml.
 
 ACCUMKERN_BUILD chooses what is built:
 
@@ -60,7 +60,7 @@ class BuildExtension(build_ext):
         except Exception as error:  # any compiler's any failure: the package works without its extension
             if CHOICE:
                 raise
-            self.warn(f"accumkern._C was not built ({error}); the triton and eager backends remain")
+            self.warn(f"accumkern.backends._C was not built ({error}); the triton and eager backends remain")
 
     def _build_with_openmp(self, ext: Extension) -> None:
         serial = list(ext.extra_compile_args), list(ext.extra_link_args)
@@ -110,7 +110,7 @@ def extensions() -> list[Extension]:
 
     return [
         Extension(
-            "accumkern._C",
+            "accumkern.backends._C",
             sources=SOURCES,
             depends=[*HEADERS, CUDA_SOURCE],
             include_dirs=["csrc", pybind11.get_include()],

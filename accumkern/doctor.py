@@ -56,7 +56,7 @@ def _extension() -> str:
     problem = backends.extension_problem()
     if problem is not None:
         return problem
-    from accumkern import _C  # type: ignore[attr-defined]
+    from accumkern.backends import _C  # type: ignore[attr-defined]
 
     parts = [
         f"built with {_C.compiler}",

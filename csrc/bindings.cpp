@@ -1,4 +1,4 @@
-// The Python module accumkern._C: the only file that knows pybind11. Tensors cross as addresses, so one build serves
+// The Python module accumkern.backends._C: the only file that knows pybind11. Tensors cross as addresses, so one build serves
 // every version of torch; accumkern/ops.py has checked them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -26,9 +26,9 @@ std::vector<FoldTensor> gather(const Addresses& grads, const Addresses& sums, co
                                const Addresses& partials, const Numels& numels) {
   const size_t count = sums.size();
   for (const Addresses* column : {&grads, &residuals, &partials}) {
-    if (!column->empty() && column->size() != count) throw std::invalid_argument("accumkern._C: lists differ in length");
+    if (!column->empty() && column->size() != count) throw std::invalid_argument("accumkern.backends._C: lists differ in length");
   }
-  if (numels.size() != count) throw std::invalid_argument("accumkern._C: lists differ in length");
+  if (numels.size() != count) throw std::invalid_argument("accumkern.backends._C: lists differ in length");
   std::vector<FoldTensor> tensors(count);
   for (size_t i = 0; i < count; ++i) {
     for (const Addresses* column : {&grads, &sums, &residuals}) {

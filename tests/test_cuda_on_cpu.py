@@ -56,7 +56,7 @@ LAUNCH = re.compile(r"(\w+_kernel<F>)<<<(\w+), (\w+), 0, stream>>>\((.*)\);")
 
 @pytest.fixture(scope="module")
 def extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """accumkern._C with kernels that take CPU tensors for CUDA's, and report what the sanitizer finds on stderr."""
+    """The extension with kernels that take CPU tensors for CUDA's, and report what the sanitizer finds on stderr."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile with")

@@ -161,7 +161,7 @@ def test_a_state_without_values_is_refused_and_nothing_changes(tmp_path: Path) -
 def test_an_extension_that_does_not_load_is_named(content: bytes, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "accumkern", tmp_path / "accumkern", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    (tmp_path / "accumkern" / f"_C{suffix}").write_bytes(content)
+    (tmp_path / "accumkern" / "backends" / f"_C{suffix}").write_bytes(content)
     out = run(
         "import accumkern, torch\n"
         "print(accumkern.available_backends()['cpu'])\n"
@@ -173,8 +173,10 @@ def test_an_extension_that_does_not_load_is_named(content: bytes, tmp_path: Path
         "print(accumulator.gradient(param)[0].item() == 1 + 2.0**-10)\n",
         tmp_path,
     ).splitlines()
-    assert out[0].startswith("the extension accumkern._C does not load:")
-    assert out[1].startswith("backend 'cpu' cannot run on device 'cpu': the extension accumkern._C does not load:")
+    assert out[0].startswith("the extension accumkern.backends._C does not load:")
+    assert out[1].startswith(
+        "backend 'cpu' cannot run on device 'cpu': the extension accumkern.backends._C does not load:"
+    )
     assert out[2] == "True"  # by the eager backend
 
 

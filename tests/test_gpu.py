@@ -125,7 +125,7 @@ def test_folds_run_on_the_current_stream(backend: str) -> None:
 
 @fused_backends
 def test_a_launch_error_is_raised_and_leaves_nothing_behind(backend: str) -> None:
-    from accumkern import _C  # type: ignore[attr-defined]
+    from accumkern.backends import _C  # type: ignore[attr-defined]
 
     if _C.cuda_targets is None:
         pytest.skip(str(accumkern.available_backends()["cuda"]))

@@ -229,6 +229,6 @@ def is_writable(address: int, size_bytes: int) -> bool:
     """Return whether a range of the host's memory can be written, without writing; True where nobody can be asked."""
     if extension_problem() is not None:
         return True
-    from accumkern import _C  # type: ignore[attr-defined]
+    from accumkern.backends import _C  # type: ignore[attr-defined]
 
     return bool(_C.is_writable(address, size_bytes))

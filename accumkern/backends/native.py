@@ -1,11 +1,11 @@
-"""The compiled backends: the CPU and CUDA kernels of csrc/, through the extension module accumkern._C."""
+"""The compiled backends: the CPU and CUDA kernels of csrc/, through the extension module accumkern.backends._C."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from accumkern import _C  # type: ignore[attr-defined]
+from accumkern.backends import _C  # type: ignore[attr-defined]
 from accumkern.formats import Format, Start
 
 

@@ -32,14 +32,15 @@ def triton_is_interpreted() -> bool:
 @cache
 def extension_problem() -> str | None:
     """Return why the compiled extension, and with it the CPU kernels, cannot be used."""
-    if importlib.util.find_spec("accumkern._C") is None:
-        return "the extension accumkern._C was not built (install accumkern where there is a C++ compiler)"
+    if importlib.util.find_spec("accumkern.backends._C") is None:
+        return "the extension accumkern.backends._C was not built (install accumkern where there is a C++ compiler)"
     try:
-        from accumkern import _C  # type: ignore[attr-defined]
+        from accumkern.backends import _C  # type: ignore[attr-defined]
     except ImportError as error:
-        return f"the extension accumkern._C does not load: {error}"
+        return f"the extension accumkern.backends._C does not load: {error}"
     if _C.version != __version__:
-        return f"the extension accumkern._C is of version {_C.version}, the package of {__version__}: install it again"
+        versions = f"of version {_C.version}, the package of {__version__}"
+        return f"the extension accumkern.backends._C is {versions}: install it again"
     return None
 
 
@@ -48,7 +49,7 @@ def cuda_problem() -> str | None:
     problem = extension_problem()
     if problem is not None:
         return problem
-    from accumkern import _C  # type: ignore[attr-defined]
+    from accumkern.backends import _C  # type: ignore[attr-defined]
 
     if _C.cuda_targets is None:
         return "accumkern was built without CUDA kernels (install it with nvcc on PATH, or ACCUMKERN_BUILD=cuda)"
@@ -62,7 +63,7 @@ def cuda_problem() -> str | None:
 @cache
 def _load_problem() -> str | None:
     """Return why this GPU or its driver does not take the compiled kernels."""
-    from accumkern import _C  # type: ignore[attr-defined]
+    from accumkern.backends import _C  # type: ignore[attr-defined]
 
     problem = _C.cuda_problem()
     if not problem:
