@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -93,6 +93,32 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def device(backend: str) -> torch.device:
     """Where the backend's tensors are."""
     return torch.device("cpu" if backend == "cpu" else DEVICE)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Record each launch of a kernel: the numbers of elements of its tensors."""
+    from accumkern import backends
+
+    recorded: list[list[int]] = []
+    original = backends.kernels
+
+    def kernels(name: str) -> Any:
+        found = original(name)
+
+        def fold_and_record(format_, start, grads, *others):  # type: ignore[no-untyped-def]
+            recorded.append([grad.numel() for grad in grads])
+            found.fold(format_, start, grads, *others)
+
+        return found._replace(fold=fold_and_record)
+
+    monkeypatch.setattr(backends, "kernels", kernels)
+    return recorded
+
+
+@pytest.fixture(params=[None, 4], ids=["sum", "average"])
+def average_over(request: pytest.FixtureRequest) -> int | None:
+    return request.param
 
 
 @pytest.fixture(scope="session", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])

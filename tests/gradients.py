@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from accumkern.formats import fma
+import accumkern
+from accumkern.formats import BUFFERS, decode, encode, fma
 
 BF16 = torch.bfloat16
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -38,6 +39,20 @@ def fp32_sum(grads: list[Tensor], scale: float = 1.0) -> Tensor:
     for grad in grads[1:]:
         total = total + grad.float() if scale == 1 else fma(scale, grad, total)
     return total
+
+
+def stored_sum(buffer: str, grads: list[Tensor], scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return .grad and the accumulated FP32 value as the formats have them after these micro-gradients."""
+    format_ = BUFFERS[buffer][grads[0].dtype]
+    x = grads[0].float() * torch.tensor(scale)
+    total, residual = encode(format_, x)
+    for grad in grads[1:]:
+        total, residual = encode(format_, fma(scale, grad, decode(format_, total, residual)))
+    return total, decode(format_, total, residual)
+
+
+def seeded(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(BF16)
 
 
 # ---- backward passes ---------------------------------------------------------------------------------------------
@@ -72,6 +87,31 @@ def fail(arrives: list[Parameter], late: Parameter) -> None:
         (failing + sum((p.float() * 3).sum() for p in arrives)).backward()
 
 
+class Give(torch.autograd.Function):
+    """A zero whose gradient for `param` is the very tensor that `make` returns: its layout survives."""
+
+    @staticmethod
+    def forward(ctx, param, make):  # type: ignore[no-untyped-def]
+        ctx.make = make
+        return param.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _grad):  # type: ignore[no-untyped-def]
+        return ctx.make(), None
+
+
+def record(param: Tensor) -> list[Tensor]:
+    """Return a list to which every gradient is added that arrives at `param`."""
+    arrived: list[Tensor] = []
+    param.register_hook(lambda grad: arrived.append(grad.detach().clone()))
+    return arrived
+
+
+class Fails(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Raise.apply(x)
+
+
 # ---- comparisons -------------------------------------------------------------------------------------------------
 
 
@@ -102,3 +142,58 @@ def assert_stock(param: Parameter) -> None:
         backward(param, grad)
     assert param.grad is not None
     assert (param.grad == 256).all()
+
+
+def assert_correctly_rounded(grad: Tensor | None, x: Tensor) -> None:
+    """Assert that no value of grad's dtype is nearer to x. At a tie two are as near, and either is right."""
+    assert grad is not None
+    nearest = (x.to(grad.dtype).double() - x.double()).abs()
+    assert torch.equal((grad.double() - x.double()).abs(), nearest)
+
+
+def half_ulp(values: Tensor) -> Tensor:
+    """Return half a unit in the last place of bfloat16 values, FP64."""
+    return torch.ldexp(torch.ones_like(values, dtype=torch.float64), values.float().frexp().exponent - 9)
+
+
+def gradient(acc: accumkern.GradAccumulator, param: Tensor) -> Tensor:
+    found = acc.gradient(param)
+    assert found is not None
+    return found
+
+
+def assert_equal(found: Tensor | None, expected: Tensor | None) -> None:
+    """Assert that two gradients are equal in values, dtype, layout and strides."""
+    if expected is None or found is None:
+        assert found is None
+        assert expected is None
+        return
+    assert found.dtype is expected.dtype
+    assert found.layout is expected.layout
+    if found.layout is torch.strided:
+        assert found.stride() == expected.stride()
+    else:
+        found, expected = found.to_dense(), expected.to_dense()
+    assert torch.equal(found, expected), f"{found} is not {expected}"
+
+
+def assert_fp32_sum(acc: accumkern.GradAccumulator, param: Tensor, arrived: list[Tensor], scale: float = 1) -> None:
+    """Assert that .grad is the correctly rounded FP32 sum of what arrived."""
+    assert arrived
+    x = fp32_sum(arrived, scale)
+    assert_equal(acc.gradient(param), x)
+    assert param.grad is not None
+    assert torch.equal((param.grad.double() - x.double()).abs(), (x.to(param.dtype).double() - x.double()).abs())
+
+
+def is_hooked(param: Tensor) -> bool:
+    return bool(param._post_accumulate_grad_hooks)
+
+
+def assert_attached(param: Parameter) -> None:
+    """Assert that additions lose nothing."""
+    param.grad = None
+    for grad in (256.0, 1.0, 1.0):
+        backward(param, grad)
+    assert param.grad is not None
+    assert (param.grad == 258).all()

@@ -1,21 +1,38 @@
-"""Who holds whom: optimizer, accumulator and hooks; what is attached to an optimizer; what cannot be watched."""
+"""What is attached to an optimizer, what cannot be watched, and what detaching leaves."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import gradients
 import pytest
 import torch
+from gradients import (
+    BF16,
+    assert_attached,
+    assert_equal,
+    assert_fp32_sum,
+    assert_stock,
+    backward,
+    backward_of_all,
+    parameter,
+    record,
+    seeded,
+)
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import functional as F  # noqa: N812
 
 import accumkern
-from accumkern import torch_private
-from accumkern.formats import Format, decode
+from accumkern.formats import BUFFERS, decode, encode
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+sgd = functools.partial(gradients.sgd, momentum=0.5)
 
 
 @pytest.fixture
@@ -26,14 +43,6 @@ def no_collector() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
-
-
-def parameter(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Parameter:
-    return Parameter(torch.zeros(shape, dtype=dtype))
-
-
-def backward(param: Tensor, value: float) -> None:
-    (param.float() * value).sum().backward()
 
 
 def is_averaged(param: Tensor) -> bool:
@@ -47,85 +56,7 @@ def is_averaged(param: Tensor) -> bool:
     return averaged
 
 
-# ---- who holds whom ----------------------------------------------------------------------------------------------
-
-
-def test_hooks_live_as_long_as_the_optimizer_and_no_longer(no_collector: None) -> None:
-    param = parameter(4)
-    optimizer = torch.optim.SGD([param], lr=1.0)
-    accumkern.attach(optimizer, average_over=2)
-    assert is_averaged(param)
-    del optimizer
-    assert not is_averaged(param)
-    assert not param._post_accumulate_grad_hooks
-
-
-def test_an_accumulator_that_is_kept_keeps_the_optimizer(no_collector: None) -> None:
-    param = parameter(4)
-    acc = accumkern.attach(torch.optim.SGD([param], lr=1.0), average_over=2)
-    assert is_averaged(param)
-    assert acc.gradient(param) is None
-    del acc
-    assert not is_averaged(param)
-
-
-def test_nothing_is_left_in_a_circle(no_collector: None) -> None:
-    """With the noise scale, the report and a step, whatever was made goes away with its last reference."""
-    param = parameter(4)
-    optimizer = torch.optim.SGD([param], lr=1.0)
-    acc = accumkern.attach(optimizer, stats=True, report=True)
-    for _ in range(2):
-        backward(param, 1.0)
-    acc.noise_scale()
-    acc.finish()
-    optimizer.step()
-    gone = [weakref.ref(x) for x in (acc, optimizer, acc._attachment, acc._passes, acc._attachment.slots[param])]
-    del acc, optimizer
-    assert [reference() for reference in gone] == [None] * 5
-
-
-@pytest.mark.parametrize("kept", [False, True], ids=["result dropped", "result kept"])
-def test_a_cell_that_is_run_again(no_collector: None, kept: bool) -> None:
-    """The optimizer and its accumulator have the same names; the second replaces the first."""
-    param = parameter(4)
-    names: dict[str, object] = {}
-    for _ in range(2):
-        names["optimizer"] = optimizer = torch.optim.SGD([param], lr=1.0)
-        if kept and names.get("acc") is not None:
-            with pytest.raises(ValueError, match=r"accumulator_of\(optimizer\)"):
-                accumkern.attach(optimizer, average_over=2)
-            earlier = accumkern.accumulator_of(optimizer)
-            assert earlier is names["acc"]
-            assert earlier is not None
-            earlier.detach()
-        acc = accumkern.attach(optimizer, average_over=2)
-        if kept:
-            names["acc"] = acc
-        assert is_averaged(param)
-        del acc, optimizer
-
-
-def test_an_optimizer_in_a_circle_is_looked_for_before_a_refusal(no_collector: None) -> None:
-    class Trainer:
-        def __init__(self, param: Tensor) -> None:
-            self.optimizer = torch.optim.SGD([param], lr=1.0)
-            self.me = self
-
-    param = parameter(4)
-    for _ in range(2):
-        accumkern.attach(Trainer(param).optimizer, average_over=2)
-
-
-def test_copies_of_an_optimizer_have_nothing_of_ours() -> None:
-    param = parameter(4)
-    optimizer = torch.optim.SGD([param], lr=1.0)
-    accumkern.attach(optimizer)
-    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert accumkern.accumulator_of(other) is None
-        assert "add_param_group" not in vars(other)
-
-
-# ---- accumulator_of ----------------------------------------------------------------------------------------------
+# ---- accumulator_of ------------------------------------------------------------------------------------------------
 
 
 def test_accumulator_of_returns_what_is_attached() -> None:
@@ -181,7 +112,7 @@ def test_accumulator_of_refuses_what_is_no_optimizer(wrong: object) -> None:
         accumkern.accumulator_of(wrong)  # type: ignore[arg-type]
 
 
-# ---- what cannot be watched --------------------------------------------------------------------------------------
+# ---- what cannot be watched ----------------------------------------------------------------------------------------
 
 
 class Slotted:
@@ -216,116 +147,231 @@ def test_a_refused_optimizer_leaves_no_hooks(kind: type) -> None:
     assert not is_averaged(param)
 
 
-# ---- parts -------------------------------------------------------------------------------------------------------
+# ---- several optimizers --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("buffer", "format_"),
-    [("split24", Format.SPLIT24), ("split32", Format.SPLIT32), ("fp32", Format.MAIN_GRAD_BFLOAT16)],
-    ids=["split24", "split32", "fp32"],
-)
-def test_parts_are_what_is_stored(buffer: str, format_: Format) -> None:
-    param = Parameter(torch.zeros(3, 5, 2, 2, dtype=torch.bfloat16).to(memory_format=torch.channels_last))
-    acc = accumkern.attach(torch.optim.SGD([param], lr=1.0), buffer)
-    assert acc.parts(param) is None
-    backward(param, 1.0)
-    first = acc.parts(param)
-    assert first is not None
-    assert first.residual is None  # the first gradient is kept as it came
-    for n in range(3):
-        backward(param, 1 / (n + 3))
-    parts = acc.parts(param)
-    assert parts is not None
-    assert parts.sum is param.grad
-    assert parts.format is format_
-    assert parts.residual is not None
-    assert (parts.residual.shape, parts.residual.stride()) == (param.grad.shape, param.grad.stride())
-    assert torch.equal(decode(parts.format, parts.sum, parts.residual), acc.gradient(param))
-    param.grad.mul_(2)  # an edit: the residual counts as zero
-    edited = acc.parts(param)
-    assert edited is not None
-    assert edited.residual is None
-
-
-def test_parts_of_what_torch_adds_by_itself_have_no_format() -> None:
-    param = Parameter(torch.zeros(4, dtype=torch.complex64))
-    acc = accumkern.attach(torch.optim.SGD([param], lr=1.0))
-    param.real.sum().backward()
-    parts = acc.parts(param)
-    assert parts is not None
-    assert parts.sum is param.grad
-    assert (parts.residual, parts.format) == (None, None)
-    with pytest.raises(ValueError, match="not a parameter of the attached optimizer"):
-        acc.parts(torch.zeros(1))
-
-
-# ---- memory that grows -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("buffer", ["split24", "split32", "fp32"])
-@pytest.mark.parametrize("sizes", [((8, 4), (700, 400)), ((700, 400), (8, 4))], ids=["grows", "shrinks"])
-def test_a_parameter_of_another_size_gets_a_residual_of_that_size(
-    buffer: str, sizes: tuple[tuple[int, int], tuple[int, int]]
-) -> None:
-    """``set_`` leaves the hooks where they are; a kernel must not write beyond the memory that there was."""
-    before, after = sizes
-    param = parameter(*before)
-    acc = accumkern.attach(torch.optim.SGD([param], lr=1.0), buffer)
+@pytest.mark.integration("Several models and optimizers: a GAN loop")
+def test_two_accumulators_in_a_gan_loop() -> None:
+    """The generator's loss sends gradients through the discriminator, whose optimizer zeroes them."""
+    generator = torch.nn.Linear(4, 6, dtype=BF16)
+    discriminator = torch.nn.Sequential(torch.nn.Linear(6, 5, dtype=BF16), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+    discriminator.to(BF16)
+    optimizers = [sgd(*generator.parameters()), sgd(*discriminator.parameters())]
+    accs = [accumkern.attach(optimizers[0], "split32", average_over=4), accumkern.attach(optimizers[1], "split24")]
+    arrived = {p: record(p) for p in (*generator.parameters(), *discriminator.parameters())}
     for _ in range(2):
-        backward(param, 1.0)
-    acc.finish(max_norm=1e9)  # folds leave partial sums from now on
-    param.grad = None
-    with torch.no_grad():
-        param.set_(torch.zeros(after, dtype=torch.bfloat16))
-    for value in (1.0, 2.0**-9, 2.0**-9):
-        backward(param, value)
-    parts = acc.parts(param)
-    assert parts is not None
-    assert parts.residual is not None
-    assert parts.residual.shape == after
-    assert (acc.gradient(param) == 1 + 2.0**-8).all()
-    count = param.numel()
-    torch.testing.assert_close(acc.finish().norm, torch.tensor((1 + 2.0**-8) * count**0.5))
+        for n in range(4):
+            noise, real = seeded(3, 4, seed=n), seeded(3, 6, seed=n + 9)
+            F.softplus(-discriminator(generator(noise)).float()).sum().backward()
+        for p in generator.parameters():
+            assert_fp32_sum(accs[0], p, arrived[p], 1 / 4)
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        optimizers[1].zero_grad(set_to_none=False)
+        for grads in arrived.values():
+            grads.clear()
+        for n in range(4):
+            noise, real = seeded(3, 4, seed=n), seeded(3, 6, seed=n + 9)
+            out = discriminator(generator(noise).detach()).float(), discriminator(real).float()
+            (F.softplus(out[0]) + F.softplus(-out[1])).sum().backward()
+        for p in discriminator.parameters():
+            format_ = BUFFERS["split24"][BF16]
+            total, residual = encode(format_, arrived[p][0].float())
+            for grad in arrived[p][1:]:
+                total, residual = encode(format_, decode(format_, total, residual) + grad.float())
+            assert_equal(p.grad, total)
+            assert_equal(accs[1].gradient(p), decode(format_, total, residual))
+        assert all(p.grad is None for p in generator.parameters())
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        for grads in arrived.values():
+            grads.clear()
 
 
-@pytest.mark.parametrize("size", [2, 90000])
-def test_a_sum_that_is_replaced_while_it_waits_is_not_written_beyond(size: int) -> None:
-    first, second = parameter(8), parameter(8)
-    optimizer = torch.optim.SGD([first, second], lr=1.0)
-    accumkern.attach(optimizer, "split32")
-    for _ in range(2):
-        (first.float() + second.float()).sum().backward()
-
-    arrived: list[Parameter] = []
-
-    def arrive(param: Parameter) -> None:
-        for waiting in arrived:  # small gradients wait for the end of the backward pass
-            assert waiting.grad is not None
-            waiting.grad.data = torch.zeros(size, dtype=torch.bfloat16)
-        arrived.append(param)
-
-    for param in (first, second):
-        param.register_hook(lambda _, param=param: arrive(param))
-    with pytest.raises(ValueError, match="given another size in the middle of a backward pass"):
-        (first.float() + second.float()).sum().backward()
+# ---- detaching -----------------------------------------------------------------------------------------------------
 
 
-# ---- torch -------------------------------------------------------------------------------------------------------
+def test_detach_restores_stock_behaviour() -> None:
+    params = [parameter(4), parameter(300, 300)]
+    optimizer = sgd(*params)
+    acc = accumkern.attach(optimizer)
+    for param in params:
+        assert_attached(param)
+    acc.detach()
+    assert "add_param_group" not in vars(optimizer)
+    assert optimizer.add_param_group.__func__ is torch.optim.Optimizer.add_param_group
+    added = parameter(4)
+    optimizer.add_param_group({"params": [added]})
+    for param in (*params, added):
+        assert_stock(param)
+    acc.detach()
+    for param in params:
+        assert_stock(param)
 
 
-def test_a_torch_without_a_private_name_is_refused_at_attach(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_private, "_missing", ["torch._C._current_graph_task_id"])
+WHEN_DETACHED: dict[str, Callable[[accumkern.GradAccumulator, Tensor], object]] = {
+    "finish": lambda acc, p: acc.finish(),
+    "gradient": lambda acc, p: acc.gradient(p),
+    "noise_scale": lambda acc, p: acc.noise_scale(),
+    "report": lambda acc, p: acc.report(),
+    "reduce_in_fp32": lambda acc, p: acc.reduce_in_fp32(p),  # type: ignore[arg-type]
+    "scale": lambda acc, p: setattr(acc, "scale", torch.tensor(0.5)),
+    "state_dict": lambda acc, p: acc.state_dict(),
+    "empty_state_dict": lambda acc, p: acc.empty_state_dict(),
+    "load_state_dict": lambda acc, p: acc.load_state_dict({}),
+}
+
+
+@pytest.mark.parametrize("method", WHEN_DETACHED)
+def test_what_is_detached_says_so(method: str) -> None:
     param = parameter(4)
-    with pytest.raises(RuntimeError, match=r"torch .* has no torch\._C\._current_graph_task_id, which accumkern needs"):
-        accumkern.attach(torch.optim.SGD([param], lr=1.0), average_over=2)
-    assert not is_averaged(param)
+    acc = accumkern.attach(sgd(param), stats=True, report=True)
+    backward_of_all([param], [torch.ones(4)])
+    acc.detach()
+    assert "detached" in repr(acc)
+    with pytest.raises(
+        RuntimeError, match=r"this accumulator is detached from its optimizer; attach\(\) makes another"
+    ):
+        WHEN_DETACHED[method](acc, param)
+    assert param.grad is not None
+    assert (param.grad == 1).all()
 
 
-def test_a_name_that_torch_lacks_is_noted() -> None:
-    missing = list(torch_private._missing)
-    assert missing == []
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps], ids=["copy", "deepcopy", "pickle"])
+def test_an_accumulator_cannot_be_copied_and_says_what_can(way: Callable[[object], object]) -> None:
+    acc = accumkern.attach(sgd(parameter(4)))
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled.*state_dict\(\), and attach\(\)"):
+        way(acc)
+
+
+def test_attach_in_inference_mode() -> None:
+    params = [parameter(4), parameter(4).requires_grad_(False)]
+    with torch.inference_mode():
+        acc = accumkern.attach(sgd(*params))
+    assert [p.requires_grad for p in params] == [True, False]
+    params[1].requires_grad_(True)
+    for param in params:
+        assert_attached(param)
+    acc.detach()
+
+
+@pytest.mark.parametrize("notices", ["step", "finish"])
+def test_parameters_that_were_given_another_tensor_are_noticed_and_hooked_again(notices: str) -> None:
+    model = torch.nn.Linear(3, 2).to(BF16)
+    optimizer = sgd(*model.parameters())
+    acc = accumkern.attach(optimizer, average_over=2)
+    model(torch.ones(1, 3, dtype=BF16)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        assert torch_private._find("_C._no_such_name") is None
-        assert torch_private._missing == ["torch._C._no_such_name"]
+        model.float()
     finally:
-        torch_private._missing[:] = missing
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"2 parameters, the first of shape \(2, 3\), have lost their hooks"):
+        optimizer.step() if notices == "step" else acc.finish()
+    assert all(map(torch.equal, before, model.parameters()))
+    optimizer.zero_grad()
+    for factor in (1.0, 3.0):
+        (model(torch.ones(1, 3)) * factor).sum().backward()
+    acc.finish()
+    for p in model.parameters():
+        assert p.grad is not None
+        assert (p.grad == 2).all()
+    optimizer.step()
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert not torch.equal(p, old)
+
+
+def test_detach_in_the_middle_of_a_window_leaves_grad_to_stock_additions() -> None:
+    param = parameter(4)
+    acc = accumkern.attach(sgd(param), "split32")
+    for grad in (256.0, 1.0, 1.0, 0.5):
+        backward_of_all([param], [torch.full((4,), grad)])
+    grad = param.grad
+    acc.detach()
+    assert param.grad is grad
+    assert grad is not None
+    assert (grad == 258).all()
+    backward_of_all([param], [torch.ones(4)])
+    assert param.grad is grad
+    assert (grad == 260).all()  # 259, rounded to even in bfloat16
+
+
+def test_detach_frees_the_residuals() -> None:
+    param = parameter(12343)
+    acc = accumkern.attach(sgd(param))
+
+    def residuals() -> int:
+        gc.collect()
+        return sum(type(o) is Tensor and o.dtype is torch.int8 and o.numel() == 12343 for o in gc.get_objects())
+
+    assert_attached(param)
+    assert residuals() == 1
+    acc.detach()
+    assert residuals() == 0
+
+
+def test_context_manager_detaches() -> None:
+    param = parameter(4)
+    optimizer = sgd(param)
+    with accumkern.attach(optimizer, "split32") as acc:
+        assert isinstance(acc, accumkern.GradAccumulator)
+        assert_attached(param)
+    assert_stock(param)
+    with pytest.raises(ArithmeticError), accumkern.attach(optimizer):
+        raise ArithmeticError
+    assert_stock(param)
+    with accumkern.attach(optimizer) as acc:
+        acc.detach()
+    assert_stock(param)
+
+
+def test_attach_again_after_detach() -> None:
+    param = parameter(4)
+    optimizer = sgd(param)
+    for buffer in (*BUFFERS, "split24"):
+        acc = accumkern.attach(optimizer, buffer)
+        assert_attached(param)
+        with pytest.raises(ValueError, match="is attached already"):
+            accumkern.attach(optimizer)
+        acc.detach()
+        assert_stock(param)
+
+
+def test_detach_leaves_an_add_param_group_of_someone_else_in_place() -> None:
+    param, calls = parameter(4), []
+    optimizer = sgd(param)
+    acc = accumkern.attach(optimizer)
+    ours = optimizer.add_param_group
+
+    def theirs(param_group: dict[str, Any]) -> None:
+        calls.append(param_group)
+        ours(param_group)
+
+    optimizer.add_param_group = theirs  # type: ignore[method-assign]
+    attached, stock = parameter(4), parameter(4)
+    optimizer.add_param_group({"params": [attached]})
+    assert_attached(attached)
+    acc.detach()
+    assert optimizer.add_param_group is theirs
+    optimizer.add_param_group({"params": [stock]})
+    assert len(calls) == 2
+    assert len(optimizer.param_groups) == 3
+    for p in (param, attached, stock):
+        assert_stock(p)
+
+
+def test_detach_keeps_the_hooks_of_the_user() -> None:
+    param, calls = parameter(4), []
+    before = param.register_post_accumulate_grad_hook(lambda _: calls.append("before"))
+    acc = accumkern.attach(sgd(param))
+    after = param.register_post_accumulate_grad_hook(lambda _: calls.append("after"))
+    acc.detach()
+    backward_of_all([param], [torch.ones(4)])
+    assert calls == ["before", "after"]
+    before.remove()
+    after.remove()
+    assert_stock(param)

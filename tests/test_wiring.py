@@ -1,0 +1,138 @@
+"""What attach refuses, and that nothing is hooked then."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+import gradients
+import pytest
+import torch
+from gradients import assert_same_bits, assert_stock, backward, fp32_sum, parameter, sgd
+from torch.nn import Parameter
+
+import accumkern
+from accumkern import backends
+
+micro_gradients = functools.partial(gradients.micro_gradients, mean=3.0)
+
+
+# ---- errors of attach ----------------------------------------------------------------------------------------------
+
+
+BAD_ARGUMENTS: dict[str, tuple[dict[str, object], type[Exception], str]] = {
+    "unknown buffer": ({"buffer": "split16"}, ValueError, r"buffer is 'split16'; .* split24, split32, fp32"),
+    "buffer of another kind": ({"buffer": torch.int8}, ValueError, r"buffer is torch.int8; .* split24"),
+    "buffer is a list": ({"buffer": ["split24"]}, ValueError, r"buffer is \['split24'\]; .* split24"),
+    "unknown backend": ({"backend": "vulkan"}, ValueError, r"backend is 'vulkan'; .* triton, cuda, cpu, eager"),
+    "average over 0": ({"average_over": 0}, ValueError, "average_over is 0; .* positive number, or None"),
+    "average over -1": ({"average_over": -1}, ValueError, "average_over is -1; .* positive"),
+    "average over nan": ({"average_over": math.nan}, ValueError, "average_over is nan; .* positive"),
+    "average over inf": ({"average_over": math.inf}, ValueError, "average_over is inf; .* positive"),
+    "average over a string": ({"average_over": "8"}, ValueError, "average_over is '8'; .* positive"),
+    "average over True": ({"average_over": True}, ValueError, "average_over is True; .* positive"),
+    "average over a tensor": ({"average_over": torch.ones(2)}, ValueError, r"average_over is tensor.*; .* positive"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_attach_refuses_a_bad_argument_and_hooks_nothing(case: str) -> None:
+    arguments, error, message = BAD_ARGUMENTS[case]
+    param = parameter(4)
+    optimizer = sgd(param)
+    with pytest.raises(error, match=message):
+        accumkern.attach(optimizer, **arguments)  # type: ignore[arg-type]
+    assert "add_param_group" not in vars(optimizer)
+    assert_stock(param)
+
+
+@pytest.mark.parametrize(
+    "not_an_optimizer",
+    [torch.nn.Linear(2, 2), [parameter(2)], None, parameter(2), torch.optim.SGD],
+    ids=["module", "list", "None", "parameter", "class"],
+)
+def test_attach_refuses_what_is_no_optimizer(not_an_optimizer: object) -> None:
+    kind = type(not_an_optimizer).__name__
+    with pytest.raises(TypeError, match=f"optimizer is a {kind}; it must be a torch.optim.Optimizer"):
+        accumkern.attach(not_an_optimizer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_attach_refuses_a_backend_that_cannot_run_on_the_parameters(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    param = parameter(4)
+    reason = accumkern.available_backends()[name] or backends.refusal(name, "cpu")
+    assert reason is not None
+    with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run on device 'cpu': {re.escape(reason)}"):
+        accumkern.attach(sgd(param), backend=name)
+    assert_stock(param)
+
+
+@pytest.mark.parametrize("wanted", ["nonsense", "cuda"])
+def test_attach_refuses_a_bad_default_backend(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ACCUMKERN_BACKEND is refused when the hooks are made, not in the middle of the first backward pass."""
+    monkeypatch.setenv("ACCUMKERN_BACKEND", wanted)
+    param = parameter(4)
+    with pytest.raises((ValueError, RuntimeError), match=f"ACCUMKERN_BACKEND .*'{wanted}'"):
+        accumkern.attach(sgd(param))
+    assert_stock(param)
+
+
+def test_default_backend_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    original = backends.kernels
+    monkeypatch.setattr(backends, "kernels", lambda name: used.append(name) or original(name))
+    monkeypatch.setenv("ACCUMKERN_BACKEND", "eager")
+    param = parameter(4)
+    optimizer = sgd(param)  # it keeps the accumulator alive
+    accumkern.attach(optimizer)
+    for _ in range(2):
+        backward(param, torch.ones(4))
+    assert set(used) == {"eager"}
+
+
+@pytest.mark.parametrize("buffer", ["split24", "split32"])
+def test_attach_refuses_float16_with_a_split_buffer(buffer: str) -> None:
+    good, bad = parameter(4), parameter(3, 2, dtype=torch.float16)
+    message = rf"parameter 1 of optimizer \(shape \(3, 2\)\) is torch.float16, .*buffer='{buffer}'.* buffer='fp32'"
+    with pytest.raises(TypeError, match=message):
+        accumkern.attach(sgd(good, bad), buffer)
+    assert_stock(good)
+    assert not bad._post_accumulate_grad_hooks
+
+
+def test_attach_refuses_tensor_subclasses_that_wrap_other_tensors() -> None:
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor")
+    good, bad = parameter(4), Parameter(two_tensor.TwoTensor(torch.zeros(3), torch.zeros(3)))
+    with pytest.raises(TypeError, match=r"parameter 1 of optimizer \(shape \(3,\)\) is a TwoTensor; .* in place"):
+        accumkern.attach(sgd(good, bad))
+    assert_stock(good)
+
+
+def test_second_attach_is_refused_and_changes_nothing() -> None:
+    param, other = parameter(4), parameter(4)
+    acc = accumkern.attach(sgd(param), "split32")
+    for optimizer in (sgd(other, param), acc._optimizer):
+        with pytest.raises(ValueError, match=r"parameter . of optimizer \(shape \(4,\)\) is attached already; detach"):
+            accumkern.attach(optimizer)
+    grads = micro_gradients(5, 4)
+    for grad in grads:
+        backward(param, grad)
+    assert_same_bits(acc.gradient(param), fp32_sum(grads))
+    assert_stock(other)
+
+
+def test_add_param_group_that_is_refused_adds_nothing() -> None:
+    param, half, added = parameter(4), parameter(4, dtype=torch.float16), parameter(4)
+    optimizer = sgd(param)
+    acc = accumkern.attach(optimizer, "split32")
+    with pytest.raises(TypeError, match=r"torch.float16, .* use buffer='fp32'"):
+        optimizer.add_param_group({"params": [added, half]})
+    assert len(optimizer.param_groups) == 1
+    assert_stock(added)
+    assert not half._post_accumulate_grad_hooks
+    grads = micro_gradients(5, 4)
+    for grad in grads:
+        backward(param, grad)
+    assert_same_bits(acc.gradient(param), fp32_sum(grads))
