@@ -15,6 +15,13 @@ from accumkern.formats import BUFFERS, decode, encode, fma
 
 BF16 = torch.bfloat16
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+CASES = [
+    pytest.param(buffer, dtype, id=f"{buffer}-{str(dtype)[6:]}")
+    for buffer, formats in BUFFERS.items()
+    for dtype in formats
+]
+LOW_PRECISION_CASES = [case for case in CASES if case.values[1] is not torch.float32]
+ACCURATE_CASES = [case for case in CASES if case.values != ("split24", BF16)]  # those that hold FP32 exactly
 
 
 def parameter(*shape: int, dtype: torch.dtype = BF16, device: torch.device | str = "cpu") -> Parameter:
@@ -197,3 +204,14 @@ def assert_attached(param: Parameter) -> None:
         backward(param, grad)
     assert param.grad is not None
     assert (param.grad == 258).all()
+
+
+def is_averaged(param: Tensor) -> bool:
+    """Return whether average_over=2 is at work."""
+    param.grad = None
+    backward(param, 4.0)
+    assert param.grad is not None
+    averaged = bool((param.grad == 2).all())
+    assert averaged or bool((param.grad == 4).all())
+    param.grad = None
+    return averaged

@@ -6,7 +6,7 @@ import copy
 import functools
 import gc
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import gradients
@@ -20,6 +20,7 @@ from gradients import (
     assert_stock,
     backward,
     backward_of_all,
+    is_averaged,
     parameter,
     record,
     seeded,
@@ -33,27 +34,6 @@ from accumkern.formats import BUFFERS, decode, encode
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 sgd = functools.partial(gradients.sgd, momentum=0.5)
-
-
-@pytest.fixture
-def no_collector() -> Iterator[None]:
-    """Only what nobody refers to goes away."""
-    torch.optim.SGD([parameter(1)], lr=1.0)  # torch's first optimizer leaves circles of its own
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
-def is_averaged(param: Tensor) -> bool:
-    """Return whether average_over=2 is at work."""
-    param.grad = None
-    backward(param, 4.0)
-    assert param.grad is not None
-    averaged = bool((param.grad == 2).all())
-    assert averaged or bool((param.grad == 4).all())
-    param.grad = None
-    return averaged
 
 
 # ---- accumulator_of ------------------------------------------------------------------------------------------------

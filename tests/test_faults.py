@@ -1,8 +1,8 @@
 """What happens when something goes wrong: a clear error, and a state that is right or that zero_grad() repairs.
 
 The list is in docs/faults.md. Other faults are tested where they belong: hooks and layers that raise in
-test_failed_backward.py and test_stress.py, states that do not fit in test_state.py, extensions that are missing or of another
-version in test_packaging.py, killed runs in test_resume.py.
+test_failed_backward.py and test_stress.py, states that do not fit in test_state.py, extensions that are missing or of
+another version in test_packaging.py, killed runs in test_resume.py.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ import gradients
 import pytest
 import torch
 from gradients import (
+    ACCURATE_CASES,
     BF16,
+    CASES,
     assert_correctly_rounded,
     assert_same_bits,
     backward,
@@ -27,15 +29,6 @@ import accumkern
 from accumkern.formats import BUFFERS, decode, encode
 
 micro_gradients = functools.partial(gradients.micro_gradients, mean=3.0)
-
-CASES = [
-    pytest.param(buffer, dtype, id=f"{buffer}-{str(dtype)[6:]}")
-    for buffer, formats in BUFFERS.items()
-    for dtype in formats
-]
-
-
-ACCURATE_CASES = [case for case in CASES if case.values != ("split24", BF16)]  # those that hold FP32 exactly
 
 
 # ---- sums ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import io
 import pickle
 import tracemalloc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import gradients
@@ -22,6 +22,7 @@ from gradients import (
     backward,
     backward_of_all,
     fail,
+    is_averaged,
     is_hooked,
     parameter,
 )
@@ -34,27 +35,6 @@ import accumkern
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 sgd = functools.partial(gradients.sgd, momentum=0.5)
-
-
-@pytest.fixture
-def no_collector() -> Iterator[None]:
-    """Only what nobody refers to goes away."""
-    torch.optim.SGD([parameter(1)], lr=1.0)  # torch's first optimizer leaves circles of its own
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
-def is_averaged(param: Tensor) -> bool:
-    """Return whether average_over=2 is at work."""
-    param.grad = None
-    backward(param, 4.0)
-    assert param.grad is not None
-    averaged = bool((param.grad == 2).all())
-    assert averaged or bool((param.grad == 4).all())
-    param.grad = None
-    return averaged
 
 
 def through_a_file(state: Any) -> Any:

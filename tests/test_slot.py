@@ -12,6 +12,8 @@ import pytest
 import torch
 from gradients import (
     BF16,
+    CASES,
+    LOW_PRECISION_CASES,
     Give,
     assert_same_bits,
     backward,
@@ -29,14 +31,6 @@ import accumkern
 from accumkern.formats import BUFFERS, Format, decode, encode
 
 micro_gradients = functools.partial(gradients.micro_gradients, mean=3.0)
-
-CASES = [
-    pytest.param(buffer, dtype, id=f"{buffer}-{str(dtype)[6:]}")
-    for buffer, formats in BUFFERS.items()
-    for dtype in formats
-]
-
-LOW_PRECISION_CASES = [case for case in CASES if case.values[1] is not torch.float32]
 
 
 # ---- windows -------------------------------------------------------------------------------------------------------

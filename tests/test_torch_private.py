@@ -4,23 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gradients import backward, parameter
-from torch import Tensor
+from gradients import is_averaged, parameter
 
 import accumkern
 from accumkern import torch_private
-
-
-def is_averaged(param: Tensor) -> bool:
-    """Return whether average_over=2 is at work."""
-    param.grad = None
-    backward(param, 4.0)
-    assert param.grad is not None
-    averaged = bool((param.grad == 2).all())
-    assert averaged or bool((param.grad == 4).all())
-    param.grad = None
-    return averaged
-
 
 # ---- torch ---------------------------------------------------------------------------------------------------------
 
