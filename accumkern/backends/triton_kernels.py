@@ -130,7 +130,7 @@ def fold_block(
     START: tl.constexpr,
     PARTIALS: tl.constexpr,
 ):
-    """x = fma(scale, grad, decode(sum, residual)); (sum, residual) = encode(x), for a tensor's block, if it has it."""
+    """x = fma(scale, grad, decode(sum, residual)); (sum, residual) = encode(x), for a tensor's block."""
     begin = block.to(tl.int64) * BLOCK_SIZE
     left = numel - begin
     grad_ptr += begin
@@ -139,7 +139,7 @@ def fold_block(
     partials_ptr += block.to(tl.int64) * PARTIAL_COLUMNS
     if left >= BLOCK_SIZE:
         fold_elements(grad_ptr, sum_ptr, residual_ptr, partials_ptr, None, scale, FORMAT, START, PARTIALS)
-    elif left > 0:
+    else:
         fold_elements(grad_ptr, sum_ptr, residual_ptr, partials_ptr, left, scale, FORMAT, START, PARTIALS)
 
 
@@ -154,14 +154,14 @@ def finish_block(
     FORMAT: tl.constexpr,
     START: tl.constexpr,
 ):
-    """sum = round((decode(sum, residual) / divisor) * factor), for a tensor's block, if it has it."""
+    """sum = round((decode(sum, residual) / divisor) * factor), for a tensor's block."""
     begin = block.to(tl.int64) * BLOCK_SIZE
     left = numel - begin
     sum_ptr += begin
     residual_ptr += begin
     if left >= BLOCK_SIZE:
         finish_elements(sum_ptr, residual_ptr, None, divisor, factor, FORMAT, START)
-    elif left > 0:
+    else:
         finish_elements(sum_ptr, residual_ptr, left, divisor, factor, FORMAT, START)
 
 
@@ -174,7 +174,7 @@ def decode_block(
     block,
     FORMAT: tl.constexpr,
 ):
-    """value = decode(sum, residual), for a tensor's block, if it has it."""
+    """value = decode(sum, residual), for a tensor's block."""
     begin = block.to(tl.int64) * BLOCK_SIZE
     left = numel - begin
     sum_ptr += begin
@@ -182,7 +182,7 @@ def decode_block(
     value_ptr += begin
     if left >= BLOCK_SIZE:
         decode_elements(sum_ptr, residual_ptr, value_ptr, None, FORMAT)
-    elif left > 0:
+    else:
         decode_elements(sum_ptr, residual_ptr, value_ptr, left, FORMAT)
 
 
@@ -196,7 +196,7 @@ def encode_block(
     divisor,
     FORMAT: tl.constexpr,
 ):
-    """(sum, residual) = encode(value / divisor), for a tensor's block, if it has it."""
+    """(sum, residual) = encode(value / divisor), for a tensor's block."""
     begin = block.to(tl.int64) * BLOCK_SIZE
     left = numel - begin
     value_ptr += begin
@@ -204,7 +204,7 @@ def encode_block(
     residual_ptr += begin
     if left >= BLOCK_SIZE:
         encode_elements(value_ptr, sum_ptr, residual_ptr, None, divisor, FORMAT)
-    elif left > 0:
+    else:
         encode_elements(value_ptr, sum_ptr, residual_ptr, left, divisor, FORMAT)
 
 
@@ -231,9 +231,8 @@ def accumulate_kernel(
 @triton.jit(do_not_specialize=["numel"])
 def finish_kernel(sum_ptr, residual_ptr, numel, divisor, factor, FORMAT: tl.constexpr, START: tl.constexpr):
     """Finish one tensor: program b does block b."""
-    finish_block(
-        sum_ptr, residual_ptr, numel, tl.program_id(0), load_scalar(divisor), load_scalar(factor), FORMAT, START
-    )
+    block = tl.program_id(0)
+    finish_block(sum_ptr, residual_ptr, numel, block, load_scalar(divisor), load_scalar(factor), FORMAT, START)
 
 
 @triton.jit(do_not_specialize=["numel"])
@@ -250,7 +249,8 @@ def encode_kernel(value_ptr, sum_ptr, residual_ptr, numel, divisor, FORMAT: tl.c
 
 # ---- kernels for a list ------------------------------------------------------------------------------------------
 #
-# A table has a row for each tensor: what the kernel for one tensor takes up to numel, int64.
+# A table has a row for each tensor: what the kernel for one tensor takes up to numel, int64. A shorter tensor has fewer
+# blocks than the grid.
 
 
 @triton.jit
@@ -281,7 +281,9 @@ def accumulate_list_kernel(
     partials_ptr = load_pointer(row_ptr, 3, tl.float32, False)
     numel = tl.load(row_ptr + 4)
     block = tl.program_id(1)
-    fold_block(grad_ptr, sum_ptr, residual_ptr, partials_ptr, numel, block, load_scalar(scale), FORMAT, START, PARTIALS)
+    if block * BLOCK_SIZE < numel:
+        factor = load_scalar(scale)
+        fold_block(grad_ptr, sum_ptr, residual_ptr, partials_ptr, numel, block, factor, FORMAT, START, PARTIALS)
 
 
 @triton.jit
@@ -300,9 +302,9 @@ def finish_list_kernel(
     sum_ptr = load_pointer(row_ptr, 0, SUM_DTYPE, ALIGNED)
     residual_ptr = load_pointer(row_ptr, 1, RESIDUAL_DTYPE, ALIGNED)
     numel = tl.load(row_ptr + 2)
-    finish_block(
-        sum_ptr, residual_ptr, numel, tl.program_id(1), load_scalar(divisor), load_scalar(factor), FORMAT, START
-    )
+    block = tl.program_id(1)
+    if block * BLOCK_SIZE < numel:
+        finish_block(sum_ptr, residual_ptr, numel, block, load_scalar(divisor), load_scalar(factor), FORMAT, START)
 
 
 @triton.jit
@@ -319,7 +321,9 @@ def decode_list_kernel(
     residual_ptr = load_pointer(row_ptr, 1, RESIDUAL_DTYPE, ALIGNED)
     value_ptr = load_pointer(row_ptr, 2, tl.float32, ALIGNED)
     numel = tl.load(row_ptr + 3)
-    decode_block(sum_ptr, residual_ptr, value_ptr, numel, tl.program_id(1), FORMAT)
+    block = tl.program_id(1)
+    if block * BLOCK_SIZE < numel:
+        decode_block(sum_ptr, residual_ptr, value_ptr, numel, block, FORMAT)
 
 
 @triton.jit
@@ -337,4 +341,6 @@ def encode_list_kernel(
     sum_ptr = load_pointer(row_ptr, 1, SUM_DTYPE, ALIGNED)
     residual_ptr = load_pointer(row_ptr, 2, RESIDUAL_DTYPE, ALIGNED)
     numel = tl.load(row_ptr + 3)
-    encode_block(value_ptr, sum_ptr, residual_ptr, numel, tl.program_id(1), load_scalar(divisor), FORMAT)
+    block = tl.program_id(1)
+    if block * BLOCK_SIZE < numel:
+        encode_block(value_ptr, sum_ptr, residual_ptr, numel, block, load_scalar(divisor), FORMAT)

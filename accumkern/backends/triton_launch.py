@@ -120,7 +120,8 @@ def _launch(
         small, others = _split_by_size(numels, device)
         if small:
             # While a CUDA graph is captured, lists are launched one by one, and a kernel may not be loaded then. So its
-            # first list also launches the single kernel, on no elements.
+            # first list also launches the single kernel, on no elements. It writes nothing but partial sums of zero,
+            # which the list kernel writes again.
             key = (kernel, device, *[isinstance(s, Tensor) for s in scalars], *options.values())
             if key not in _loaded:
                 _loaded.add(key)
