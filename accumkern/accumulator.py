@@ -206,7 +206,7 @@ class GradAccumulator:
             ValueError: ``param`` is not a parameter of the attached optimizer.
         """
         slot = self._slot_of(param)
-        return None if param.grad is None else slot.parts(param.grad)
+        return None if param.grad is None else slot.parts()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint in the middle of a window needs: sums and residuals, bit for bit.

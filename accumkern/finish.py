@@ -74,14 +74,14 @@ def total_norm(gradients: list[Stored], norm_type: float, kernels_on: _KernelsOn
         if norm_type == 2 and gradient.partials is not None:
             measured.setdefault(gradient.partials.device, []).append(gradient.partials)
         elif gradient.groups:
-            zero = gradient.parts.sum.new_zeros((), dtype=torch.float32)  # every rank takes part in the reduction
+            zero = gradient.sum.new_zeros((), dtype=torch.float32)  # every rank takes part in the reduction
             shards.setdefault(gradient.groups, []).extend([zero, *_norms(gradient, norm_type, kernels_on)])
         else:
             norms += _norms(gradient, norm_type, kernels_on)
     for groups, of_groups in shards.items():
         norms.append(norm_over(groups, _norm_of(of_groups, of_groups[0].device, norm_type), norm_type))
     norms += [torch.cat(rows)[:, 1].sum(dtype=torch.float64).sqrt().float() for rows in measured.values()]
-    device = gradients[0].parts.sum.device
+    device = gradients[0].sum.device
     if not norms:
         return torch.zeros((), dtype=torch.float32, device=device)
     return _norm_of(norms, device, norm_type)
@@ -91,7 +91,7 @@ def total_norm(gradients: list[Stored], norm_type: float, kernels_on: _KernelsOn
 def write(gradients: list[Stored], divisor: float | Tensor, factor: Tensor | float, kernels_on: _KernelsOn) -> None:
     """Set each ``.grad`` to ``round((x / divisor) * factor)``, computed in FP32 from the accumulated value ``x``."""
     launches: dict[tuple[torch.device, Format, Start], tuple[list[Tensor], list[Any]]] = {}
-    for total, residual, format_ in (gradient.parts for gradient in gradients):
+    for total, residual, format_, *_ in gradients:
         if format_ is None:
             total.div_(_on(divisor, total.device)).mul_(_on(factor, total.device))
         else:
@@ -112,7 +112,7 @@ def _check_divide_by(divide_by: object, gradients: list[Stored]) -> None:
         if divide_by.dim() != 0 or divide_by.is_complex() or divide_by.dtype is torch.bool:
             shape, dtype = tuple(divide_by.shape), divide_by.dtype
             raise ValueError(f"divide_by is a tensor of shape {shape} and {dtype}; {right}")
-        devices = {gradient.parts.sum.device for gradient in gradients}
+        devices = {gradient.sum.device for gradient in gradients}
         if divide_by.device not in devices:
             on = ", ".join(sorted(map(str, devices)))
             raise ValueError(f"divide_by is on {divide_by.device} and the gradients on {on}; move it there")
@@ -147,9 +147,10 @@ def _norm_of(norms: list[Tensor], device: torch.device, norm_type: float) -> Ten
 
 def _norms(gradient: Stored, norm_type: float, kernels_on: _KernelsOn) -> list[Tensor]:
     """Return norms of parts of a gradient's accumulated values, FP32; what decodes is only as large as a part."""
-    total, residual, format_ = gradient.parts
+    total, residual, format_ = gradient[:3]
     if gradient.reduce is not None:
-        value = gradient.reduce(total.float() if format_ is None else decode(format_, total, residual))
+        low = None if residual is None else residual.as_strided(total.shape, total.stride())
+        value = gradient.reduce(total.float() if format_ is None else decode(format_, total, low))
         return [torch.linalg.vector_norm(value, norm_type)] if value.numel() else []
     if total.numel() == 0:  # which has no maximum
         return []
@@ -158,9 +159,9 @@ def _norms(gradient: Stored, norm_type: float, kernels_on: _KernelsOn) -> list[T
             total = total.coalesce().values() if total.layout is torch.sparse_coo else total.values()
         dtype = torch.float32 if total.dtype in (torch.bfloat16, torch.float16) else None
         return [torch.linalg.vector_norm(total, norm_type, dtype=dtype).float()]
-    flat, low = (tensor.as_strided((tensor.numel(),), (1,)) for tensor in (total, residual))
+    flat = total.as_strided((total.numel(),), (1,))
     norms = []
-    for part, low_part in zip(flat.split(_PART_NUMEL), low.split(_PART_NUMEL), strict=True):
+    for part, low_part in zip(flat.split(_PART_NUMEL), residual.split(_PART_NUMEL), strict=True):
         value = torch.empty_like(part, dtype=torch.float32)
         kernels_on(total.device).decode(format_, [part], [low_part], [value])
         norms.append(torch.linalg.vector_norm(value, norm_type))

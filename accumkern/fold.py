@@ -117,7 +117,9 @@ class Fold:
                 residuals = [slot.residual_for(total, dtype) for slot, total in zip(slots, sums, strict=True)]
         if start is Start.FROM_ZERO:
             sums = [torch.empty_like(grad) for grad in grads]
-        _check_memory(grads, sums, residuals)
+        # Whoever gives .grad another size through .data while it waits leaves no trace in its version.
+        if list(map(_numel, grads)) != list(map(_numel, sums)):
+            raise ValueError("the .data of a .grad was given another size in the middle of a backward pass")
         device = slots[0].device
         scale = self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale
         partials = None
@@ -178,11 +180,3 @@ class Fold:
             param.grad = new + running
         else:
             param.grad = running.add_(new)
-
-
-def _check_memory(grads: list[Tensor], sums: list[Tensor], residuals: list[Tensor] | None) -> None:
-    """Raise where a kernel would reach beyond a tensor: ``.data`` was replaced while its gradient waited."""
-    numels = list(map(_numel, sums))
-    for tensors in (grads, residuals):
-        if tensors is not None and list(map(_numel, tensors)) != numels:
-            raise ValueError("the .data of a .grad was given another size in the middle of a backward pass")

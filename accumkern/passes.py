@@ -53,10 +53,10 @@ def hook_functions(slot: Slot) -> tuple[Callable[[Any], None], Callable[[Tensor]
             _refuse_compiled_autograd()
         slot = reference()
         if slot is not None:
-            grad = slot.param.grad
-            slot.set_aside = grad
+            param = slot.param
+            slot.set_aside = grad = param.grad
             if grad is not None:
-                slot.param.grad = None
+                param.grad = None
 
     def accumulate(param: Tensor) -> None:
         slot = reference()
@@ -97,13 +97,13 @@ class BackwardPasses:
 
     def accumulate(self, slot: Slot, param: Tensor) -> None:
         """Fold the gradient that autograd has just left in ``param.grad`` into the running one."""
-        fold = self._fold
         running: Any = slot.set_aside
         slot.set_aside = NOT_SET_ASIDE
         new: Any = param.grad
         if new is None:  # somebody's hook took it
             param.grad = None if running is NOT_SET_ASIDE else running
             return
+        fold = self._fold
         number = current_graph_task_id()
         if running is NOT_SET_ASIDE:
             if compiled_autograd_runs():
@@ -225,7 +225,7 @@ class BackwardPasses:
         if not self._waiting:
             return
         self._waiting_numel = 0
-        launches: dict[tuple[int, Start], tuple[list[Slot], list[Tensor], list[Tensor], Start]] = {}
+        launches: dict[int, tuple[list[Slot], list[Tensor], list[Tensor], Start]] = {}
         popleft = self._waiting.popleft
         while True:
             try:
@@ -244,7 +244,7 @@ class BackwardPasses:
                 current = torch.cuda.current_stream(slot.device)
                 current.wait_stream(torch.cuda.ExternalStream(stream, slot.device))
                 new.record_stream(current)
-            key = slot.launch_group, start
+            key = slot.launch_group + start
             if key not in launches:
                 launches[key] = ([], [], [], start)
             slots, grads, sums, _ = launches[key]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accumkern.dtensor import is_in_group
-from accumkern.formats import PARTIALS, Format, decode, partial_rows
+from accumkern.formats import PARTIALS, Format, Start, decode, partial_rows
 from accumkern.ops import is_dense
 
 # Gradients of at most this many elements wait for the end of the backward pass and share one launch.
@@ -37,8 +37,10 @@ class Parts(NamedTuple):
 class Stored(NamedTuple):
     """An accumulated gradient as it lies in memory, and what the end of a window can use of it."""
 
-    parts: Parts
-    partials: Tensor | None  # left by the last fold, if nobody has changed the gradient since
+    sum: Tensor
+    residual: Tensor | None  # flat, in the memory order of the sum
+    format: Format | None
+    partials: Tensor | None = None  # left by the last fold, if nobody has changed the gradient since
     groups: tuple[Any, ...] = ()  # process groups whose ranks hold the other elements
     reduce: Callable[[Tensor], Tensor] | None = None  # takes the sum over ranks of which this is one term
 
@@ -92,7 +94,7 @@ class Slot:
         self.device = param.device
         self.is_cuda = self.device.type == "cuda"
         self.dtype = param.dtype if param.dtype in FOLDED_DTYPES else None
-        self.launch_group = _LAUNCH_GROUPS.setdefault((self.device, param.dtype), len(_LAUNCH_GROUPS))
+        self.launch_group = _LAUNCH_GROUPS.setdefault((self.device, param.dtype), len(Start) * len(_LAUNCH_GROUPS))
         self.numel = self.local(param).numel()
         self.is_small = self.numel <= SMALL_NUMEL
         self.residual: Any = None  # a tensor, once there is one: flat, in the memory order of .grad
@@ -116,10 +118,14 @@ class Slot:
 
     def stored(self) -> Stored:
         """Return ``.grad``, which is there, as it lies in memory."""
-        parts = self.parts(self.param.grad)
+        grad: Any = self.param.grad
+        total = self.local(grad)
+        format_ = self.formats.get(total.dtype)
+        if format_ is None or total.layout is not torch.strided or total.is_neg() or not is_dense(total):
+            return Stored(total, None, None)
         # A collective that has written to .grad since leaves no trace in its version.
-        is_measured = self.is_measured and self.owns(self.param.grad) and not is_in_group()
-        return Stored(parts, self.partials if is_measured and parts.format is not None else None)
+        is_measured = self.is_measured and self.owns(grad) and not is_in_group()
+        return Stored(total, self.valid_residual(grad), format_, self.partials if is_measured else None)
 
     def saved_residual(self, residual: Tensor, like: Any) -> Any:
         """Return a flat residual as a state holds it, beside the gradient ``like``."""
@@ -186,14 +192,10 @@ class Slot:
             self.residual_for(residual, residual.dtype).copy_(residual)
             self.remember()
 
-    def parts(self, grad: Any) -> Parts:
-        """Return a gradient and what belongs to it, as this rank holds them."""
-        local = self.local(grad)
-        format_ = self.formats.get(local.dtype)
-        if format_ is None or local.layout is not torch.strided or local.is_neg() or not is_dense(local):
-            return Parts(local, None, None)
-        residual = self.valid_residual(grad)
-        return Parts(local, None if residual is None else residual.as_strided(local.shape, local.stride()), format_)
+    def parts(self) -> Parts:
+        """Return ``.grad``, which is there, and what belongs to it, as this rank holds them."""
+        total, residual, format_ = self.stored()[:3]
+        return Parts(total, None if residual is None else residual.as_strided(total.shape, total.stride()), format_)
 
     def value(self, grad: Any) -> Any:
         """Return the accumulated value as a new FP32 tensor; a complex one as it is."""
@@ -212,7 +214,7 @@ class Slot:
 
 # ---- helpers -----------------------------------------------------------------------------------------------------
 
-# Device and dtype -> a number, which is cheaper to group by.
+# Device and dtype -> a number, to which a Start can be added: cheaper to group by.
 _LAUNCH_GROUPS: dict[tuple[torch.device, torch.dtype], int] = {}
 
 

@@ -25,7 +25,7 @@ from timing import Timing, Variant, allocate, sets_of, time_variants
 from accumkern import backends
 from accumkern.finish import total_norm, write
 from accumkern.formats import PARTIALS, Format, Start, partial_rows
-from accumkern.slot import Parts, Stored
+from accumkern.slot import Stored
 
 # What is divided by is 1 and what is clipped to is never reached: the work is the same, and the values stay what they
 # are from call to call.
@@ -120,7 +120,7 @@ def finish_variant(buffers: Buffers, format_: Format, backend: str) -> Variant:
     """Return what GradAccumulator.finish() does with gradients that were folded."""
     residuals = buffers.residuals[format_]
     gradients = [
-        Stored(Parts(grad, residual, format_), partials)
+        Stored(grad, residual, format_, partials)
         for grad, residual, partials in zip(buffers.sums, residuals, buffers.partials, strict=True)
     ]
     kernels = backends.kernels(backend)

@@ -156,9 +156,7 @@ def test_norm_is_read_from_what_the_folds_left(monkeypatch: pytest.MonkeyPatch) 
     from accumkern import finish
 
     original = finish._norms
-    monkeypatch.setattr(
-        finish, "_norms", lambda g, *rest: (passes.append(tuple(g.parts.sum.shape)), original(g, *rest))[1]
-    )
+    monkeypatch.setattr(finish, "_norms", lambda g, *rest: (passes.append(tuple(g.sum.shape)), original(g, *rest))[1])
 
     def window(count: int, change: Callable[[], object] = lambda: None) -> int:
         passes.clear()
