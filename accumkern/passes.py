@@ -24,7 +24,7 @@ from accumkern.lost_bits import LostBitsMeter
 from accumkern.slot import NOT_SET_ASIDE, Slot
 from accumkern.torch_private import (
     NO_BACKWARD,
-    compiled_autograd_runs,
+    compiled_autograd,
     current_graph_task_id,
     current_raw_stream,
     post_accumulate_hooks,
@@ -49,7 +49,8 @@ def hook_functions(slot: Slot) -> tuple[Callable[[Any], None], Callable[[Tensor]
     reference = weakref.ref(slot)
 
     def set_aside(_grad_outputs: Any) -> None:
-        if compiled_autograd_runs():
+        compiled = compiled_autograd()
+        if compiled is not None and compiled.in_compiled_autograd_region:
             _refuse_compiled_autograd()
         slot = reference()
         if slot is not None:
@@ -106,7 +107,8 @@ class BackwardPasses:
         fold = self._fold
         number = current_graph_task_id()
         if running is NOT_SET_ASIDE:
-            if compiled_autograd_runs():
+            compiled = compiled_autograd()
+            if compiled is not None and compiled.in_compiled_autograd_region:
                 _refuse_compiled_autograd()
             self._begin(number)
             self.renew_nodes(new, was_added=slot.last() is new)
@@ -245,16 +247,16 @@ class BackwardPasses:
                 current.wait_stream(torch.cuda.ExternalStream(stream, slot.device))
                 new.record_stream(current)
             key = slot.launch_group + start
-            if key not in launches:
-                launches[key] = ([], [], [], start)
-            slots, grads, sums, _ = launches[key]
-            slots.append(slot)
-            grads.append(new)
-            sums.append(grad)
+            launch = launches.get(key)
+            if launch is None:
+                launch = launches[key] = ([], [], [], start)
+            launch[0].append(slot)
+            launch[1].append(new)
+            launch[2].append(grad)
             if start is Start.FROM_ZERO:  # before any is folded, which may fail: see Fold.many
                 slot.param.grad = None
-        for launch in launches.values():
-            self._fold.many(*launch)
+        for slots, grads, sums, start in launches.values():
+            self._fold.many(slots, grads, sums, start)
 
 
 def _refuse_compiled_autograd() -> None:

@@ -6,6 +6,7 @@ they are needed.
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 from typing import Any
@@ -63,10 +64,9 @@ current_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _stream_by_p
 post_accumulate_hooks = operator.attrgetter("_post_accumulate_grad_hooks")
 
 
-def compiled_autograd_runs() -> bool:
-    """Return whether this is a backward pass of compiled autograd."""
-    compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
-    return compiled_autograd is not None and compiled_autograd.in_compiled_autograd_region
+#: The module of compiled autograd, whose ``in_compiled_autograd_region`` says whether it runs, or None. Without a
+#: function in Python, because it is called for every gradient.
+compiled_autograd = functools.partial(sys.modules.get, "torch._dynamo.compiled_autograd")
 
 
 def has_step_hooks(optimizer: object) -> bool:
