@@ -98,15 +98,18 @@ def compile_triton(architecture: int) -> dict[str, Any]:
         for start in Start if architecture == 90 else [Start.CONTINUE]:
             variant, constants = f"{format_.name}-{start.name}", of_format | {"START": int(start)}
             signature = grad | stored | partials | numel | scale
+            constants["SCALE_IS_POINTER"] = False
             build("accumulate_kernel", variant, signature, constants | {"PARTIALS": False})
             build("accumulate_kernel", f"{variant}-partials", signature, constants | {"PARTIALS": True})
         variant, constants = f"{format_.name}-{Start.CONTINUE.name}", of_format | {"START": int(Start.CONTINUE)}
-        build("finish_kernel", variant, stored | numel | divisor | factor, constants)
+        by_value = {"DIVISOR_IS_POINTER": False, "FACTOR_IS_POINTER": False}
+        build("finish_kernel", variant, stored | numel | divisor | factor, constants | by_value)
         build("decode_kernel", variant, stored | value | numel, of_format)
-        build("encode_kernel", variant, value | stored | numel | divisor, of_format)
+        build("encode_kernel", variant, value | stored | numel | divisor, of_format | {"DIVISOR_IS_POINTER": False})
         of_list = {"SUM_DTYPE": sum_dtype, "RESIDUAL_DTYPE": residual_dtype, "ALIGNED": True}
         signature = {"table_ptr": "*i64"} | scale
-        build("accumulate_list_kernel", variant, signature, constants | {"PARTIALS": False} | of_list)
+        of_list |= constants | {"PARTIALS": False, "SCALE_IS_POINTER": False}
+        build("accumulate_list_kernel", variant, signature, of_list)
     return report
 
 

@@ -29,9 +29,9 @@ VECTOR = tl.constexpr(8)
 
 
 @triton.jit
-def load_scalar(scalar):
+def load_scalar(scalar, IS_POINTER: tl.constexpr):
     """Return a float32, given by its value or by a pointer to it."""
-    if tl.to_tensor(scalar).dtype.is_ptr():  # in triton's interpreter a value is no tensor yet
+    if IS_POINTER:
         return tl.load(scalar)
     else:
         return scalar
@@ -222,17 +222,28 @@ def accumulate_kernel(
     FORMAT: tl.constexpr,
     START: tl.constexpr,
     PARTIALS: tl.constexpr,
+    SCALE_IS_POINTER: tl.constexpr,
 ):
     """Fold one tensor: program b does block b."""
-    block = tl.program_id(0)
-    fold_block(grad_ptr, sum_ptr, residual_ptr, partials_ptr, numel, block, load_scalar(scale), FORMAT, START, PARTIALS)
+    block, factor = tl.program_id(0), load_scalar(scale, SCALE_IS_POINTER)
+    fold_block(grad_ptr, sum_ptr, residual_ptr, partials_ptr, numel, block, factor, FORMAT, START, PARTIALS)
 
 
 @triton.jit(do_not_specialize=["numel"])
-def finish_kernel(sum_ptr, residual_ptr, numel, divisor, factor, FORMAT: tl.constexpr, START: tl.constexpr):
+def finish_kernel(
+    sum_ptr,
+    residual_ptr,
+    numel,
+    divisor,
+    factor,
+    FORMAT: tl.constexpr,
+    START: tl.constexpr,
+    DIVISOR_IS_POINTER: tl.constexpr,
+    FACTOR_IS_POINTER: tl.constexpr,
+):
     """Finish one tensor: program b does block b."""
-    block = tl.program_id(0)
-    finish_block(sum_ptr, residual_ptr, numel, block, load_scalar(divisor), load_scalar(factor), FORMAT, START)
+    divide_by, multiply_by = load_scalar(divisor, DIVISOR_IS_POINTER), load_scalar(factor, FACTOR_IS_POINTER)
+    finish_block(sum_ptr, residual_ptr, numel, tl.program_id(0), divide_by, multiply_by, FORMAT, START)
 
 
 @triton.jit(do_not_specialize=["numel"])
@@ -242,9 +253,12 @@ def decode_kernel(sum_ptr, residual_ptr, value_ptr, numel, FORMAT: tl.constexpr)
 
 
 @triton.jit(do_not_specialize=["numel"])
-def encode_kernel(value_ptr, sum_ptr, residual_ptr, numel, divisor, FORMAT: tl.constexpr):
+def encode_kernel(
+    value_ptr, sum_ptr, residual_ptr, numel, divisor, FORMAT: tl.constexpr, DIVISOR_IS_POINTER: tl.constexpr
+):
     """Encode one tensor: program b does block b."""
-    encode_block(value_ptr, sum_ptr, residual_ptr, numel, tl.program_id(0), load_scalar(divisor), FORMAT)
+    divide_by = load_scalar(divisor, DIVISOR_IS_POINTER)
+    encode_block(value_ptr, sum_ptr, residual_ptr, numel, tl.program_id(0), divide_by, FORMAT)
 
 
 # ---- kernels for a list ------------------------------------------------------------------------------------------
@@ -269,6 +283,7 @@ def accumulate_list_kernel(
     FORMAT: tl.constexpr,
     START: tl.constexpr,
     PARTIALS: tl.constexpr,
+    SCALE_IS_POINTER: tl.constexpr,
     SUM_DTYPE: tl.constexpr,
     RESIDUAL_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -282,7 +297,7 @@ def accumulate_list_kernel(
     numel = tl.load(row_ptr + 4)
     block = tl.program_id(1)
     if block * BLOCK_SIZE < numel:
-        factor = load_scalar(scale)
+        factor = load_scalar(scale, SCALE_IS_POINTER)
         fold_block(grad_ptr, sum_ptr, residual_ptr, partials_ptr, numel, block, factor, FORMAT, START, PARTIALS)
 
 
@@ -293,6 +308,8 @@ def finish_list_kernel(
     factor,
     FORMAT: tl.constexpr,
     START: tl.constexpr,
+    DIVISOR_IS_POINTER: tl.constexpr,
+    FACTOR_IS_POINTER: tl.constexpr,
     SUM_DTYPE: tl.constexpr,
     RESIDUAL_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -304,7 +321,8 @@ def finish_list_kernel(
     numel = tl.load(row_ptr + 2)
     block = tl.program_id(1)
     if block * BLOCK_SIZE < numel:
-        finish_block(sum_ptr, residual_ptr, numel, block, load_scalar(divisor), load_scalar(factor), FORMAT, START)
+        divide_by, multiply_by = load_scalar(divisor, DIVISOR_IS_POINTER), load_scalar(factor, FACTOR_IS_POINTER)
+        finish_block(sum_ptr, residual_ptr, numel, block, divide_by, multiply_by, FORMAT, START)
 
 
 @triton.jit
@@ -331,6 +349,7 @@ def encode_list_kernel(
     table_ptr,  # (tensors, 4)
     divisor,
     FORMAT: tl.constexpr,
+    DIVISOR_IS_POINTER: tl.constexpr,
     SUM_DTYPE: tl.constexpr,
     RESIDUAL_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -343,4 +362,5 @@ def encode_list_kernel(
     numel = tl.load(row_ptr + 3)
     block = tl.program_id(1)
     if block * BLOCK_SIZE < numel:
-        encode_block(value_ptr, sum_ptr, residual_ptr, numel, block, load_scalar(divisor), FORMAT)
+        divide_by = load_scalar(divisor, DIVISOR_IS_POINTER)
+        encode_block(value_ptr, sum_ptr, residual_ptr, numel, block, divide_by, FORMAT)

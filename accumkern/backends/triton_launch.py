@@ -60,7 +60,7 @@ def fold(
         accumulate_list_kernel,
         format_,
         [grads, sums, residuals or sums, partials or sums],
-        [scale],
+        {"scale": scale},
         START=int(start),
         PARTIALS=partials is not None,
     )
@@ -76,12 +76,14 @@ def finish(
 ) -> None:
     """Divide, multiply and round each sum; see :class:`accumkern.backends.FinishFunction`."""
     columns = [sums, residuals or sums]
-    _launch(finish_kernel, finish_list_kernel, format_, columns, [divisor, factor], START=int(start))
+    _launch(
+        finish_kernel, finish_list_kernel, format_, columns, {"divisor": divisor, "factor": factor}, START=int(start)
+    )
 
 
 def decode(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
     """Write the FP32 values of each sum; see :class:`accumkern.backends.DecodeFunction`."""
-    _launch(decode_kernel, decode_list_kernel, format_, [sums, residuals or sums, values], [])
+    _launch(decode_kernel, decode_list_kernel, format_, [sums, residuals or sums, values], {})
 
 
 def encode(
@@ -92,7 +94,7 @@ def encode(
     residuals: list[Tensor] | None,
 ) -> None:
     """Divide FP32 values and store them; see :class:`accumkern.backends.EncodeFunction`."""
-    _launch(encode_kernel, encode_list_kernel, format_, [values, sums, residuals or sums], [divisor])
+    _launch(encode_kernel, encode_list_kernel, format_, [values, sums, residuals or sums], {"divisor": divisor})
 
 
 _loaded: set[tuple[object, ...]] = set()
@@ -103,12 +105,13 @@ def _launch(
     list_kernel: Any,
     format_: Format,
     columns: list[list[Tensor]],
-    scalars: list[float | Tensor],
+    named_scalars: dict[str, float | Tensor],
     **constants: int,
 ) -> None:
     """Launch a kernel on lists of tensors, one list for each of its pointers, in their order."""
-    scalars = [s.detach().to(torch.float32) if isinstance(s, Tensor) else float(s) for s in scalars]
-    options = {"FORMAT": int(format_), **constants, **OPTIONS}
+    scalars = [s.detach().to(torch.float32) if isinstance(s, Tensor) else float(s) for s in named_scalars.values()]
+    are_pointers = {f"{name.upper()}_IS_POINTER": isinstance(s, Tensor) for name, s in named_scalars.items()}
+    options = {"FORMAT": int(format_), **constants, **are_pointers, **OPTIONS}
     numels = [tensor.numel() for tensor in columns[0]]
     device = columns[0][0].device
 
@@ -122,7 +125,7 @@ def _launch(
             # While a CUDA graph is captured, lists are launched one by one, and a kernel may not be loaded then. So its
             # first list also launches the single kernel, on no elements. It writes nothing but partial sums of zero,
             # which the list kernel writes again.
-            key = (kernel, device, *[isinstance(s, Tensor) for s in scalars], *options.values())
+            key = (kernel, device, *options.values())
             if key not in _loaded:
                 _loaded.add(key)
                 launch(small[0], 0)
