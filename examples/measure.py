@@ -47,7 +47,9 @@ class AllocatorMeter:
         else:
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its start and end to stderr otherwise
             self._profile = torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+                activities=[torch.profiler.ProfilerActivity.CPU],
+                profile_memory=True,
+                acc_events=True,  # there is one cycle; torch 2.10 warns of others
             )
             self._profile.__enter__()
         return self

@@ -301,6 +301,10 @@ def raise_on_purpose(_: Tensor) -> None:
     raise ValueError("on purpose")
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.10."),
+    reason="fully_shard of torch 2.10 cannot go on after a failed backward pass, without accumkern either",
+)
 def test_after_a_failed_backward_pass_zero_grad_repairs(ranks: Ranks) -> None:
     ranks.run(a_failed_backward)
 

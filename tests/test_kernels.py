@@ -62,7 +62,7 @@ def test_bits_agree_with_the_reference(
         pytest.skip("the product is rounded before it is added; how far that may go has a test of its own")
     large = 1_000_003 if device.type == "cuda" else 12_289 if is_interpreted(backend, device) else 100_003
     rows = [problem(format_, numel) for numel in (*SIZES, large)]
-    if backend == "eager" and format_ is Format.PLAIN32:
+    if format_ is Format.PLAIN32 and not rounds_once(backend, device):
         for grad, _, _ in rows:  # a part of a subnormal FP32 gradient is not exact either
             grad[grad.abs() < 2.0**-124] = 0
     for row in rows:
