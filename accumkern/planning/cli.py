@@ -25,7 +25,7 @@ from accumkern.planning.protocol import load_setup
 from accumkern.planning.ranks import is_first
 from accumkern.planning.report import format_rate, format_useful, write_plan, write_sweep
 from accumkern.planning.sweep import sweep
-from accumkern.planning.sweep_result import Row, Run, Sweep
+from accumkern.planning.sweep_result import Run, Sweep
 
 _OWN = ("command", "setup", "output", "json", "predict")  # options of the command line; the others are arguments
 _LEAST_WIDTH = 100  # where there is no terminal to fit into
@@ -37,15 +37,25 @@ def run(args: argparse.Namespace) -> int:
     Of several ranks, the first prints and writes the result, and every rank its own error.
     """
     errors = _console(stderr=True)
+    folder: Any = args.output
     try:
-        if args.output is not None:
-            args.output = args.output.expanduser()
-            args.output.mkdir(parents=True, exist_ok=True)  # before hours of measuring
+        if folder is not None:
+            folder = folder.expanduser()
+            folder.mkdir(parents=True, exist_ok=True)  # before hours of measuring
         with _Live(errors) as live:
-            result = _plan(args, live) if args.command == "plan" else _sweep(args, live)
+            setup = load_setup(args.setup)
+            arguments = {name: value for name, value in vars(args).items() if name not in _OWN}
+            result: Plan | Sweep
+            if args.command == "plan":
+                result = plan(setup, **arguments, measure=not args.predict, progress=live.tell)
+            else:
+                result = sweep(setup, **arguments, folder=folder, progress=live.tell_of_run)
             if not is_first():
                 return 0
-            page = _write(result, args)
+            page = None
+            if folder is not None:
+                page = write_plan(result, folder) if isinstance(result, Plan) else write_sweep(result, folder)
+            live.finish()
     except (AttributeError, OSError, TypeError, ValueError, RuntimeError) as error:
         errors.print(f"accumkern {args.command}: {error}", style="red", markup=False, highlight=False)
         for frame in _frames_of_script(error.__cause__ or error, args.setup.rpartition(":")[0])[-1:]:
@@ -60,31 +70,6 @@ def run(args: argparse.Namespace) -> int:
     return 0 if isinstance(result, Plan) or result.learnt else 1
 
 
-def _plan(args: argparse.Namespace, live: _Live) -> Plan:
-    return plan(load_setup(args.setup), **_arguments(args), measure=not args.predict, progress=live.tell)
-
-
-def _sweep(args: argparse.Namespace, live: _Live) -> Sweep:
-    def tell(run: Run) -> None:
-        loss = f"loss {run.best_loss:.4g}" if run.points else "no loss"
-        live.tell(
-            f"batch {run.effective_batch}, {run.rule}, seed {run.seed}", f"{run.status}: {loss} in {run.seconds:.3g} s"
-        )
-
-    return sweep(load_setup(args.setup), folder=args.output, **_arguments(args), progress=tell)
-
-
-def _arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the command line has in common with the function: all but what is its own."""
-    return {name: value for name, value in vars(args).items() if name not in _OWN}
-
-
-def _write(result: Plan | Sweep, args: argparse.Namespace) -> Any:
-    if args.output is None:
-        return None
-    return write_plan(result, args.output) if isinstance(result, Plan) else write_sweep(result, args.output)
-
-
 def _frames_of_script(error: BaseException, script: str) -> list[traceback.FrameSummary]:
     """Return where an error passed through the code in a script's folder, called from accumkern."""
     own, of_torch = (Path(str(package.__file__)).parent for package in (accumkern, torch))
@@ -94,13 +79,11 @@ def _frames_of_script(error: BaseException, script: str) -> list[traceback.Frame
     return [frame for frame, parents in called if folder in parents and not {own, of_torch} & set(parents)]
 
 
-class _Live:
+class _Live(Progress):
     """A line for each stage, with what came of it last; on anything but a terminal, a line for each thing told."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._tasks: dict[str, TaskID] = {}
-        self._progress = Progress(
+        super().__init__(
             SpinnerColumn(finished_text="✓"),
             TextColumn("{task.description}", style="bold"),
             TextColumn("{task.fields[detail]}"),
@@ -108,30 +91,29 @@ class _Live:
             console=console,
             disable=not console.is_terminal,
         )
-
-    def __enter__(self) -> _Live:
-        self._progress.__enter__()
-        return self
+        self._stages: dict[str, TaskID] = {}
 
     def tell(self, stage: str, detail: str) -> None:
         """Show what came of a stage."""
         if not is_first():
             return
-        if not self._console.is_terminal:
-            self._console.print(f"{stage}: {detail}", markup=False, highlight=False)
-        if stage not in self._tasks:
-            self._finish()
-            self._tasks[stage] = self._progress.add_task(stage, total=1, detail="")
-        self._progress.update(self._tasks[stage], detail=detail)
+        if self.disable:
+            self.console.print(f"{stage}: {detail}", markup=False, highlight=False)
+        if stage not in self._stages:
+            self.finish()
+            self._stages[stage] = self.add_task(stage, total=1, detail="")
+        self.update(self._stages[stage], detail=detail)
 
-    def _finish(self) -> None:
-        for task in self._tasks.values():
-            self._progress.update(task, completed=1)
+    def tell_of_run(self, run: Run) -> None:
+        """Show what came of a run of a sweep."""
+        loss = f"loss {run.best_loss:.4g}" if run.points else "no loss"
+        stage = f"batch {run.effective_batch}, {run.rule}, seed {run.seed}"
+        self.tell(stage, f"{run.status}: {loss} in {run.seconds:.3g} s")
 
-    def __exit__(self, *exception: Any) -> None:
-        if exception[0] is None:
-            self._finish()
-        self._progress.__exit__(*exception)
+    def finish(self) -> None:
+        """Mark all stages as done."""
+        for task in self.task_ids:
+            self.update(task, completed=1)
 
 
 def _console(stderr: bool = False) -> Console:
@@ -141,30 +123,21 @@ def _console(stderr: bool = False) -> Console:
 
 def _plan_table(plan: Plan) -> RenderableType:
     """Return the plan for each number of ranks, and the reasons."""
-    unit = "tokens" if plan.tokens_per_sample else "samples"
-    columns = (
-        "ranks",
-        "micro-batch",
-        "accumulate",
-        "effective batch",
-        "memory per rank",
-        f"{unit}/s",
-        "useful batches",
-    )
-    table = _table("the plan", columns)
-    for choice in plan.by_ranks:
-        speed = choice.samples_per_second
-        table.add_row(
-            f"{choice.ranks}",
-            f"{choice.micro_batch:,}",
-            f"{choice.accumulation_steps:,}",
-            f"{choice.effective_batch:,}",
-            format_bytes(choice.memory_bytes),
-            "-" if speed is None else format_rate(speed, plan.tokens_per_sample),
-            format_useful({"useful_low": choice.useful_low, "useful_high": choice.useful_high}),
-            style="bold" if choice.ranks == plan.choice.ranks else "",
-        )
-    lines: list[RenderableType] = [table]
+    tokens = plan.tokens_per_sample
+    unit = "tokens" if tokens else "samples"
+    rows = [
+        {
+            "ranks": f"{choice.ranks}",
+            "micro-batch": f"{choice.micro_batch:,}",
+            "accumulate": f"{choice.accumulation_steps:,}",
+            "effective batch": f"{choice.effective_batch:,}",
+            "memory per rank": format_bytes(choice.memory_bytes),
+            f"{unit}/s": "-" if (speed := choice.samples_per_second) is None else format_rate(speed, tokens),
+            "useful batches": format_useful({"useful_low": choice.useful_low, "useful_high": choice.useful_high}),
+        }
+        for choice in plan.by_ranks
+    ]
+    lines: list[RenderableType] = [_table("the plan", rows, chosen=plan.by_ranks.index(plan.choice))]
     lines += [_bullet(reason, "") for reason in plan.reasons]
     lines += [_bullet(f"Warning: {warning}", "yellow") for warning in plan.warnings]
     if plan.attach:
@@ -175,44 +148,33 @@ def _plan_table(plan: Plan) -> RenderableType:
 
 def _sweep_table(sweep: Sweep) -> RenderableType:
     """Return a row for each effective batch and rule, and the findings."""
-    unit = "tokens" if sweep.tokens_per_sample else "samples"
+    tokens = sweep.tokens_per_sample
     target = "" if sweep.target_loss is None else f" {sweep.target_loss:.4g}"
-    columns = (
-        "batch",
-        "rule",
-        "learning rate",
-        "accumulate",
-        "runs",
-        f"{unit} to loss{target}",
-        "seconds",
-        "last loss",
-        "memory",
-    )
-    table = _table("the sweep", columns)
-    for row in sweep.rows:
-        table.add_row(*_cells(row, sweep.tokens_per_sample))
-    return Group(table, *(_bullet(finding, "") for finding in sweep.findings))
-
-
-def _cells(row: Row, tokens_per_sample: float | None) -> list[str]:
-    reached = row.samples_to_target is not None and row.seconds_to_target is not None
-    return [
-        f"{row.effective_batch:,}",
-        row.rule,
-        f"{row.learning_rate:.3g}",
-        f"{row.accumulation_steps:,}",
-        f"{row.runs} ({row.failed})" if row.failed else f"{row.runs}",
-        format_rate(row.samples_to_target or 0, tokens_per_sample) if reached else "not reached",
-        f"{row.seconds_to_target:.3g}" if reached else "not reached",
-        "-" if row.last_loss is None else f"{row.last_loss:.4g}",
-        format_bytes(row.peak_bytes),
+    rows = [
+        {
+            "batch": f"{row.effective_batch:,}",
+            "rule": row.rule,
+            "learning rate": f"{row.learning_rate:.3g}",
+            "accumulate": f"{row.accumulation_steps:,}",
+            "runs": f"{row.runs} ({row.failed})" if row.failed else f"{row.runs}",
+            f"{'tokens' if tokens else 'samples'} to loss{target}": "not reached"
+            if row.samples_to_target is None
+            else format_rate(row.samples_to_target, tokens),
+            "seconds": "not reached" if row.seconds_to_target is None else f"{row.seconds_to_target:.3g}",
+            "last loss": "-" if row.last_loss is None else f"{row.last_loss:.4g}",
+            "memory": format_bytes(row.peak_bytes),
+        }
+        for row in sweep.rows
     ]
+    return Group(_table("the sweep", rows), *(_bullet(finding, "") for finding in sweep.findings))
 
 
-def _table(title: str, columns: tuple[str, ...]) -> Table:
+def _table(title: str, rows: list[dict[str, str]], chosen: int | None = None) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    for column in columns:
+    for column in rows[0]:
         table.add_column(column, justify="right")
+    for number, row in enumerate(rows):
+        table.add_row(*row.values(), style="bold" if number == chosen else "")
     return table
 
 

@@ -109,12 +109,9 @@ def predict_memory(setup: Setup, micro_batch: int, buffer: str | None, micro_bat
         return batch
 
     # The hooks run, and allocate what they do in training; fake tensors have nothing that kernels could read.
-    accumulates = buffer is not None and micro_batches > 1
     with (
         backends.without_kernels(),
-        attach(setup.optimizer, buffer or "", average_over=micro_batches, backend="eager")
-        if accumulates
-        else nullcontext() as accumulator,
+        accumulation(setup, buffer, micro_batches, backend="eager") as accumulator,
     ):
         for _ in range(micro_batches):
             accumulate(setup, make_batch(setup, micro_batch, "longest_batch"), micro_batches, accumulator)

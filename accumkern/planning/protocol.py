@@ -97,11 +97,10 @@ def load_setup(target: str) -> SetupFunction:
         raise RuntimeError(f"{path_text} raised {describe(error)} while it was imported") from error
     if not hasattr(module, name):
         raise AttributeError(f"{path_text} has no function {name!r}; write one that returns {_WANTED}")
-    function = getattr(module, name)
+    function: SetupFunction = getattr(module, name)
     if not callable(function):
         raise TypeError(f"{name} in {path_text} is a {type(function).__name__}; it must be a function")
-    setup: SetupFunction = function
-    return setup
+    return function
 
 
 def run_setup(function: SetupFunction) -> Setup:
@@ -125,30 +124,25 @@ def check_setup(returned: Any) -> Setup:
     """Return what ``setup()`` returned as a :class:`Setup`, or raise as :func:`run_setup` says."""
     if not isinstance(returned, tuple):
         raise TypeError(f"setup() returned a {type(returned).__name__}; it must return {_WANTED}, as a tuple")
-    if not isinstance(returned, Setup):
-        if len(returned) != 4:
-            raise ValueError(f"setup() returned {len(returned)} things; it must return {_WANTED}")
-        returned = Setup(*returned)
-    setup: Setup = returned
-    if not isinstance(setup.model, nn.Module):
-        raise TypeError(f"model of setup() is a {type(setup.model).__name__}; it must be a torch.nn.Module")
-    if not isinstance(setup.optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer of setup() is a {type(setup.optimizer).__name__}; it must be a torch.optim.Optimizer"
-        )
-    for name in ("make_batch", "loss"):
-        if not callable(getattr(setup, name)):
-            raise TypeError(f"{name} of setup() is a {type(getattr(setup, name)).__name__}; it must be a function")
-    for name in ("longest_batch", "validation_batch"):
-        value = getattr(setup, name)
-        if value is not None and not callable(value):
-            raise TypeError(f"{name} of setup() is a {type(value).__name__}; it must be a function, or None")
+    if not isinstance(returned, Setup) and len(returned) != 4:
+        raise ValueError(f"setup() returned {len(returned)} things; it must return {_WANTED}")
+    setup = returned if isinstance(returned, Setup) else Setup(*returned)
     tokens = setup.tokens_per_sample
-    if tokens is not None:
-        if isinstance(tokens, bool) or not isinstance(tokens, (int, float)):
-            raise TypeError(f"tokens_per_sample of setup() is a {type(tokens).__name__}; it must be a number, or None")
-        if not 0 < tokens < float("inf"):
-            raise ValueError(f"tokens_per_sample of setup() is {tokens}; it must be positive")
+    is_number = isinstance(tokens, (int, float)) and not isinstance(tokens, bool)
+    parts = {
+        "model": (isinstance(setup.model, nn.Module), "a torch.nn.Module"),
+        "optimizer": (isinstance(setup.optimizer, torch.optim.Optimizer), "a torch.optim.Optimizer"),
+        "make_batch": (callable(setup.make_batch), "a function"),
+        "loss": (callable(setup.loss), "a function"),
+        "longest_batch": (setup.longest_batch is None or callable(setup.longest_batch), "a function, or None"),
+        "validation_batch": (setup.validation_batch is None or callable(setup.validation_batch), "a function, or None"),
+        "tokens_per_sample": (tokens is None or is_number, "a number, or None"),
+    }
+    for name, (is_right, kind) in parts.items():
+        if not is_right:
+            raise TypeError(f"{name} of setup() is a {type(getattr(setup, name)).__name__}; it must be {kind}")
+    if tokens is not None and not 0 < tokens < float("inf"):
+        raise ValueError(f"tokens_per_sample of setup() is {tokens}; it must be positive")
     _check_parameters(setup)
     return setup
 
@@ -174,9 +168,7 @@ def _check_parameters(setup: Setup) -> None:
 def choose_buffer(setup: Setup, buffer: str | None) -> str | None:
     """Return the ``buffer`` for :func:`accumkern.attach`, or None where stock PyTorch accumulates in FP32 already.
 
-    Args:
-        setup: whose trainable parameters decide: ``"split24"`` where some are bfloat16, ``"fp32"`` where float16.
-        buffer: what the user asked for; None chooses.
+    Where the user asked for none, trainable parameters decide: ``"fp32"`` if some are float16, else ``"split24"``.
 
     Raises:
         ValueError: ``buffer`` is unknown.
@@ -213,20 +205,15 @@ def make_batch(setup: Setup, size: int, kind: str = "make_batch") -> Any:
     return batch
 
 
-def compute_loss(setup: Setup, batch: Any, model: nn.Module | None = None) -> Tensor:
-    """Return the setup's loss of a batch, checked.
-
-    Args:
-        setup: whose loss it is.
-        batch: from :func:`make_batch`.
-        model: to use instead of the setup's own.
+def compute_loss(setup: Setup, batch: Any) -> Tensor:
+    """Return the setup's loss of a batch from :func:`make_batch`, checked.
 
     Raises:
         TypeError: it is not a floating tensor.
         ValueError: it is not of one element, or has no graph to go backward through.
         RuntimeError: the function raised an error of its own; running out of memory is passed on as it is.
     """
-    loss = _called("loss", setup.loss, setup.model if model is None else model, batch)
+    loss = _called("loss", setup.loss, setup.model, batch)
     if not isinstance(loss, Tensor) or not loss.is_floating_point():
         found = f"{loss.dtype} tensor" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(f"loss of setup() returned a {found}; it must return a floating tensor of one element")

@@ -141,25 +141,27 @@ class _Values:
         return tree_unflatten(leaves, self._structure)
 
 
-def accumulation(setup: Setup, buffer: str | None, micro_batches: int) -> AbstractContextManager[object]:
+def accumulation(
+    setup: Setup, buffer: str | None, micro_batches: int, backend: str | None = None
+) -> AbstractContextManager[GradAccumulator | None]:
     """Return a block in which the setup's gradients are accumulated, and averaged over ``micro_batches``, in FP32."""
     if buffer is None or micro_batches == 1:
         return nullcontext()
-    return attach(setup.optimizer, buffer, average_over=micro_batches)
+    return attach(setup.optimizer, buffer, average_over=micro_batches, backend=backend)
 
 
-def accumulate(setup: Setup, batch: Any, micro_batches: int, accumulator: object) -> Tensor:
+def accumulate(setup: Setup, batch: Any, micro_batches: int, accumulator: GradAccumulator | None) -> Tensor:
     """Run forward and backward on one of a window's ``micro_batches``; return its loss, on the device.
 
     ``accumulator`` is what the block of :func:`accumulation` gave: it averages, or else the loss is divided.
     """
     loss = compute_loss(setup, batch)
-    (loss if isinstance(accumulator, GradAccumulator) else loss / micro_batches).backward()
+    (loss / micro_batches if accumulator is None else loss).backward()
     return loss.detach()
 
 
 def train_window(
-    setup: Setup, batches: Iterable[Any], micro_batches: int, accumulator: object
+    setup: Setup, batches: Iterable[Any], micro_batches: int, accumulator: GradAccumulator | None
 ) -> tuple[list[float], float]:
     """Accumulate a window, step, and begin a new one; return the seconds of each micro-batch, and of the step.
 
