@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from accumkern import backends
 from accumkern.planning.protocol import Setup, SetupFunction, make_batch, run_setup
-from accumkern.planning.trial import RandomState, accumulate, train_window
-from accumkern.wiring import attach
+from accumkern.planning.trial import RandomState, accumulate, accumulation, train_window
 
 
 class PredictionError(RuntimeError):
