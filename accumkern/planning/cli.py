@@ -17,7 +17,6 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from rich.table import Table
 from rich.text import Text
 
-import accumkern
 from accumkern.planning.memory import format_bytes
 from accumkern.planning.plan import plan
 from accumkern.planning.plan_result import Plan
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _frames_of_script(error: BaseException, script: str) -> list[traceback.FrameSummary]:
     """Return where an error passed through the code in a script's folder, called from accumkern."""
-    own, of_torch = (Path(str(package.__file__)).parent for package in (accumkern, torch))
+    own, of_torch = Path(__file__).parent.parent, Path(torch.__file__).parent
     frames = [(frame, Path(frame.filename).parents) for frame in traceback.extract_tb(error.__traceback__)]
     called = itertools.dropwhile(lambda frame: own not in frame[1], frames)
     folder = Path(script).expanduser().resolve().parent
