@@ -23,6 +23,7 @@ class Attachment:
 
     Attributes:
         slots: parameter -> slot, in the order of the optimizer; the same dictionary always, empty once detached.
+        is_attached: whether hooks are on the parameters.
         face: returns what users hold of it, while somebody holds that.
         rooms: what the face is made of.
 
@@ -41,7 +42,7 @@ class Attachment:
         self._check, self._make_slot = check, make_slot
         self._hooks: dict[Tensor, ParameterHooks] = {}
         self._step_hook: Any = None
-        self._is_attached = False
+        self.is_attached = False
         if not has_step_hooks(optimizer):  # a wrapper may be made for this call alone, and holds the optimizer
             self._optimizer: Callable[[], Any] = lambda: optimizer
             return
@@ -58,7 +59,7 @@ class Attachment:
         """Hook all parameters, and have those hooked that are added later; after an error nothing is attached."""
         params = self._unhooked()
         self._watch_param_groups()
-        self._is_attached = True
+        self.is_attached = True
         self._hook(params)
         optimizer = self.optimizer
         while not has_step_hooks(optimizer):  # Accelerate's wrapper calls the step of what it wraps
@@ -71,11 +72,6 @@ class Attachment:
     def optimizer(self) -> Any:
         """The optimizer, or None when it is gone."""
         return self._optimizer()
-
-    @property
-    def is_attached(self) -> bool:
-        """Whether hooks are on the parameters, and the optimizer is still there."""
-        return self._is_attached
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -126,7 +122,7 @@ class Attachment:
 
     def detach(self) -> None:
         """Remove every hook; calling it again does nothing."""
-        self._is_attached = False
+        self.is_attached = False
         for hooks in self._hooks.values():
             hooks.remove()
         self._hooks.clear()
@@ -176,7 +172,7 @@ class Attachment:
 
         def add_param_group(param_group: dict[str, Any]) -> None:
             original()(param_group)
-            if self._is_attached:
+            if self.is_attached:
                 try:
                     added = self._unhooked()
                 except (TypeError, ValueError, RuntimeError):

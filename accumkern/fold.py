@@ -46,7 +46,6 @@ class Fold:
         self.leaves_partials = squares is not None
         self.set_scale(1.0)
         self._backend = backend
-        self._backend_of_device: dict[torch.device, str] = {}
         self._kernels_of_device: dict[torch.device, backends.Kernels] = {}
 
     def set_scale(self, scale: float | Tensor) -> None:
@@ -75,24 +74,18 @@ class Fold:
                 f"{name} is torch.float16, which buffer={self.buffer!r} cannot hold (it is made of bfloat16); "
                 "use buffer='fp32'"
             )
-        self.backend_on(param.device)
+        self.kernels_on(param.device)
 
-    def backend_on(self, device: torch.device) -> str:
-        """Return the name of the backend that folds on a device.
+    def kernels_on(self, device: torch.device) -> backends.Kernels:
+        """Return the kernels that run on a device.
 
         Raises:
             RuntimeError: the backend asked for cannot run there.
         """
-        chosen = self._backend_of_device.get(device)
-        if chosen is None:
-            chosen = self._backend_of_device[device] = backends.choose(self._backend, device)
-        return chosen
-
-    def kernels_on(self, device: torch.device) -> backends.Kernels:
-        """Return the kernels that run on a device."""
         kernels = self._kernels_of_device.get(device)
         if kernels is None:
-            kernels = self._kernels_of_device[device] = backends.kernels(self.backend_on(device))
+            chosen = backends.choose(self._backend, device)
+            kernels = self._kernels_of_device[device] = backends.kernels(chosen)
         return kernels
 
     def many(self, slots: list[Slot], grads: list[Tensor], sums: list[Tensor], start: Start) -> None:

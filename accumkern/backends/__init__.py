@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,65 +21,8 @@ from accumkern.formats import Format, Start
 # ---- kernels -----------------------------------------------------------------------------------------------------
 
 
-class FoldFunction(Protocol):
-    """``x = fma(scale, grad, decode(sum, residual)); (sum, residual) = encode(x)``, in place."""
-
-    def __call__(
-        self,
-        format_: Format,
-        start: Start,
-        grads: list[Tensor],
-        sums: list[Tensor],
-        residuals: list[Tensor] | None,
-        scale: float | Tensor,
-        partials: list[Tensor] | None,
-        /,
-    ) -> None:
-        """Read ``sums`` unless ``start`` is FROM_ZERO, and ``residuals`` if it is CONTINUE; write both.
-
-        ``residuals`` is None for PLAIN32. ``partials`` are written: FP32 of shape ``(partial_rows(numel), PARTIALS)``;
-        None to leave them out.
-        """
-
-
-class FinishFunction(Protocol):
-    """``sum = round((x / divisor) * factor)`` in FP32, in place: the gradient that the optimizer reads."""
-
-    def __call__(
-        self,
-        format_: Format,
-        start: Start,
-        sums: list[Tensor],
-        residuals: list[Tensor] | None,
-        divisor: float | Tensor,
-        factor: float | Tensor,
-        /,
-    ) -> None:
-        """Write sums alone; ``x`` is ``decode(sum, residual)`` if ``start`` is CONTINUE, the sum if it is FROM_SUM."""
-
-
-class DecodeFunction(Protocol):
-    """``value = decode(sum, residual)``: accumulated values, taken out of their format."""
-
-    def __call__(
-        self, format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor], /
-    ) -> None:
-        """Write ``values``, FP32 and laid out as the sums."""
-
-
-class EncodeFunction(Protocol):
-    """``(sum, residual) = encode(value / divisor)``: FP32 values, put into a format."""
-
-    def __call__(
-        self,
-        format_: Format,
-        values: list[Tensor],
-        divisor: float | Tensor,
-        sums: list[Tensor],
-        residuals: list[Tensor] | None,
-        /,
-    ) -> None:
-        """Read ``values``, FP32 and laid out as the sums; write sums and residuals."""
+_Tensors: TypeAlias = list[Tensor]
+_Scalar: TypeAlias = "float | Tensor"
 
 
 class Kernels(NamedTuple):
@@ -87,13 +30,24 @@ class Kernels(NamedTuple):
 
     All tensors are on one device, dense, and of the dtypes of ``format_``; the i-th of each list have the same elements
     in the same order in memory. ``scale``, ``divisor`` and ``factor`` are numbers or 0-dim tensors on the device of the
-    others. Nothing is checked here: :mod:`accumkern.ops` does.
+    others. ``residuals`` are None for PLAIN32. Nothing is checked here: :mod:`accumkern.ops` does.
+
+    Attributes:
+        fold: ``fold(format_, start, grads, sums, residuals, scale, partials)``: ``x = fma(scale, grad, decode(sum,
+            residual)); (sum, residual) = encode(x)``, in place. Sums are read unless ``start`` is FROM_ZERO, residuals
+            if it is CONTINUE. ``partials`` are written: FP32 of shape ``(partial_rows(numel), PARTIALS)``; None to
+            leave them out.
+        finish: ``finish(format_, start, sums, residuals, divisor, factor)``: ``sum = round((x / divisor) * factor)`` in
+            FP32, in place; ``x`` is ``decode(sum, residual)`` if ``start`` is CONTINUE, the sum if it is FROM_SUM.
+        decode: ``decode(format_, sums, residuals, values)``: ``value = decode(sum, residual)``, FP32, laid out as the
+            sums.
+        encode: ``encode(format_, values, divisor, sums, residuals)``: ``(sum, residual) = encode(value / divisor)``.
     """
 
-    fold: FoldFunction
-    finish: FinishFunction
-    decode: DecodeFunction
-    encode: EncodeFunction
+    fold: Callable[[Format, Start, _Tensors, _Tensors, _Tensors | None, _Scalar, _Tensors | None], None]
+    finish: Callable[[Format, Start, _Tensors, _Tensors | None, _Scalar, _Scalar], None]
+    decode: Callable[[Format, _Tensors, _Tensors | None, _Tensors], None]
+    encode: Callable[[Format, _Tensors, _Scalar, _Tensors, _Tensors | None], None]
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------

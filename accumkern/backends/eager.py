@@ -21,7 +21,7 @@ def fold(
     scale: float | Tensor,
     partials: list[Tensor] | None,
 ) -> None:
-    """Fold each gradient into its sum; see :class:`accumkern.backends.FoldFunction`."""
+    """Fold each gradient into its sum; see :class:`accumkern.backends.Kernels`."""
     for i, (grad, total) in enumerate(zip(grads, _uncounted(sums), strict=True)):
         if grad.numel() == 0:
             continue
@@ -53,7 +53,7 @@ def finish(
     divisor: float | Tensor,
     factor: float | Tensor,
 ) -> None:
-    """Divide, multiply and round each sum; see :class:`accumkern.backends.FinishFunction`."""
+    """Divide, multiply and round each sum; see :class:`accumkern.backends.Kernels`."""
     for i, total in enumerate(_uncounted(sums)):
         residual = None if residuals is None or start is Start.FROM_SUM else _shaped_like(total, residuals[i])
         x = formats.decode(format_, total, residual)
@@ -61,7 +61,7 @@ def finish(
 
 
 def decode(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
-    """Write the FP32 values of each sum; see :class:`accumkern.backends.DecodeFunction`."""
+    """Write the FP32 values of each sum; see :class:`accumkern.backends.Kernels`."""
     for i, value in enumerate(_uncounted(values)):
         residual = None if residuals is None else _shaped_like(sums[i], residuals[i])
         value.copy_(formats.decode(format_, sums[i], residual))
@@ -74,7 +74,7 @@ def encode(
     sums: list[Tensor],
     residuals: list[Tensor] | None,
 ) -> None:
-    """Divide FP32 values and store them; see :class:`accumkern.backends.EncodeFunction`."""
+    """Divide FP32 values and store them; see :class:`accumkern.backends.Kernels`."""
     for i, total in enumerate(_uncounted(sums)):
         new_sum, new_residual = formats.encode(format_, values[i] / divisor)
         total.copy_(new_sum)

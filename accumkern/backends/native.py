@@ -18,7 +18,7 @@ def fold(
     scale: float | Tensor,
     partials: list[Tensor] | None,
 ) -> None:
-    """Fold each gradient into its sum; see :class:`accumkern.backends.FoldFunction`."""
+    """Fold each gradient into its sum; see :class:`accumkern.backends.Kernels`."""
     scale_pair, _held = _scalar(scale)
     device, threads_or_stream = _place(sums)
     _C.fold(
@@ -43,7 +43,7 @@ def finish(
     divisor: float | Tensor,
     factor: float | Tensor,
 ) -> None:
-    """Divide, multiply and round each sum; see :class:`accumkern.backends.FinishFunction`."""
+    """Divide, multiply and round each sum; see :class:`accumkern.backends.Kernels`."""
     divisor_pair, _held = _scalar(divisor)
     factor_pair, _held_too = _scalar(factor)
     device, threads_or_stream = _place(sums)
@@ -61,7 +61,7 @@ def finish(
 
 
 def decode(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
-    """Write the FP32 values of each sum; see :class:`accumkern.backends.DecodeFunction`."""
+    """Write the FP32 values of each sum; see :class:`accumkern.backends.Kernels`."""
     device, threads_or_stream = _place(sums)
     _C.decode(
         format_,
@@ -81,7 +81,7 @@ def encode(
     sums: list[Tensor],
     residuals: list[Tensor] | None,
 ) -> None:
-    """Divide FP32 values and store them; see :class:`accumkern.backends.EncodeFunction`."""
+    """Divide FP32 values and store them; see :class:`accumkern.backends.Kernels`."""
     divisor_pair, _held = _scalar(divisor)
     device, threads_or_stream = _place(sums)
     _C.encode(

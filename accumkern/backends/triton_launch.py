@@ -54,7 +54,7 @@ def fold(
     scale: float | Tensor,
     partials: list[Tensor] | None,
 ) -> None:
-    """Fold each gradient into its sum; see :class:`accumkern.backends.FoldFunction`."""
+    """Fold each gradient into its sum; see :class:`accumkern.backends.Kernels`."""
     _launch(
         accumulate_kernel,
         accumulate_list_kernel,
@@ -74,7 +74,7 @@ def finish(
     divisor: float | Tensor,
     factor: float | Tensor,
 ) -> None:
-    """Divide, multiply and round each sum; see :class:`accumkern.backends.FinishFunction`."""
+    """Divide, multiply and round each sum; see :class:`accumkern.backends.Kernels`."""
     columns = [sums, residuals or sums]
     _launch(
         finish_kernel, finish_list_kernel, format_, columns, {"divisor": divisor, "factor": factor}, START=int(start)
@@ -82,7 +82,7 @@ def finish(
 
 
 def decode(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
-    """Write the FP32 values of each sum; see :class:`accumkern.backends.DecodeFunction`."""
+    """Write the FP32 values of each sum; see :class:`accumkern.backends.Kernels`."""
     _launch(decode_kernel, decode_list_kernel, format_, [sums, residuals or sums, values], {})
 
 
@@ -93,7 +93,7 @@ def encode(
     sums: list[Tensor],
     residuals: list[Tensor] | None,
 ) -> None:
-    """Divide FP32 values and store them; see :class:`accumkern.backends.EncodeFunction`."""
+    """Divide FP32 values and store them; see :class:`accumkern.backends.Kernels`."""
     _launch(encode_kernel, encode_list_kernel, format_, [values, sums, residuals or sums], {"divisor": divisor})
 
 
