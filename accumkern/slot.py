@@ -155,9 +155,12 @@ class Slot:
     def valid_residual(self, grad: Tensor) -> Tensor | None:
         """Return the residual that belongs to ``grad``, flat in its memory order, if there is one."""
         format_ = self.formats.get(grad.dtype)
-        if format_ is None or self.residual is None or not self.owns(grad):
+        residual = self.residual
+        if format_ is None or residual is None or not self.owns(grad):
             return None
-        return self.residual if self.residual.dtype is format_.residual_dtype else None  # .grad.data may be anything
+        # .grad.data may be anything
+        fits = residual.dtype is format_.residual_dtype and residual.numel() == self.local(grad).numel()
+        return residual if fits else None
 
     # ---- memory ----
 

@@ -391,6 +391,23 @@ def test_parts_are_what_is_stored(buffer: str, format_: Format) -> None:
     assert edited.residual is None
 
 
+@pytest.mark.parametrize("size", [2, 90000])
+def test_a_sum_of_another_size_has_no_residual(size: int) -> None:
+    """``.grad.data`` was replaced, which no version tells: nothing is read beyond the residual."""
+    param = parameter(8)
+    acc = accumkern.attach(torch.optim.SGD([param], lr=1.0), "split32")
+    for value in (1.0, 2.0**-9):
+        backward(param, value)
+    assert param.grad is not None
+    param.grad.data = torch.full((size,), 3.0, dtype=torch.bfloat16)
+    parts = acc.parts(param)
+    assert parts is not None
+    assert parts.residual is None
+    assert (acc.gradient(param) == 3).all()
+    acc.finish(2.0)
+    assert (param.grad == 1.5).all()
+
+
 def test_parts_of_what_torch_adds_by_itself_have_no_format() -> None:
     param = Parameter(torch.zeros(4, dtype=torch.complex64))
     acc = accumkern.attach(torch.optim.SGD([param], lr=1.0))
