@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from accumkern.torch_private import is_wrapper_subclass
+from accumkern.torch_private import is_wrapper_subclass, wait_for
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,10 +30,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 @torch.no_grad()
 def shard(grad: Any) -> Tensor:
     """Return the very tensor that holds this rank's part of a DTensor, once a collective that writes it is done."""
-    from torch.distributed._functional_collectives import AsyncCollectiveTensor
-
-    local = grad.to_local()
-    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+    return wait_for(grad.to_local())
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from accumkern.torch_private import post_accumulate_hooks
+from accumkern.torch_private import post_accumulate_hooks, set_post_accumulate_hooks
 
 
 class ParameterHooks:
@@ -53,9 +53,9 @@ class ParameterHooks:
             others = [item for item in found.items() if not _is_left_over(item[1])]
             found.clear()
             self._handle = param.register_post_accumulate_grad_hook(self._after)
-            # Autograd may have lost the dict, with the hooks of others in it: it takes what is set.
-            hooks = param._post_accumulate_grad_hooks = post_accumulate_hooks(param)
+            hooks = post_accumulate_hooks(param)
             hooks.update(others)  # ours goes first, so that the others see the sum: torch calls them in this order
+            set_post_accumulate_hooks(param, hooks)
             if is_frozen:
                 param.requires_grad_(False)
 

@@ -7,6 +7,7 @@ they are needed.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import operator
 import sys
 from typing import Any
@@ -14,15 +15,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_missing: list[str] = []
+_COLLECTIVES = "torch.distributed._functional_collectives"  # imported when a DTensor comes
+_missing: dict[str, list[str]] = {"attach()": [], "planning": []}
 
 
-def _find(name: str) -> Any:
+def _find(name: str, needed_by: str = "attach()") -> Any:
     try:
         return operator.attrgetter(name)(torch)
     except AttributeError:
-        _missing.append(f"torch.{name}")
+        _missing[needed_by].append(f"torch.{name}")
         return None
+
+
+def check(needed_by: str = "attach()") -> None:
+    """Raise unless this torch has every name that a part of accumkern needs.
+
+    Args:
+        needed_by: ``"attach()"`` or ``"planning"``.
+
+    Raises:
+        RuntimeError: some are missing; the message lists them.
+    """
+    missing = list(_missing[needed_by])
+    if needed_by == "attach()" and torch.distributed.is_available() and not importlib.util.find_spec(_COLLECTIVES):
+        missing.append(_COLLECTIVES)
+    if missing:
+        raise RuntimeError(
+            f"torch {torch.__version__} has no {', '.join(missing)}, which {needed_by} of accumkern needs and torch "
+            "2.10 to 2.13 have; install one of these"
+        )
+
+
+# ---- backward passes and hooks -----------------------------------------------------------------------------------
 
 
 #: Number of the backward pass that this thread works for; NO_BACKWARD outside of one.
@@ -37,19 +61,6 @@ is_wrapper_subclass = _find("utils._python_dispatch.is_traceable_wrapper_subclas
 
 for _name in ("Tensor._version", "Tensor._is_view", "Tensor._post_accumulate_grad_hooks"):
     _find(_name)
-
-
-def check() -> None:
-    """Raise unless this torch has every name that accumkern needs.
-
-    Raises:
-        RuntimeError: some are missing; the message lists them.
-    """
-    if _missing:
-        raise RuntimeError(
-            f"torch {torch.__version__} has no {', '.join(_missing)}, which accumkern needs and torch 2.10 to 2.13 "
-            "have; install one of these"
-        )
 
 
 def _stream_by_public_names(device_index: int) -> int:
@@ -69,6 +80,14 @@ post_accumulate_hooks = operator.attrgetter("_post_accumulate_grad_hooks")
 compiled_autograd = functools.partial(sys.modules.get, "torch._dynamo.compiled_autograd")
 
 
+def set_post_accumulate_hooks(param: Tensor, hooks: dict[int, Any]) -> None:
+    """Let autograd call the hooks of a dictionary: it may have lost the one that it had."""
+    param._post_accumulate_grad_hooks = hooks
+
+
+# ---- optimizers and tensors --------------------------------------------------------------------------------------
+
+
 def has_step_hooks(optimizer: object) -> bool:
     """Return whether an object is an optimizer whose own ``step`` calls hooks, and no wrapper of one."""
     return "_optimizer_step_pre_hooks" in getattr(optimizer, "__dict__", {})
@@ -82,3 +101,22 @@ def is_flattened(param: Tensor) -> bool:
 def set_local_tensor(dtensor: Any, local: Tensor) -> None:
     """Let ``local`` be the very tensor that a DTensor holds on this rank."""
     dtensor._local_tensor = local
+
+
+def wait_for(local: Any) -> Tensor:
+    """Return a shard once a collective that writes it is done."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+
+
+# ---- planning ----------------------------------------------------------------------------------------------------
+
+tree_leaves = _find("utils._pytree.tree_leaves", "planning")
+tree_flatten = _find("utils._pytree.tree_flatten", "planning")
+tree_unflatten = _find("utils._pytree.tree_unflatten", "planning")
+TorchDispatchMode = _find("utils._python_dispatch.TorchDispatchMode", "planning")
+pop_mode_temporarily = _find("utils._python_dispatch._pop_mode_temporarily", "planning")
+FakeTensor = _find("_subclasses.fake_tensor.FakeTensor", "planning")
+FakeTensorMode = _find("_subclasses.fake_tensor.FakeTensorMode", "planning")
+BatchNorm = _find("nn.modules.batchnorm._BatchNorm", "planning")

@@ -9,22 +9,28 @@ from gradients import is_averaged, parameter
 import accumkern
 from accumkern import torch_private
 
-# ---- torch ---------------------------------------------------------------------------------------------------------
-
 
 def test_a_torch_without_a_private_name_is_refused_at_attach(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_private, "_missing", ["torch._C._current_graph_task_id"])
+    monkeypatch.setitem(torch_private._missing, "attach()", ["torch._C._current_graph_task_id"])
     param = parameter(4)
-    with pytest.raises(RuntimeError, match=r"torch .* has no torch\._C\._current_graph_task_id, which accumkern needs"):
+    right = r"torch .* has no torch\._C\._current_graph_task_id, which attach\(\) of accumkern needs"
+    with pytest.raises(RuntimeError, match=right):
         accumkern.attach(torch.optim.SGD([param], lr=1.0), average_over=2)
     assert not is_averaged(param)
 
 
-def test_a_name_that_torch_lacks_is_noted() -> None:
-    missing = list(torch_private._missing)
-    assert missing == []
-    try:
-        assert torch_private._find("_C._no_such_name") is None
-        assert torch_private._missing == ["torch._C._no_such_name"]
-    finally:
-        torch_private._missing[:] = missing
+@pytest.mark.parametrize("needed_by", ["attach()", "planning"])
+def test_a_name_that_torch_lacks_is_noted(needed_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch_private._missing == {"attach()": [], "planning": []}
+    monkeypatch.setitem(torch_private._missing, needed_by, [])
+    torch_private.check(needed_by)
+    assert torch_private._find("_C._no_such_name", needed_by) is None
+    with pytest.raises(RuntimeError, match=r"has no torch\._C\._no_such_name"):
+        torch_private.check(needed_by)
+
+
+def test_a_torch_without_its_collectives_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_private, "_COLLECTIVES", "torch.distributed._no_such_module")
+    with pytest.raises(RuntimeError, match=r"has no torch\.distributed\._no_such_module"):
+        torch_private.check()
+    torch_private.check("planning")
