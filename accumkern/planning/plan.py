@@ -144,10 +144,7 @@ def _measured_plan(
         return by_size[micro_batch].samples_per_second(accumulation_steps)
 
     with ranks.phase("the plan"):
-        if target is not None:
-            batch = target
-        else:
-            batch = best_batch(ranks.count, sizes, rate, math.inf if noise is None else noise.noise_scale)
+        batch = target or best_batch(ranks.count, sizes, rate, math.inf if noise is None else noise.noise_scale)
         way = ranks.gathered(split(batch, ranks.count, sizes, rate))[0]
         progress("the plan", f"micro-batch {way.micro_batch}, {way.accumulation_steps} accumulation steps")
         verified = verify(preserved, way.micro_batch, way.accumulation_steps, allowed)
@@ -185,7 +182,7 @@ def _measured_plan(
         knee=knee(speeds).micro_batch,
         noise=noise,
         batches=costs(way, sizes, rate, noise),
-        machine=_machine(_name(setup.device)),
+        machine=_machine(setup.device),
     )
 
 
@@ -236,7 +233,7 @@ def _predicted_plan(
             largest_micro_batch=most,
             is_limited_by_memory=most < at_most,
             predictions=tuple(found[size] for size in sorted(found)),
-            machine=_machine("none: predicted on fake tensors"),
+            machine=_machine(None),
         )
 
 
@@ -248,16 +245,7 @@ def _plan_of(
     prospects: Callable[[Split], tuple[float | None, float | None, float | None]],
     **known: Any,
 ) -> Plan:
-    """Return a plan with its reasons.
-
-    Args:
-        setup: that it is of.
-        way: to train on the ranks there are.
-        way_on: to train on another number of them.
-        peaks: of memory, by micro-batch.
-        prospects: samples per second of a way, and the range of useful batches.
-        known: other fields of the plan.
-    """
+    """Return a plan with its reasons; ``prospects`` gives samples per second of a way, and its useful batches."""
     gradient_bytes = sum(p.numel() * p.element_size() for p in setup.model.parameters() if p.requires_grad)
 
     def choice(of: Split) -> Choice:
@@ -315,13 +303,14 @@ def _warnings(setup: Setup, micro_batch: int) -> tuple[str, ...]:
     )
 
 
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def _machine(device: str) -> dict[str, str]:
+def _machine(device: torch.device | None) -> dict[str, str]:
+    name = "none: predicted on fake tensors"
+    if device is not None:
+        name = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
     return {
-        "device": device,
+        "device": name,
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -332,12 +321,10 @@ def _machine(device: str) -> dict[str, str]:
 
 def _check_arguments(effective_batch: int | None, margin: float, largest_micro_batch: int, noise_windows: int) -> None:
     for name, value, least in (
-        ("effective_batch", effective_batch, 1),
+        ("effective_batch", 1 if effective_batch is None else effective_batch, 1),
         ("largest_micro_batch", largest_micro_batch, 1),
         ("noise_windows", noise_windows, 0),
     ):
-        if value is None and name == "effective_batch":
-            continue
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} is a {type(value).__name__}; it must be an int")
         if value < least:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,12 +105,8 @@ class Plan:
         if self.fit is None:
             return None
         measured = {trial.micro_batch: trial.peak_bytes for trial in self.fit.trials if trial.fits}
-        errors = [
-            abs(prediction.memory.total / measured[prediction.micro_batch] - 1)
-            for prediction in self.predictions
-            if prediction.micro_batch in measured
-        ]
-        return max(errors, default=None)
+        predicted = {prediction.micro_batch: prediction.memory.total for prediction in self.predictions}
+        return max((abs(predicted[size] / measured[size] - 1) for size in predicted.keys() & measured), default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data for JSON: infinite numbers become None."""
@@ -135,44 +132,32 @@ class Plan:
 
 def explain(plan: Plan) -> Plan:
     """Return the plan with its reasons."""
-    reasons = [
-        *_memory(plan),
-        *_speed(plan),
-        *_target(plan),
-        *_accumulation(plan),
-        *_noise(plan),
-        *_verdict(plan),
-        *_buffer(plan),
-        *_ranks(plan),
-    ]
-    return dataclasses.replace(plan, reasons=tuple(reasons))
+    parts = (_memory, _speed, _target, _accumulation, _noise, _verdict, _buffer, _ranks)
+    return dataclasses.replace(plan, reasons=tuple(reason for part in parts for reason in part(plan)))
 
 
-def _memory(plan: Plan) -> list[str]:
+def _memory(plan: Plan) -> Iterator[str]:
     allowed = format_bytes(plan.memory_limit_bytes * (1 - plan.margin))
     limit = f"{allowed} ({format_bytes(plan.memory_limit_bytes)} less a margin of {plan.margin:.0%})"
     how = "fits" if plan.fit is not None else "is predicted to fit"
+    size = plan.largest_micro_batch
     if plan.is_limited_by_memory:
-        found = f"What fits: a micro-batch of up to {plan.largest_micro_batch} samples {how} into {limit}."
+        what = f"a micro-batch of up to {size} samples"
     else:
-        found = (
-            f"What fits: memory is not the limit. A micro-batch of {plan.largest_micro_batch} samples, the largest "
-            f"that was to be tried, {how} into {limit}."
-        )
-    reasons = [found]
+        what = f"memory is not the limit. A micro-batch of {size} samples, the largest that was to be tried,"
+    yield f"What fits: {what} {how} into {limit}."
     if plan.fit is not None:
-        reasons.append(
+        yield (
             f"Expected memory: a peak of {format_bytes(plan.choice.memory_bytes)}, measured over several windows with "
             f"micro-batches of {plan.choice.micro_batch}."
         )
     if plan.prediction_error is not None:
-        reasons.append(
+        yield (
             f"Without the device: peaks predicted on fake tensors are within {100 * plan.prediction_error:.1f}% of the "
             "measured ones."
         )
     if plan.prediction_problem is not None:
-        reasons.append(f"Without the device: {plan.prediction_problem}.")
-    return reasons
+        yield f"Without the device: {plan.prediction_problem}."
 
 
 def _speed(plan: Plan) -> list[str]:
@@ -220,8 +205,8 @@ def _accumulation(plan: Plan) -> list[str]:
         f"the optimizer's step is {100 * own.step_seconds / window:.1f}%"
     )
     largest = plan.speeds[-1]
-    per_rank = choice.micro_batch * choice.accumulation_steps
     if largest.micro_batch != choice.micro_batch:
+        per_rank = choice.micro_batch * choice.accumulation_steps
         other = largest.window_seconds(1) * per_rank / largest.micro_batch
         reason += f"; in micro-batches of {largest.micro_batch} the same samples would take about {other:.3g} s"
     return [reason + "."]

@@ -120,7 +120,7 @@ def sweep(
             settings["micro_batch"] = found["micro_batch_found"]
         validation = _validation(_seeded_setup(setup, VALIDATION_SEED), settings)
         runs = []
-        for batch, rule, seed in _plan_of_runs(settings):
+        for batch, rule, seed in _runs(settings):
             path = folder / RUNS / f"batch-{batch}_{rule}_seed-{seed}.json"
             if path.is_file():
                 run = Run.from_dict(json.loads(path.read_text()))
@@ -134,7 +134,7 @@ def sweep(
         random_state.put_back()
 
 
-def _plan_of_runs(settings: dict[str, Any]) -> list[tuple[int, str, int]]:
+def _runs(settings: dict[str, Any]) -> list[tuple[int, str, int]]:
     """Return (effective batch, rule, seed) of every run; at the base batch all rules are one."""
     return [
         (batch, rule, seed)
@@ -252,11 +252,7 @@ def _seeded_setup(function: SetupFunction, seed: int) -> Setup:
 
 
 def _check_setup_is_new(function: SetupFunction) -> None:
-    """Check that every call makes another model, and that another seed draws other samples where it matters.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Check that every call makes another model, and that another seed draws other samples where it matters."""
     setups, batches = [], []
     for seed in (VALIDATION_SEED, VALIDATION_SEED - 1):
         setups.append(_seeded_setup(function, seed))
@@ -266,9 +262,8 @@ def _check_setup_is_new(function: SetupFunction) -> None:
             "setup() returned the same model twice, so each run would go on with what the one before had learnt; make "
             "model and optimizer inside of setup()"
         )
-    if setups[0].validation_batch is not None:
-        return
-    if all(torch.equal(a, b) for a, b in zip(*batches, strict=True) if isinstance(a, Tensor)):
+    is_same = all(torch.equal(a, b) for a, b in zip(*batches, strict=True) if isinstance(a, Tensor))
+    if is_same and setups[0].validation_batch is None:
         raise ValueError(
             "make_batch of setup() draws the same samples whatever the seed is, so the validation loss would be that "
             "of training samples; seed its generator with torch.initial_seed(), or return a Setup with validation_batch"
@@ -276,11 +271,7 @@ def _check_setup_is_new(function: SetupFunction) -> None:
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Write the settings into a new folder, or return what is in one that holds the same sweep.
-
-    Raises:
-        ValueError: it holds another one.
-    """
+    """Write the settings into a new folder, or return what is in one that holds the same sweep."""
     path = folder / SETTINGS
     (folder / RUNS).mkdir(parents=True, exist_ok=True)
     if not path.is_file():
@@ -322,9 +313,8 @@ def _checked_settings(
         if not values:
             raise ValueError(f"{name} is empty; name at least one")
     numbers = {"samples": samples, "evaluations": evaluations, "validation_samples": validation_samples}
-    optional = {"base_batch": base_batch, "micro_batch": micro_batch}
-    given = {name: number for name, number in optional.items() if number is not None}
-    for name, number in [*(("effective_batches", size) for size in effective_batches), *(numbers | given).items()]:
+    optional = [(name, n) for name, n in (("base_batch", base_batch), ("micro_batch", micro_batch)) if n is not None]
+    for name, number in [*(("effective_batches", size) for size in effective_batches), *numbers.items(), *optional]:
         if isinstance(number, bool) or not isinstance(number, int):
             raise TypeError(f"{name} is {number!r}; it must be a whole number")
         if number < 1:

@@ -193,20 +193,19 @@ class Sweep:
     @property
     def findings(self) -> list[str]:
         """What follows, in words."""
-        failed = [run for run in self.runs if run.status != "finished"]
         findings = []
+        reached = [row for row in self.rows if row.seconds_to_target is not None]
         if not self.learnt:
             findings.append(
                 "Nothing was learnt: no run brought the loss down by 1%. Train with more samples, check the learning "
                 "rate and the loss, and let the base batch be the one that the learning rate was chosen for."
             )
-        reached = [row for row in self.rows if row.seconds_to_target is not None]
-        if self.learnt and not reached:
+        elif not reached:
             findings.append(
                 f"No effective batch reached the loss {self.target_loss:.4g} with every seed. Choose a higher target, "
                 "or more samples."
             )
-        if self.learnt and reached:
+        else:
             fastest = min(reached, key=lambda row: row.seconds_to_target or 0.0)
             thriftiest = min(reached, key=lambda row: row.samples_to_target or 0.0)
             findings.append(
@@ -219,12 +218,13 @@ class Sweep:
             )
             if fastest.accumulation_steps == 1 and any(row.accumulation_steps > 1 for row in self.rows):
                 findings.append("Accumulation was not worth it here: the fastest batch is a single micro-batch.")
+        failed = [
+            f"{run.effective_batch} ({run.rule}, seed {run.seed}): {run.status} after {run.steps} steps"
+            for run in self.runs
+            if run.status != "finished"
+        ]
         if failed:
-            names = ", ".join(
-                f"{run.effective_batch} ({run.rule}, seed {run.seed}): {run.status} after {run.steps} steps"
-                for run in failed
-            )
-            findings.append(f"Not finished: {names}.")
+            findings.append(f"Not finished: {', '.join(failed)}.")
         if len({run.seed for run in self.runs}) == 1:
             findings.append("There was one seed: small differences may be chance.")
         return findings

@@ -133,11 +133,11 @@ class _Values:
 
     def put_back(self) -> Any:
         """Return the structure as it was, of the tensors that were there, with their values again."""
-        leaves = []
-        for leaf, saved in zip(self._leaves, self._saved, strict=True):
+        leaves = list(self._saved)
+        for i, leaf in enumerate(self._leaves):
             if isinstance(leaf, Tensor):
-                leaf.data.copy_(saved)  # .data: to autograd they never changed
-            leaves.append(leaf if isinstance(leaf, Tensor) else saved)
+                leaf.data.copy_(leaves[i])  # .data: to autograd they never changed
+                leaves[i] = leaf
         return tree_unflatten(leaves, self._structure)
 
 
@@ -238,12 +238,6 @@ def find_fit(
     What was found is verified with more and longer windows, and made smaller until they pass. With a process group,
     all ranks try the same and agree: what does not fit on one does not fit.
 
-    Args:
-        preserved: what to train.
-        limit_bytes: of all memory together.
-        at_most: the largest micro-batch to try.
-        progress: is told of every trial.
-
     Raises:
         ValueError: the limit is less than what the model holds.
         RuntimeError: not even one sample fits, the setup leaks memory from trial to trial, or another rank failed.
@@ -307,13 +301,8 @@ def largest(fits: Callable[[int], bool], at_most: int) -> int:
 def try_windows(
     preserved: Preserved, micro_batch: int, windows: int, micro_batches: int, limit_bytes: int
 ) -> tuple[Trial, int]:
-    """Train some windows of the longest samples; return what happened, and the bytes still there after the rewind.
-
-    Raises:
-        RuntimeError: another rank failed. What the setup itself raises is passed on.
-    """
-    setup = preserved.setup
-    fits = True
+    """Train some windows of the longest samples; return what happened, and the bytes still there after the rewind."""
+    setup, fits = preserved.setup, True
     with MemoryMeter(setup.device, _held_bytes(setup), limit_bytes) as meter:
         try:
             with accumulation(setup, preserved.buffer, micro_batches) as accumulator:
@@ -331,20 +320,13 @@ def try_windows(
 
 
 def _check_leaks(preserved: Preserved, limit_bytes: int) -> None:
-    """Try one sample several times more: caches may grow at first, but not again and again.
-
-    Raises:
-        RuntimeError: they do.
-    """
-    left = []
-    for _ in range(_LEAK_TRIALS):
-        trial, left_bytes = try_windows(preserved, 1, _TRIAL_WINDOWS, _TRIAL_MICRO_BATCHES, limit_bytes)
-        left.append(left_bytes)
-    least = _LEAK_FRACTION * (trial.peak_bytes - _held_bytes(preserved.setup))
-    if min(left[1:]) > least:
+    """Try one sample several times more: caches may grow at first, but not again and again."""
+    tried = [try_windows(preserved, 1, _TRIAL_WINDOWS, _TRIAL_MICRO_BATCHES, limit_bytes) for _ in range(_LEAK_TRIALS)]
+    left = min(left_bytes for _, left_bytes in tried[1:])
+    if left > _LEAK_FRACTION * (tried[-1][0].peak_bytes - _held_bytes(preserved.setup)):
         raise RuntimeError(
-            f"setup() leaks memory: each of {_LEAK_TRIALS} equal trials left {format_bytes(min(left[1:]))} or more "
-            "behind; look for losses or outputs that are kept without detach(), or batches kept in a list"
+            f"setup() leaks memory: each of {_LEAK_TRIALS} equal trials left {format_bytes(left)} or more behind; look "
+            "for losses or outputs that are kept without detach(), or batches kept in a list"
         )
 
 
