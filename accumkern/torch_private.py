@@ -1,7 +1,7 @@
 """What accumkern needs of torch beyond its documented names, and :func:`check` for a torch that lacks some of it.
 
-Seen in torch 2.10, 2.11 and 2.13. ``_version``, the counter of a tensor's changes, and ``_is_view()`` are read where
-they are needed.
+Seen in torch 2.10, 2.11 and 2.13. Attributes are read where they are needed: ``_version``, the counter of a tensor's
+changes, ``_is_view()``, a storage's ``_cdata``, a module's ``_parameters`` and ``_buffers``.
 """
 
 from __future__ import annotations
@@ -120,3 +120,10 @@ pop_mode_temporarily = _find("utils._python_dispatch._pop_mode_temporarily", "pl
 FakeTensor = _find("_subclasses.fake_tensor.FakeTensor", "planning")
 FakeTensorMode = _find("_subclasses.fake_tensor.FakeTensorMode", "planning")
 BatchNorm = _find("nn.modules.batchnorm._BatchNorm", "planning")
+
+
+def memory_tracker() -> tuple[Any, Any]:
+    """Return a tracker of all tensors' memory, and the kinds that it tells apart."""
+    from torch.distributed._tools import mem_tracker
+
+    return mem_tracker.MemTracker(), mem_tracker._MemRefType

@@ -14,3 +14,7 @@ The road through the files, from the ground up; each imports only from those bef
     report.py          a folder of results: JSON, CSV, figures, and one page; report.html is its template
     cli.py             the two commands, in the terminal
 """
+
+from accumkern import torch_private
+
+torch_private.check("planning")

@@ -9,7 +9,6 @@ from datetime import datetime, timezone
 from typing import Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from accumkern.planning.memory import available_bytes, check_margin, format_bytes, parse_bytes
@@ -20,6 +19,7 @@ from accumkern.planning.protocol import Setup, SetupFunction, choose_buffer, run
 from accumkern.planning.ranks import Ranks
 from accumkern.planning.speed import Split, knee, measure_speeds, sizes_to_time, split, split_by_size
 from accumkern.planning.trial import Preserved, Trial, find_fit, largest, verify
+from accumkern.torch_private import BatchNorm
 from accumkern.version import __version__
 
 _RANKS = (1, 2, 4, 8)
@@ -292,7 +292,7 @@ def _interpolated(peaks: dict[int, int], micro_batch: int) -> int:
 
 
 def _warnings(setup: Setup, micro_batch: int) -> tuple[str, ...]:
-    names = [name for name, module in setup.model.named_modules() if isinstance(module, _BatchNorm) and module.training]
+    names = [name for name, module in setup.model.named_modules() if isinstance(module, BatchNorm) and module.training]
     if not names:
         return ()
     return (

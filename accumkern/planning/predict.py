@@ -7,14 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
-from torch.utils._python_dispatch import _pop_mode_temporarily
-from torch.utils._pytree import tree_leaves
 
 from accumkern import backends
 from accumkern.planning.protocol import Setup, SetupFunction, make_batch, run_setup
 from accumkern.planning.trial import RandomState, accumulate, accumulation, train_window
+from accumkern.torch_private import FakeTensor, FakeTensorMode, memory_tracker, pop_mode_temporarily, tree_leaves
 
 
 class PredictionError(RuntimeError):
@@ -97,12 +94,12 @@ def predict_memory(setup: Setup, micro_batch: int, buffer: str | None, micro_bat
         buffer: of :func:`accumkern.attach`; None accumulates as stock PyTorch does.
         micro_batches: in a window; 1 accumulates nothing.
     """
-    tracker = MemTracker()
+    tracker, kinds = memory_tracker()
 
     def batch_beside_tracker() -> object:
         # The batch counts, but not the data that it is cut from, which was there before.
         tracker.reset_mod_stats()  # it takes a model that is called again for an error otherwise
-        with _pop_mode_temporarily():
+        with pop_mode_temporarily():
             batch = make_batch(setup, micro_batch, "longest_batch")
         tracker.track_external(*(leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)))
         return batch
@@ -120,16 +117,16 @@ def predict_memory(setup: Setup, micro_batch: int, buffer: str | None, micro_bat
         setup.optimizer.step()
         setup.optimizer.zero_grad()
         tracker.track_external(setup.model, setup.optimizer)
-        residuals = tracker.get_tracker_snapshot()[setup.device][_MemRefType.OTH]
+        residuals = tracker.get_tracker_snapshot()[setup.device][kinds.OTH]
         with tracker:
             train_window(setup, (batch_beside_tracker() for _ in range(micro_batches)), micro_batches, accumulator)
     peak = tracker.get_tracker_snapshot("peak")[setup.device]
     return Memory(
-        parameters=peak[_MemRefType.PARAM] + peak[_MemRefType.BUFFER],
-        gradients=peak[_MemRefType.GRAD],
+        parameters=peak[kinds.PARAM] + peak[kinds.BUFFER],
+        gradients=peak[kinds.GRAD],
         residuals=residuals,
-        optimizer_state=peak[_MemRefType.OPT],
-        activations=peak[_MemRefType.ACT] + peak[_MemRefType.TEMP] + peak[_MemRefType.OTH] - residuals,
+        optimizer_state=peak[kinds.OPT],
+        activations=peak[kinds.ACT] + peak[kinds.TEMP] + peak[kinds.OTH] - residuals,
     )
 
 
@@ -138,6 +135,6 @@ def _fake_mode() -> Iterator[None]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # Its memo holds weak references, and module.to(...) refuses to swap a parameter that has any
     # (https://github.com/pytorch/pytorch/pull/184976). Nothing here is converted twice.
-    mode.fake_tensor_converter.set_tensor_memo = lambda tensor, fake: None  # type: ignore[assignment,method-assign]
+    mode.fake_tensor_converter.set_tensor_memo = lambda tensor, fake: None
     with mode:
         yield

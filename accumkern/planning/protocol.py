@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from accumkern.formats import BUFFERS
 from accumkern.planning.memory import is_out_of_memory
+from accumkern.torch_private import tree_leaves
 
 
 class Setup(NamedTuple):

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from accumkern.planning.memory import available_bytes, check_margin, is_out_of_memory, parse_bytes
 from accumkern.planning.protocol import Setup, SetupFunction, choose_buffer, compute_loss, make_batch, run_setup
 from accumkern.planning.ranks import Ranks
 from accumkern.planning.sweep_result import Point, Run, Sweep, write_json
 from accumkern.planning.trial import Preserved, RandomState, accumulation, find_fit, train_window, verify
+from accumkern.torch_private import tree_leaves
 
 #: Factor of the learning rate for an effective batch that is ``ratio`` times the one it was chosen for.
 LEARNING_RATE_RULES: dict[str, Callable[[float], float]] = {

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from accumkern.accumulator import GradAccumulator
 from accumkern.planning.memory import MemoryMeter, format_bytes, held_tensors, is_out_of_memory, storage_bytes
 from accumkern.planning.protocol import Setup, compute_loss, make_batch
 from accumkern.planning.ranks import Ranks
+from accumkern.torch_private import tree_flatten, tree_unflatten
 from accumkern.wiring import attach
 
 # The optimizer's states appear in its first step, so only the second window needs all the memory that training needs.
