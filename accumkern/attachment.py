@@ -19,7 +19,8 @@ from accumkern.torch_private import has_step_hooks
 class Attachment:
     """The parameters of an optimizer, and the slot of each that has hooks.
 
-    An optimizer holds what is attached to it, and is not held by it: when it is gone, its hooks are removed.
+    An optimizer holds what is attached to it, and is not held by it: when it is gone, its hooks are removed. Wrappers
+    of one are held: some are made for the call to attach() alone.
 
     Attributes:
         slots: parameter -> slot, in the order of the optimizer; the same dictionary always, empty once detached.
@@ -43,30 +44,28 @@ class Attachment:
         self._hooks: dict[Tensor, ParameterHooks] = {}
         self._step_hook: Any = None
         self.is_attached = False
-        if not has_step_hooks(optimizer):  # a wrapper may be made for this call alone, and holds the optimizer
-            self._optimizer: Callable[[], Any] = lambda: optimizer
-            return
-        me = weakref.ref(self)
+        is_torchs = isinstance(optimizer, torch.optim.Optimizer)
+        self._optimizer: Callable[[], Any] = weakref.ref(optimizer) if is_torchs else lambda: optimizer
+        self._groups: list[dict[str, Any]] = optimizer.param_groups
 
-        def release(_: Any) -> None:
-            attachment = me()
-            if attachment is not None:
-                attachment.detach()
-
-        self._optimizer = weakref.ref(optimizer, release)
+    def __del__(self) -> None:
+        self.detach()
 
     def attach(self) -> None:
         """Hook all parameters, and have those hooked that are added later; after an error nothing is attached."""
         params = self._unhooked()
-        self._watch_param_groups()
+        try:
+            self._watch_param_groups()
+            self._hook(params)
+            optimizer = self.optimizer
+            while optimizer is not None and not has_step_hooks(optimizer):  # of what it wraps, as Accelerate's does
+                optimizer = getattr(optimizer, "optimizer", None)
+            if optimizer is not None:
+                self._step_hook = optimizer.register_step_pre_hook(lambda *_: self.check_hooks())
+        except BaseException:
+            self.detach()
+            raise
         self.is_attached = True
-        self._hook(params)
-        optimizer = self.optimizer
-        while not has_step_hooks(optimizer):  # Accelerate's wrapper calls the step of what it wraps
-            optimizer = getattr(optimizer, "optimizer", None)
-            if optimizer is None:
-                return
-        self._step_hook = optimizer.register_step_pre_hook(lambda *_: self.check_hooks())
 
     @property
     def optimizer(self) -> Any:
@@ -75,9 +74,11 @@ class Attachment:
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups."""
-        groups: list[dict[str, Any]] = self.optimizer.param_groups
-        return groups
+        """The optimizer's parameter groups; of one that is gone, whose state another took over, the last ones."""
+        optimizer = self.optimizer
+        if optimizer is not None:
+            self._groups = optimizer.param_groups
+        return self._groups
 
     @property
     def params(self) -> list[Tensor]:
@@ -136,9 +137,9 @@ class Attachment:
 
     def _unhooked(self) -> list[Tensor]:
         """Return the parameters that have no hooks yet, after checking that each can have them."""
-        found = []
+        found: dict[Tensor, None] = {}  # torch lets a group hold a parameter twice
         for i, param in enumerate(self.params):
-            if param in self.slots or param.is_inference():
+            if param in self.slots or param in found or param.is_inference():
                 continue
             if not (param.is_floating_point() or param.is_complex()):
                 continue
@@ -151,8 +152,8 @@ class Attachment:
                     "accumkern.accumulator_of(optimizer) returns"
                 )
             self._check(name, param)
-            found.append(param)
-        return found
+            found[param] = None
+        return list(found)
 
     def _hook(self, params: list[Tensor]) -> None:
         for param in params:
@@ -167,11 +168,14 @@ class Attachment:
         """
         optimizer = self.optimizer
         bound = optimizer.add_param_group
-        is_method = getattr(bound, "__self__", None) is optimizer and has_step_hooks(optimizer)
+        is_method = getattr(bound, "__self__", None) is optimizer and isinstance(optimizer, torch.optim.Optimizer)
         original: Callable[[], Any] = weakref.WeakMethod(bound) if is_method else lambda: bound
 
         def add_param_group(param_group: dict[str, Any]) -> None:
-            original()(param_group)
+            add = original()
+            if add is None:
+                raise ReferenceError("the optimizer of this add_param_group is gone")
+            add(param_group)
             if self.is_attached:
                 try:
                     added = self._unhooked()

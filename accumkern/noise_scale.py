@@ -295,7 +295,8 @@ class NoiseScaleMeter:
     def __init__(self, groups: Callable[[], list[dict[str, Any]]]) -> None:
         self.squares = WindowSquares(self._group_of)
         self._groups = groups
-        self._group_of_param: dict[Tensor, int] = {}
+        self._group_of_param: dict[Tensor, int] = {}  # of all that there have been
+        self._learn()
         self._smoothers: dict[int | None, Smoother] = {}
 
     def read(self, tokens: object, group: int | None, smoothing: float) -> NoiseScale:
@@ -315,5 +316,8 @@ class NoiseScaleMeter:
 
     def _group_of(self, param: Tensor) -> int:
         if param not in self._group_of_param:
-            self._group_of_param = {p: i for i, group in enumerate(self._groups()) for p in group["params"]}
-        return self._group_of_param[param]
+            self._learn()
+        return self._group_of_param.get(param, 0)
+
+    def _learn(self) -> None:
+        self._group_of_param |= {p: i for i, group in enumerate(self._groups()) for p in group["params"]}

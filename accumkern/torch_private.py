@@ -89,8 +89,8 @@ def set_post_accumulate_hooks(param: Tensor, hooks: dict[int, Any]) -> None:
 
 
 def has_step_hooks(optimizer: object) -> bool:
-    """Return whether an object is an optimizer whose own ``step`` calls hooks, and no wrapper of one."""
-    return "_optimizer_step_pre_hooks" in getattr(optimizer, "__dict__", {})
+    """Return whether the ``step`` of an optimizer, or of one that it stands for, calls hooks."""
+    return hasattr(optimizer, "_optimizer_step_pre_hooks")
 
 
 def is_flattened(param: Tensor) -> bool:

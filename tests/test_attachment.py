@@ -355,3 +355,96 @@ def test_detach_keeps_the_hooks_of_the_user() -> None:
     before.remove()
     after.remove()
     assert_stock(param)
+
+
+# ---- what went wrong once ----------------------------------------------------------------------------------------
+
+
+def test_a_failed_attach_leaves_nothing() -> None:
+    """Hooks cannot be registered on a tensor that is not a leaf, which is noticed after others have theirs."""
+
+    class Optimizer:
+        def __init__(self, params: list[Tensor]) -> None:
+            self.param_groups: list[dict[str, Any]] = [{"params": params}]
+
+        def add_param_group(self, group: dict[str, Any]) -> None:
+            self.param_groups.append(group)
+
+    param = parameter(4)
+    optimizer: Any = Optimizer([param, parameter(4) * 2])
+    with pytest.raises(RuntimeError, match="non-leaf"):
+        accumkern.attach(optimizer, average_over=2)
+    assert not is_averaged(param)
+    assert "add_param_group" not in vars(optimizer)
+    optimizer.param_groups[0]["params"].pop()
+    accumkern.attach(optimizer, average_over=2)
+    assert is_averaged(param)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_a_parameter_that_is_listed_twice_has_its_hooks_once() -> None:
+    param = parameter(4)
+    optimizer = torch.optim.SGD([param, param], lr=1.0)
+    acc = accumkern.attach(optimizer, average_over=2)
+    assert is_averaged(param)
+    acc.detach()
+    assert not is_averaged(param)
+    assert not param._post_accumulate_grad_hooks
+    assert accumkern.accumulator_of(optimizer) is None
+
+
+class Delegating:
+    """A wrapper that answers as the optimizer, whatever it calls it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._inner = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_inner"], name)
+
+
+def test_a_wrapper_may_be_made_for_the_call_alone(no_collector: None) -> None:
+    param = parameter(4)
+    optimizer = torch.optim.SGD([param], lr=1.0)
+    accumkern.attach(Delegating(optimizer), average_over=2)  # type: ignore[arg-type]
+    gc.collect()
+    assert is_averaged(param)
+
+
+def test_a_step_through_a_wrapper_notices_lost_hooks() -> None:
+    param = parameter(4)
+    wrapper = Delegating(torch.optim.SGD([param], lr=1.0))
+    acc = accumkern.attach(wrapper)  # type: ignore[arg-type]
+    torch.utils.swap_tensors(param, torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)))
+    backward(param, 1.0)
+    with pytest.raises(RuntimeError, match="have lost their hooks since"):
+        wrapper.step()
+    acc.detach()
+
+
+def test_an_optimizer_may_be_replaced_by_one_that_takes_over_its_state(no_collector: None) -> None:
+    """As wrappers do that copy ``__dict__`` and become a subclass of the optimizer's class."""
+    param = parameter(4)
+    first = torch.optim.SGD([param], lr=1.0)
+    accumkern.attach(first, average_over=2)
+    second = torch.optim.SGD.__new__(torch.optim.SGD)
+    second.__dict__.update(first.__dict__)
+    del first
+    gc.collect()
+    assert is_averaged(param)
+    acc = accumkern.accumulator_of(second)
+    assert acc is not None
+    backward(param, 4.0)
+    assert acc.state_dict()["sums"]["0"] is not None
+    acc.detach()
+    assert not is_averaged(param)
+
+
+def test_add_param_group_of_an_optimizer_that_is_gone() -> None:
+    optimizer = torch.optim.SGD([parameter(4)], lr=1.0)
+    accumkern.attach(optimizer)
+    add_param_group = optimizer.add_param_group
+    del optimizer
+    gc.collect()
+    with pytest.raises(ReferenceError, match="the optimizer of this add_param_group is gone"):
+        add_param_group({"params": [parameter(2)]})

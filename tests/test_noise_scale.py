@@ -296,3 +296,14 @@ def test_gradients_that_were_there_before_are_noticed() -> None:
         backward(params, [torch.randn(p.shape).bfloat16() for p in params])
     with pytest.raises(RuntimeError, match=r"\.grad was changed"):
         acc.noise_scale()
+
+
+def test_a_parameter_that_leaves_its_group_before_its_first_gradient() -> None:
+    params = [nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    optimizer = torch.optim.SGD(params, lr=1.0)
+    acc = accumkern.attach(optimizer, stats=True)
+    optimizer.param_groups[0]["params"].pop()
+    for _ in range(2):
+        sum(param.sum() for param in params).backward()
+    assert all((param.grad == 2).all() for param in params)
+    assert acc.noise_scale(group=0).micro_batches == 2
