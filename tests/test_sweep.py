@@ -352,3 +352,20 @@ def test_runs_survive_json() -> None:
     again = Run.from_dict(json.loads(json.dumps(one.to_dict(), allow_nan=False)))
     assert again.points[0] == one.points[0]
     assert math.isnan(again.points[1].loss)
+
+
+def test_batches_may_differ_in_their_number_of_tensors_where_validation_has_its_own(tmp_path: Path) -> None:
+    def setup() -> Setup:
+        model = nn.Linear(4, 1)
+
+        def make_batch(size: int) -> list[Tensor]:
+            return [torch.ones(size, 4)] * (1 + torch.initial_seed() % 2)  # another seed gives one more, or one less
+
+        def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
+            return torch.stack([model(x).square().mean() for x in batch]).sum()
+
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        return Setup(model, optimizer, make_batch, loss, validation_batch=lambda size: [torch.ones(size, 4)])
+
+    found = accumkern.sweep(setup, [4], 16, tmp_path, micro_batch=4, evaluations=2, validation_samples=8)
+    assert [run.status for run in found.runs] == ["finished"]

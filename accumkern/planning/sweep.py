@@ -120,7 +120,7 @@ def sweep(
             settings["micro_batch"] = found["micro_batch_found"]
         validation = _validation(_seeded_setup(setup, VALIDATION_SEED), settings)
         runs = []
-        for batch, rule, seed in _runs(settings):
+        for batch, rule, seed in _plan_of_runs(settings):
             path = folder / RUNS / f"batch-{batch}_{rule}_seed-{seed}.json"
             if path.is_file():
                 run = Run.from_dict(json.loads(path.read_text()))
@@ -134,7 +134,7 @@ def sweep(
         random_state.put_back()
 
 
-def _runs(settings: dict[str, Any]) -> list[tuple[int, str, int]]:
+def _plan_of_runs(settings: dict[str, Any]) -> list[tuple[int, str, int]]:
     """Return (effective batch, rule, seed) of every run; at the base batch all rules are one."""
     return [
         (batch, rule, seed)
@@ -262,8 +262,9 @@ def _check_setup_is_new(function: SetupFunction) -> None:
             "setup() returned the same model twice, so each run would go on with what the one before had learnt; make "
             "model and optimizer inside of setup()"
         )
-    is_same = all(torch.equal(a, b) for a, b in zip(*batches, strict=True) if isinstance(a, Tensor))
-    if is_same and setups[0].validation_batch is None:
+    if setups[0].validation_batch is None and all(
+        torch.equal(a, b) for a, b in zip(*batches, strict=True) if isinstance(a, Tensor)
+    ):
         raise ValueError(
             "make_batch of setup() draws the same samples whatever the seed is, so the validation loss would be that "
             "of training samples; seed its generator with torch.initial_seed(), or return a Setup with validation_batch"

@@ -302,7 +302,8 @@ def try_windows(
     preserved: Preserved, micro_batch: int, windows: int, micro_batches: int, limit_bytes: int
 ) -> tuple[Trial, int]:
     """Train some windows of the longest samples; return what happened, and the bytes still there after the rewind."""
-    setup, fits = preserved.setup, True
+    setup = preserved.setup
+    fits = True
     with MemoryMeter(setup.device, _held_bytes(setup), limit_bytes) as meter:
         try:
             with accumulation(setup, preserved.buffer, micro_batches) as accumulator:
