@@ -13,7 +13,6 @@ from torch import Tensor
 from accumkern import ops, state
 from accumkern.attachment import Attachment
 from accumkern.ddp import Fp32Reduction
-from accumkern.dtensor import is_in_group
 from accumkern.finish import Finished, finish
 from accumkern.fold import Fold
 from accumkern.lost_bits import LostBitsMeter, LostBitsReport
@@ -60,7 +59,7 @@ class GradAccumulator:
 
     @scale.setter
     def scale(self, scale: float | Tensor) -> None:
-        self._check_attached()
+        self._check_parameters()
         ops.check_scale("scale", scale)
         devices = self._attachment.devices
         if isinstance(scale, Tensor) and scale.device not in devices:
@@ -101,8 +100,7 @@ class GradAccumulator:
             RuntimeError: there are no gradients, ``finish`` was called already since the last backward pass, or the
                 norm is not finite and ``error_if_nonfinite`` is set. ``.grad`` is untouched then.
         """
-        self._check_attached()
-        self._attachment.check_hooks()
+        self._check_parameters()
         self._passes.complete()
         gradients = self._attachment.stored()
         if not gradients:
@@ -113,7 +111,6 @@ class GradAccumulator:
         if self._rooms.noise_scale is not None:
             self._rooms.noise_scale.squares.reduce()
         self._rooms.finished_at = self._passes.count
-        self._fold.leaves_partials |= not is_in_group()
         return finished
 
     def reduce_in_fp32(self, model: torch.nn.parallel.DistributedDataParallel) -> None:
@@ -164,7 +161,7 @@ class GradAccumulator:
             ValueError: ``tokens`` does not hold one positive number per micro-batch, or ``group`` or ``smoothing`` is
                 out of range.
         """
-        self._check_attached()
+        self._check_parameters()
         if self._rooms.noise_scale is None:
             raise RuntimeError("noise_scale() needs the squared norms that attach(..., stats=True) takes")
         self._passes.complete()
@@ -221,7 +218,7 @@ class GradAccumulator:
             RuntimeError: the gradient of a DTensor is a sum over ranks that is still to be taken (``Partial``, as of a
                 norm under sequence parallelism), of which a checkpoint would keep one term.
         """
-        self._check_attached()
+        self._check_parameters()
         self._passes.complete()
         return state.saved(self._attachment.params, self._attachment.slots, self.buffer)
 
@@ -231,7 +228,7 @@ class GradAccumulator:
         It has a sum for every parameter that requires a gradient, and every residual. What the checkpoint has not, is
         None after it was loaded. Give the result to :meth:`load_state_dict`.
         """
-        self._check_attached()
+        self._check_parameters()
         return state.empty(self._attachment.params, self._attachment.slots, self.buffer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -243,11 +240,14 @@ class GradAccumulator:
 
         After an error nothing has changed.
         """
-        self._check_attached()
+        self._check_parameters()
         params = self._attachment.params
         entries = state.checked(state_dict, params, self.buffer)
         self._passes.complete()
         state.load(entries, params, self._attachment.slots)
+        self._rooms.finished_at = -1
+        if self._rooms.noise_scale is not None:
+            self._rooms.noise_scale.squares.reset()
 
     def detach(self) -> None:
         """Remove every hook: stock behaviour from now on. ``.grad`` stays as it is; calling it again does nothing."""
@@ -273,6 +273,10 @@ class GradAccumulator:
     def _check_attached(self) -> None:
         if not self._attachment.is_attached:
             raise RuntimeError("this accumulator is detached from its optimizer; attach() makes another one")
+
+    def _check_parameters(self) -> None:
+        self._check_attached()
+        self._attachment.check_hooks()
 
     def _slot_of(self, param: Tensor) -> Slot:
         self._check_attached()

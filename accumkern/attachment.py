@@ -12,15 +12,17 @@ from torch import Tensor
 
 from accumkern.hooks import ParameterHooks, owner_of
 from accumkern.passes import hook_functions
-from accumkern.slot import Slot, Stored
-from accumkern.torch_private import has_step_hooks
+from accumkern.slot import NOT_SET_ASIDE, Slot, Stored
+from accumkern.torch_private import NO_BACKWARD, current_graph_task_id, has_step_hooks
+
+_SHORT_DTYPES = frozenset({torch.bfloat16, torch.float16})
 
 
 class Attachment:
     """The parameters of an optimizer, and the slot of each that has hooks.
 
-    An optimizer holds what is attached to it, and is not held by it: when it is gone, its hooks are removed. Wrappers
-    of one are held: some are made for the call to attach() alone.
+    An optimizer holds what is attached to it, and is not held by it: when it is gone, its hooks are removed. What wraps
+    an optimizer without its parameter groups being the same is held: some are made for the call to attach() alone.
 
     Attributes:
         slots: parameter -> slot, in the order of the optimizer; the same dictionary always, empty once detached.
@@ -32,21 +34,33 @@ class Attachment:
         optimizer: a ``torch.optim.Optimizer``, or what wraps one.
         check: called as ``check(name, param)``; raises where a parameter's gradient cannot be folded.
         make_slot: makes the slot of a parameter.
+        after_step: called after every step of the optimizer; None for nothing.
+        needs_all: returns whether what torch accumulates by itself is of no use, even where it loses no bits.
     """
 
     def __init__(
-        self, optimizer: Any, check: Callable[[str, Tensor], None], make_slot: Callable[[Tensor], Slot]
+        self,
+        optimizer: Any,
+        check: Callable[[str, Tensor], None],
+        make_slot: Callable[[Tensor], Slot],
+        after_step: Callable[[], None] | None,
+        needs_all: Callable[[], bool],
     ) -> None:
         self.slots: dict[Tensor, Slot] = {}
         self.face: Callable[[], Any] = lambda: None
         self.rooms: Any = None
         self._check, self._make_slot = check, make_slot
+        self._after_step, self._needs_all = after_step, needs_all
         self._hooks: dict[Tensor, ParameterHooks] = {}
-        self._step_hook: Any = None
+        self._step_hooks: list[Any] = []
         self.is_attached = False
+        inner = _inner(optimizer)
+        if inner is not None and _same_groups(inner, optimizer):
+            optimizer = inner
         is_torchs = isinstance(optimizer, torch.optim.Optimizer)
         self._optimizer: Callable[[], Any] = weakref.ref(optimizer) if is_torchs else lambda: optimizer
         self._groups: list[dict[str, Any]] = optimizer.param_groups
+        self._known: list[Tensor] = []  # the optimizer's parameters when they were compared last
 
     def __del__(self) -> None:
         self.detach()
@@ -57,11 +71,13 @@ class Attachment:
         try:
             self._watch_param_groups()
             self._hook(params)
-            optimizer = self.optimizer
-            while optimizer is not None and not has_step_hooks(optimizer):  # of what it wraps, as Accelerate's does
-                optimizer = getattr(optimizer, "optimizer", None)
-            if optimizer is not None:
-                self._step_hook = optimizer.register_step_pre_hook(lambda *_: self.check_hooks())
+            self._known = self.params
+            inner = _inner(self.optimizer)
+            if inner is not None:
+                self._step_hooks.append(inner.register_step_pre_hook(lambda *_: self.check_hooks()))
+                after_step = self._after_step
+                if after_step is not None:
+                    self._step_hooks.append(inner.register_step_post_hook(lambda *_: after_step()))
         except BaseException:
             self.detach()
             raise
@@ -88,48 +104,68 @@ class Attachment:
     @property
     def devices(self) -> set[torch.device]:
         """Where the parameters are."""
-        return {slot.device for slot in self.slots.values()}
+        return {param.device for param in self.slots}
 
     def stored(self) -> list[Stored]:
         """Return the gradients that are there, as they lie in memory."""
         return [slot.stored() for slot in self.slots.values() if slot.param.grad is not None]
 
     def check_hooks(self) -> None:
-        """Hook parameters again that have lost their hooks; called before every step and at the end of a window.
+        """Compare hooks with the optimizer's parameters; called before every step and by whoever asks for gradients.
+
+        Parameters that have come into its groups by hand, or have lost their hooks, are hooked; those that have left
+        the groups are let go.
 
         Raises:
-            RuntimeError: one of them has a gradient, which torch has accumulated by itself.
+            RuntimeError: torch has accumulated the gradient of one of them by itself.
+            TypeError, ValueError: a parameter that has come cannot be hooked.
         """
         if torch.compiler.is_compiling():  # of the optimizer's step
             return
-        lost = [param for param, hooks in self._hooks.items() if not hooks.are_on()]
-        for param in lost:
-            self._hooks[param].put_on()
-            self.slots[param].renew()
-        missed = [param for param in lost if param.grad is not None]
-        if missed:
+        hooked = [param for param, hooks in self._hooks.items() if not hooks.are_on()]
+        for param in hooked:
+            self.put_on_hooks(param)
+        params = self.params
+        if list(map(id, params)) != list(map(id, self._known)):
+            for param in self.slots.keys() - set(params):
+                self._hooks.pop(param).remove()
+                del self.slots[param]
+            come = self._unhooked()
+            self._hook(come)
+            hooked += come
+            slots = [(param, self.slots[param]) for param in dict.fromkeys(params) if param in self.slots]
+            self.slots.clear()
+            self.slots.update(slots)  # in the order of the optimizer
+            self._known = params
+        missed = [param for param in hooked if param.grad is not None]
+        if missed and (self._needs_all() or any(param.dtype in _SHORT_DTYPES for param in missed)):
             raise RuntimeError(
-                f"{len(missed)} parameters, the first of shape {tuple(missed[0].shape)}, have lost their hooks since "
-                "attach(), and torch has accumulated their gradients by itself: module.to() has put other tensors into "
-                "them (torch.utils.swap_tensors, which it uses for DTensors). They are hooked again now: call "
-                "zero_grad() and begin the window again, or attach() after module.to()"
+                f"{len(missed)} parameters, the first of shape {tuple(missed[0].shape)}, had no hooks, and torch has "
+                "accumulated their gradients by itself: they came into the optimizer's groups without its "
+                "add_param_group() (call accumkern.accumulator_of(optimizer) after that), or module.to() has put other "
+                "tensors into them (torch.utils.swap_tensors, which it uses for DTensors), or their _backward_hooks were "
+                "cleared. They are hooked now: call zero_grad() and begin the window again"
             )
 
-    def renew_nodes(self, only: Tensor | None = None) -> None:
-        """Hook the nodes of parameters that were moved or cast: autograd has made new ones."""
-        for param in self._hooks if only is None else [only]:
-            if param.requires_grad and self._hooks[param].renew_node():
-                self.slots[param].renew()
+    def put_on_hooks(self, param: Tensor) -> None:
+        """Hook a parameter that has lost its hooks."""
+        if not self._hooks[param].are_on():
+            self._hooks[param].put_on()
+            self.slots[param].forget()
 
     def detach(self) -> None:
         """Remove every hook; calling it again does nothing."""
         self.is_attached = False
         for hooks in self._hooks.values():
             hooks.remove()
+        for slot in self.slots.values() if current_graph_task_id() != NO_BACKWARD else ():
+            running, slot.set_aside = slot.set_aside, NOT_SET_ASIDE
+            if isinstance(running, Tensor) and slot.param.grad is None:  # autograd itself is going to add to it
+                slot.param.grad = running
         self._hooks.clear()
         self.slots.clear()
-        if self._step_hook is not None:
-            self._step_hook.remove()
+        for hook in self._step_hooks:
+            hook.remove()
         optimizer = self.optimizer
         watch = getattr(optimizer, "__dict__", {}).get("add_param_group")
         if getattr(watch, "attachment", None) is self:
@@ -183,6 +219,7 @@ class Attachment:
                     self.groups.pop()
                     raise
                 self._hook(added)
+                self._known = self.params
 
         add_param_group.attachment = self  # type: ignore[attr-defined]
         try:
@@ -192,3 +229,23 @@ class Attachment:
                 f"optimizer is a {type(optimizer).__name__}, whose add_param_group cannot be watched ({error}); attach "
                 "to the torch.optim.Optimizer that it wraps"
             ) from error
+
+
+def attachment_of(optimizer: Any) -> Attachment | None:
+    """Return what is attached to an optimizer, or None."""
+    watch = getattr(optimizer, "__dict__", {}).get("add_param_group")
+    owners = (owner_of(param) for group in optimizer.param_groups for param in group["params"])
+    return getattr(watch, "attachment", None) or next((owner for owner in owners if owner is not None), None)
+
+
+def _inner(optimizer: Any) -> Any:
+    """Return the optimizer whose step has hooks: it, or what it wraps (as Accelerate's does); None where none has."""
+    while optimizer is not None and not has_step_hooks(optimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+def _same_groups(a: Any, b: Any) -> bool:
+    return [list(map(id, group["params"])) for group in a.param_groups] == [
+        list(map(id, group["params"])) for group in b.param_groups
+    ]

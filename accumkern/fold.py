@@ -19,9 +19,9 @@ _is_grad_enabled = torch.is_grad_enabled
 _numel = Tensor.numel
 
 
-def is_plain(grad: Tensor, dtype: torch.dtype | None) -> bool:
-    """Return whether the kernels take a gradient as it is; sparse tensors are not contiguous."""
-    return grad.dtype is dtype and grad.is_contiguous() and not grad.is_neg()
+def is_plain(grad: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether the kernels take a gradient of a dtype as it is; sparse tensors are not contiguous."""
+    return grad.dtype is dtype and dtype in FOLDED_DTYPES and grad.is_contiguous() and not grad.is_neg()
 
 
 class Fold:
@@ -31,8 +31,7 @@ class Fold:
         buffer: see below.
         scale: the factor of each micro-gradient: a number, or a floating 0-dim tensor.
         is_scaled: whether it is anything but 1.
-        leaves_partials: whether folds leave partial sums of squares.
-        squares: the noise scale's record of them, or None.
+        squares: the noise scale's record of the partial sums of squares that folds leave, or None.
 
     Args:
         buffer: a name in :data:`accumkern.formats.BUFFERS`.
@@ -43,7 +42,6 @@ class Fold:
     def __init__(self, buffer: str, backend: str | None, squares: WindowSquares | None) -> None:
         self.buffer = buffer
         self.squares = squares
-        self.leaves_partials = squares is not None
         self.set_scale(1.0)
         self._backend = backend
         self._kernels_of_device: dict[torch.device, backends.Kernels] = {}
@@ -88,64 +86,67 @@ class Fold:
             kernels = self._kernels_of_device[device] = backends.kernels(chosen)
         return kernels
 
-    def many(self, slots: list[Slot], grads: list[Tensor], sums: list[Tensor], start: Start) -> None:
+    def many(self, slots: list[Slot], grads: list[Tensor], sums: list[Any], start: Start) -> None:
         """Fold gradients of one device and dtype into their sums, which are laid out alike.
 
-        From zero, the sums are the gradients themselves. They may share memory with tensors of somebody else, so what
-        is written goes into memory of its own. Until then there is no ``.grad``: if memory runs out, a gradient that
-        has not been multiplied must not count.
+        From zero there are no sums. The gradients may share memory with tensors of somebody else, so what is written
+        goes into memory of its own.
+
+        Raises:
+            TypeError: the buffer cannot hold the gradients' dtype.
+            ValueError: a sum has another size than its gradient. Nothing is written then.
         """
-        taken: list[Any] = []
-        if start is Start.FROM_ZERO:
-            taken = [slot.take() for slot in slots]
-        format_ = BUFFERS[self.buffer].get(grads[0].dtype)
+        new = grads[0]
+        format_ = BUFFERS[self.buffer].get(new.dtype)
         if format_ is None:
-            raise TypeError(f".grad is {grads[0].dtype}, which buffer={self.buffer!r} cannot hold; use buffer='fp32'")
-        dtype = format_.residual_dtype
-        residuals = None
-        if dtype is not None:
-            if start is Start.CONTINUE:
-                residuals = [slot.residual for slot in slots]
-            else:
-                residuals = [slot.residual_for(total, dtype) for slot, total in zip(slots, sums, strict=True)]
+            raise TypeError(f".grad is {new.dtype}, which buffer={self.buffer!r} cannot hold; use buffer='fp32'")
         if start is Start.FROM_ZERO:
             sums = [torch.empty_like(grad) for grad in grads]
-        # Whoever gives .grad another size through .data while it waits leaves no trace in its version.
-        if list(map(_numel, grads)) != list(map(_numel, sums)):
-            raise ValueError("the .data of a .grad was given another size in the middle of a backward pass")
-        device = slots[0].device
-        scale = self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale
-        partials = None
-        if self.leaves_partials:
+        # Whoever gives .grad another size through .data leaves no trace in its version.
+        elif list(map(_numel, grads)) != list(map(_numel, sums)):
+            raise ValueError("the .data of a .grad was given another size in the middle of a window")
+        dtype, scale, residuals, partials = format_.residual_dtype, self.scale, None, None
+        if dtype is not None:
+            residuals = [slot.residual_for(total, dtype) for slot, total in zip(slots, sums, strict=True)]
+        if isinstance(scale, Tensor):
+            scale = scale.to(new.device)
+        squares = self.squares
+        if squares is not None:
             partials = [slot.partials_for(total) for slot, total in zip(slots, sums, strict=True)]
-            if self.squares is not None:
-                for slot, total, rows in zip(slots, sums, partials, strict=True):
-                    self.squares.fold(slot.param, total, start, rows, scale)
-        self.kernels_on(device).fold(format_, start, grads, sums, residuals, scale, partials)
+        self.kernels_on(new.device).fold(format_, start, grads, sums, residuals, scale, partials)
         if start is Start.FROM_ZERO:
-            for slot, total, like in zip(slots, sums, taken, strict=True):
-                slot.param.grad = slot.whole(total, like)
+            for slot, total in zip(slots, sums, strict=True):
+                slot.param.grad = slot.whole(total, slot.param.grad)
         if start is not Start.CONTINUE:
             for slot in slots:
                 slot.remember()
+        if squares is not None and partials is not None:
+            for slot, rows in zip(slots, partials, strict=True):
+                squares.fold(slot.param, slot.param.grad, start, rows, scale)
 
     def one(self, slot: Slot, running: Any, new: Any, start: Start) -> None:
-        """Fold at once a gradient of any layout, or leave it to torch's own addition."""
+        """Fold at once a gradient of any layout into the running one, if there is one, or leave it to torch.
+
+        Args:
+            slot: of the parameter.
+            running: ``.grad`` as it was, or None.
+            new: the gradient.
+            start: where the fold starts, if it can be folded.
+        """
         if (
             _is_grad_enabled()
             or new.dtype not in FOLDED_DTYPES
-            or running.dtype is not new.dtype
             or new.layout is not torch.strided
-            or running.layout is not torch.strided
+            or (running is not None and (running.dtype is not new.dtype or running.layout is not torch.strided))
         ):
             self.as_torch_does(slot, running, new)
             return
-        if start is Start.FROM_ZERO:
+        if running is None:
             new = new.resolve_neg()
             if not is_dense(new):
                 new = new.contiguous()
-            slot.param.grad = new
-            self.many([slot], [new], [new], start)
+            slot.param.grad = None
+            self.many([slot], [new], [None], start)
             return
         # A running gradient that is somebody's, lazily negated or with holes in its memory, is folded in a copy.
         total = running if is_dense(running) else running.contiguous()
@@ -162,10 +163,10 @@ class Fold:
         """Do what AccumulateGrad does: for sparse, complex and float64 gradients, and for create_graph."""
         slot.forget()
         param = slot.param
-        first = running is new
         if self.is_scaled:
-            new = slot.whole(slot.local(new) * self.scale, new)
-        if first:
+            scale = self.scale.to(new.device) if isinstance(self.scale, Tensor) else self.scale
+            new = slot.whole(slot.local(new) * scale, new)
+        if running is None:
             param.grad = new
         elif _is_grad_enabled():
             param.grad = running + new
@@ -173,3 +174,5 @@ class Fold:
             param.grad = new + running
         else:
             param.grad = running.add_(new)
+        if self.squares is not None:
+            self.squares.add_by_torch(param, new)

@@ -8,19 +8,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
-from accumkern.torch_private import post_accumulate_hooks, set_post_accumulate_hooks
+from accumkern.torch_private import (
+    current_node,
+    identity_of,
+    post_accumulate_hooks,
+    set_hooks,
+    tensor_hooks,
+    will_evaluate,
+)
 
 
 class ParameterHooks:
     """The hooks of one parameter.
 
+    Both are kept by the parameter, not by the node that accumulates its gradient: nobody has to keep the node alive,
+    which knows the parameter's shape of the time when it was made.
+
     Args:
         param: the parameter; a frozen one has its hooks when it is unfrozen.
-        before: called as ``before(_)`` by the node that accumulates the gradient, before it does. A hook on a node,
-            unlike one on a tensor, is not called for ``torch.autograd.grad``.
+        set_aside: called as ``set_aside(grad)`` when autograd is about to accumulate a gradient, and after all other
+            hooks that see it come. ``grad`` is ``.grad``, which is None from then on.
         after: called as ``after(param)`` when the gradient is in ``.grad``, before other post-accumulate hooks.
         owner: who :func:`owner_of` returns; held weakly.
 
@@ -29,60 +38,55 @@ class ParameterHooks:
     """
 
     def __init__(
-        self, param: Tensor, before: Callable[[Any], None], after: Callable[[Tensor], None], owner: object
+        self, param: Tensor, set_aside: Callable[[Any], None], after: Callable[[Tensor], None], owner: object
     ) -> None:
         self._param = param
-        self._before, self._after = before, after
-        self._node: Any = None  # a hook on a node lives as long as somebody refers to the node
-        self._node_handle: RemovableHandle | None = None
-        self._handle: RemovableHandle | None = None
+        self._before, self._after = _before(weakref.ref(param), set_aside), after
+        self._handles: list[RemovableHandle] = []
+        self._identity = identity_of(param)
         after.accumkern_owner = weakref.ref(owner)  # type: ignore[attr-defined]
         self.put_on()
 
     def put_on(self) -> None:
-        """Hook the parameter, and the node that accumulates its gradient."""
+        """Hook the parameter."""
+        self.remove()
         param = self._param
         is_frozen = not param.requires_grad
         with torch.inference_mode(False):
-            if is_frozen:  # it has no node to hook; the one that is made here stays its node when it is unfrozen
+            if is_frozen:  # it takes no hooks
                 param.requires_grad_(True)
-            self.renew_node()
-            if self._handle is not None:
-                self._handle.remove()
             found = post_accumulate_hooks(param) or {}
             others = [item for item in found.items() if not _is_left_over(item[1])]
             found.clear()
-            self._handle = param.register_post_accumulate_grad_hook(self._after)
+            self._handles = [
+                param.register_hook(self._before),
+                param.register_post_accumulate_grad_hook(self._after),
+            ]
             hooks = post_accumulate_hooks(param)
             hooks.update(others)  # ours goes first, so that the others see the sum: torch calls them in this order
-            set_post_accumulate_hooks(param, hooks)
+            set_hooks(param, tensor_hooks(param), hooks)
             if is_frozen:
                 param.requires_grad_(False)
+        self._identity = identity_of(param)
 
     def are_on(self) -> bool:
         """Return whether the parameter has its hooks still.
 
         ``torch.utils.swap_tensors``, by which ``module.to()`` moves a DTensor, gives it the content of another tensor,
-        which then has the node and the hooks of this one.
+        which then has the hooks of this one. ``_backward_hooks`` may have been cleared.
         """
-        return self._node.variable is self._param
-
-    def renew_node(self) -> bool:
-        """Hook the node that accumulates the gradient; return whether it is another one than before."""
-        node = get_gradient_edge(self._param).node
-        if node is self._node:
-            return False
-        if self._node_handle is not None:
-            self._node_handle.remove()
-        self._node = node
-        self._node_handle = node.register_prehook(self._before)
-        return True
+        param = self._param
+        before, after = self._handles
+        return (
+            identity_of(param) == self._identity
+            and before.id in (tensor_hooks(param) or ())
+            and after.id in (post_accumulate_hooks(param) or ())
+        )
 
     def remove(self) -> None:
         """Remove both hooks."""
-        for handle in (self._node_handle, self._handle):
-            if handle is not None:
-                handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
 
 def owner_of(param: Tensor) -> Any:
@@ -94,3 +98,39 @@ def owner_of(param: Tensor) -> Any:
 def _is_left_over(hook: Any) -> bool:
     reference = getattr(hook, "accumkern_owner", None)
     return reference is not None and reference() is None
+
+
+def _before(reference: Callable[[], Any], set_aside: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return the hook that autograd calls when a gradient comes, be it to accumulate it or for torch.autograd.grad."""
+
+    @unserializable_hook
+    def before(_new: Any) -> None:
+        param = reference()
+        if param is None:
+            return
+        grad = param.grad
+        if grad is not None:
+            node = current_node()
+            try:
+                if not will_evaluate(node):
+                    return
+            except RuntimeError:  # torch.autograd.grad
+                return
+            if node.variable is not param:  # torch.utils.swap_tensors has given the hooks to another tensor
+                return
+            hooks = tensor_hooks(param)
+            if hooks and hooks[next(reversed(hooks))] is not before:  # others are still to see the gradient come
+                handle = node.register_prehook(lambda _: last(handle))
+                return
+            param.grad = None
+        set_aside(grad)
+
+    def last(handle: RemovableHandle) -> None:
+        handle.remove()
+        param = reference()
+        if param is not None:
+            grad = param.grad
+            param.grad = None
+            set_aside(grad)
+
+    return before

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accumkern.formats import Start
+from accumkern.formats import Start, widest
 
 
 @dataclass(frozen=True)
@@ -144,27 +144,46 @@ class Smoother:
         return Estimate(self.trace / self.weight, self.squared_gradient / self.weight)
 
 
+_CHANGED = (
+    ".grad was changed in the middle of the window. Call noise_scale() once per window, after its last backward pass; "
+    "clip and unscale after it"
+)
+_TWICE = (
+    "a parameter got more than one gradient in a backward pass, as from a module that reentrant checkpoints run several "
+    "times, and the squares of parts do not add up; use checkpoint(use_reentrant=False)"
+)
+_FAILED = "a backward pass of the window has failed; call zero_grad() and begin the window again"
+_ZEROS = -1
+
+
 class _Gradients:
     """The gradients of one parameter in a window."""
 
-    __slots__ = ("count", "first", "group", "partials", "window")
+    __slots__ = ("group", "index", "is_fresh", "partials", "unfolded", "window")
 
     def __init__(self, group: int) -> None:
         self.group = group  # of the optimizer
-        self.window = -1
         self.begin(-1)
 
     def begin(self, window: int) -> None:
-        self.window, self.count = window, 0
-        self.first: tuple[weakref.ref[Tensor], int] | None = None  # the first, while it is not measured; its version
+        self.window = window
+        self.index = -1  # of the micro-batch that brought the last gradient
+        self.is_fresh = True  # whether nothing has been folded or kept yet
         self.partials: Tensor | None = None  # of the last fold
+        # A gradient that no fold has measured: weakly, its version, and the micro-batch whose square it has, or None.
+        self.unfolded: tuple[weakref.ref[Tensor], int, int | None] | None = None
+
+    def is_as_left(self, grad: Tensor | None) -> bool:
+        """Return whether ``grad`` is what no fold has measured, unchanged."""
+        return grad is not None and self.unfolded is not None and _is_as_left(grad, *self.unfolded[:2])
 
 
 class WindowSquares:
     """Squared norms of the micro-gradients of a window, by optimizer group, on the device until they are asked for.
 
-    A parameter's k-th gradient of a window belongs to micro-batch k. The first one is not folded; its square is read
-    off the old value when the second is.
+    A micro-batch is a backward pass, with those inside it. A window is the backward passes from one optimizer step, or
+    from gradients that are set to None or to zero, to the next. A parameter without a gradient in a micro-batch has a
+    zero there. The first gradient in a window is not folded; its square is read off the old value when the second is.
 
     Args:
         group_of: the index of a parameter's group in the optimizer.
@@ -173,77 +192,142 @@ class WindowSquares:
     def __init__(self, group_of: Callable[[Tensor], int]) -> None:
         self.window = 0  # its number
         self._group_of = group_of
-        self._closed = False
-        self._edited = False
         self._gradients: dict[Tensor, _Gradients] = {}
-        self._squares: list[dict[tuple[int, torch.device], Tensor]] = []  # of each micro-batch
-        self._folded: list[tuple[_Gradients, Tensor, Start, float | Tensor]] = []  # since the last reduction
         self._lock = threading.Lock()  # autograd folds the gradients of each device in a thread of its own
+        self._pass_is_under_way = False
+        self._is_inside = False  # whether the pass is inside another, which may have brought no gradient yet
+        self._begin_window()
 
-    def arrive(self, param: Tensor, is_first: bool) -> None:
-        """Count a gradient; ``is_first`` says that ``.grad`` was None before."""
+    def _begin_window(self) -> None:
+        self.window += 1
+        self._index = -1  # of the micro-batch
+        self._closed = False
+        self._spoilt = ""  # why the window's noise scale is unknown
+        self._witness: tuple[Tensor, weakref.ref[Tensor], int] | None = None  # a gradient that shows whether it is over
+        self._squares: dict[tuple[int, int, torch.device], Tensor] = {}  # by micro-batch and group
+        self._zeros: dict[torch.device, Tensor] = {}  # squares of what should have been zero
+        self._folded: list[tuple[_Gradients, Tensor, float | Tensor, int, int | None]] = []
+
+    # ---- in a backward pass ----
+
+    def begin_pass(self, is_inside_another: bool) -> None:
+        """Begin a micro-batch, unless the pass is inside another: then a parameter's second gradient will."""
+        has_failed, self._pass_is_under_way = self._pass_is_under_way, True
+        if self._closed or self._is_over():
+            self._begin_window()
+        elif has_failed:
+            self.spoil()
+        self._is_inside = is_inside_another
+        if not is_inside_another or self._index < 0:
+            self._index += 1
+
+    def end_pass(self) -> None:
+        """Add up what the pass has brought."""
+        self._pass_is_under_way = False
+        self.reduce()
+
+    def arrive(self, param: Tensor, running: Tensor | None) -> None:
+        """Count a gradient; ``running`` is ``.grad`` before it came."""
         of = self._gradients.get(param)
         if of is None:
             of = self._gradients[param] = _Gradients(self._group_of(param))
-        if self._closed or (is_first and of.window == self.window):
-            self.window += 1
-            self._closed = self._edited = False
-            self._squares.clear()
-            self._folded.clear()
         if of.window != self.window:
             of.begin(self.window)
-        of.count += 1
+        elif of.index == self._index:
+            self.reduce()  # before the next fold of this parameter overwrites its partial sums
+            if self._is_inside:
+                self._index += 1
+            else:
+                self._spoilt = self._spoilt or _TWICE
+        elif running is None:
+            self._spoilt = self._spoilt or _CHANGED
+        of.index = self._index
 
     def keep(self, param: Tensor, grad: Tensor) -> None:
         """Note that the first gradient of a window was kept as it came."""
-        self._gradients[param].first = weakref.ref(grad), grad._version
+        of = self._gradients[param]
+        of.is_fresh = False
+        of.unfolded = weakref.ref(grad), grad._version, of.index
 
-    def fold(self, param: Tensor, running: Tensor, start: Start, partials: Tensor, scale: float | Tensor) -> None:
+    def fold(self, param: Tensor, running: Tensor | None, start: Start, partials: Tensor, scale: float | Tensor) -> None:
         """Note a fold into ``running`` that left ``partials``."""
         of = self._gradients[param]
-        first, of.first = of.first, None
-        with self._lock:
+        old_index = None  # of the micro-batch whose square that of the old value is
+        if of.is_fresh:
+            is_right = start is not Start.CONTINUE  # which goes on from the last window
             if start is Start.FROM_SUM:
-                # From the first gradient, as it came, or from zeros: whether they are, reduce() sees.
-                if of.count == 2:
-                    self._edited |= first is None or first[0]() is not running or first[1] != running._version
-                else:
-                    self._edited |= of.count != 1
-            elif start is Start.CONTINUE:
-                self._edited |= of.count == 1
-            of.partials = partials
-            self._folded.append((of, partials, start, scale))
+                old_index = _ZEROS
+        elif of.unfolded is not None:
+            is_right, old_index = of.is_as_left(running), of.unfolded[2]
+        else:
+            is_right = start is Start.CONTINUE
+        if not is_right:
+            self._spoilt = self._spoilt or _CHANGED
+        of.is_fresh, of.unfolded, of.partials = False, None, partials
+        with self._lock:
+            self._folded.append((of, partials, scale, of.index, old_index if start is Start.FROM_SUM else None))
+
+    def add_by_torch(self, param: Tensor, scaled: Tensor) -> None:
+        """Note what torch has added to ``.grad``: a gradient that the kernels do not fold, such as a sparse one."""
+        of = self._gradients[param]
+        grad: Any = param.grad
+        before = of.unfolded
+        if not of.is_fresh and before is None:
+            self._spoilt = self._spoilt or _CHANGED
+        of.is_fresh, of.partials = False, None
+        of.unfolded = weakref.ref(grad), grad._version, None
+        with self._lock:
+            self._add(of.index, of.group, _square_of(scaled))
 
     def reduce(self) -> None:
         """Add up the partial sums of the folds since the last call, before others overwrite them."""
         with self._lock:
             groups: dict[Any, list[Tensor]] = {}
             scales: dict[int, float | Tensor] = {}
-            for of, partials, start, scale in self._folded:
+            for of, partials, scale, index, old_index in self._folded:
                 scales[id(scale)] = scale
-                key = (of.count - 1, of.group, partials.device, start is Start.FROM_SUM, id(scale))
+                key = (index, old_index, of.group, partials.device, id(scale))
                 groups.setdefault(key, []).append(partials)
-            for (index, group, device, from_sum, scale_id), rows in groups.items():
+            for (index, old_index, group, device, scale_id), rows in groups.items():
                 scale = scales[scale_id]
+                totals = torch.cat(rows).sum(0, dtype=widest(device))
                 if isinstance(scale, Tensor):
-                    scale = scale.to(device, torch.float64)
-                totals = torch.cat(rows).sum(0, dtype=torch.float64)
+                    scale = scale.to(totals)
                 self._add(index, group, totals[0] * scale * scale)
-                if from_sum:
-                    # At the second gradient, the square of the first; at the first, of zeros, or index -1 will tell.
-                    self._add(index - 1, group, totals[2])
+                if old_index == _ZEROS:
+                    self._zeros[device] = self._zeros[device] + totals[2] if device in self._zeros else totals[2]
+                elif old_index is not None:
+                    self._add(old_index, group, totals[2])
             self._folded.clear()
+        if self._witness is None or not self._is_over():
+            param = next((param for param, of in self._gradients.items() if of.window == self.window), None)
+            if param is not None and param.grad is not None:
+                self._witness = param, weakref.ref(param.grad), param.grad._version
 
     def _add(self, index: int, group: int, square: Tensor) -> None:
-        while len(self._squares) <= index + 1:
-            self._squares.append({})
-        of = self._squares[index + 1]
-        key = (group, square.device)
-        of[key] = of[key] + square if key in of else square
+        key = (index, group, square.device)
+        self._squares[key] = self._squares[key] + square if key in self._squares else square
+
+    # ---- the window ----
 
     def close(self) -> None:
-        """Let the next gradient begin another window."""
+        """Let the next backward pass begin another window."""
         self._closed = True
+
+    def reset(self) -> None:
+        """Forget the window, whose gradients are others now."""
+        self._begin_window()
+
+    def spoil(self) -> None:
+        """Note that a backward pass of this window has failed."""
+        self._spoilt = self._spoilt or _FAILED
+
+    def _is_over(self) -> bool:
+        """Return whether somebody has taken the window's gradients away, or changed them."""
+        if self._witness is None:
+            return False
+        param, reference, version = self._witness
+        return param.grad is None or not _is_as_left(param.grad, reference, version)
 
     def totals(self, group: int | None) -> tuple[list[float], float]:
         """Return ``||s_i||^2`` of each micro-batch and ``||sum s_i||^2``, of all groups or of one.
@@ -252,37 +336,46 @@ class WindowSquares:
             RuntimeError: there is nothing to estimate from, or gradients were changed in the middle of the window.
         """
         self.reduce()
-        members = {
-            param: of for param, of in self._gradients.items() if of.window == self.window and group in (None, of.group)
-        }
-        count = max((of.count for of in members.values()), default=0)
+        count = self._index + 1
         if count < 2:
             found = "no micro-batch" if count == 0 else "one micro-batch"
             raise RuntimeError(f"the noise scale is undefined: the window has {found}, and it needs at least two")
-        squares = [torch.zeros((), dtype=torch.float64, device="cpu")] * (count + 1)
+        squares = [0.0] * count
+        for (index, of_group, _), square in self._squares.items():
+            if group in (None, of_group):
+                squares[index] += float(square)
         square_of_sum = 0.0
-        for index, of_groups in enumerate(self._squares):
-            for (of_group, _), square in of_groups.items():
-                if group in (None, of_group):
-                    squares[index] = squares[index] + square.cpu()
         rows: dict[torch.device, list[Tensor]] = {}
-        for param, of in members.items():
-            if of.first is not None:  # had one gradient alone, which no fold has measured
-                grad = param.grad
-                if grad is None or grad is not of.first[0]() or grad._version != of.first[1]:
+        for param, of in self._gradients.items():
+            if of.window != self.window or group not in (None, of.group):
+                continue
+            if of.unfolded is not None:
+                if not of.is_as_left(param.grad):
                     raise RuntimeError("call noise_scale() after the last backward pass and before zero_grad()")
-                square = torch.linalg.vector_norm(grad, dtype=torch.float32).double().cpu() ** 2
-                squares[1] = squares[1] + square
-                square_of_sum += float(square)
+                square = float(_square_of(param.grad))  # type: ignore[arg-type]
+                if of.unfolded[2] is not None:
+                    squares[of.unfolded[2]] += square
+                square_of_sum += square
             elif of.partials is not None:
                 rows.setdefault(of.partials.device, []).append(of.partials)
-        square_of_sum += sum(float(torch.cat(r)[:, 1].sum(dtype=torch.float64)) for r in rows.values())
-        if self._edited or float(squares[0]) > 0:
-            raise RuntimeError(
-                "the noise scale is unknown: .grad was changed in the middle of the window. Call noise_scale() once "
-                "per window, after its last backward pass; clip and unscale after it"
-            )
-        return [float(square) for square in squares[1:]], square_of_sum
+        square_of_sum += sum(float(torch.cat(r)[:, 1].sum(dtype=widest(device))) for device, r in rows.items())
+        reason = self._spoilt or (_CHANGED if any(float(square) > 0 for square in self._zeros.values()) else "")
+        if reason:
+            raise RuntimeError(f"the noise scale is unknown: {reason}")
+        return squares, square_of_sum
+
+
+def _is_as_left(grad: Tensor, reference: weakref.ref[Tensor], version: int) -> bool:
+    return reference() is grad and grad._version == version
+
+
+@torch.no_grad()
+def _square_of(grad: Tensor) -> Tensor:
+    """Return the squared 2-norm of a gradient of any kind, in the widest dtype of its device."""
+    if grad.layout is not torch.strided:
+        grad = grad.coalesce().values() if grad.layout is torch.sparse_coo else grad.values()
+    dtype = torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else None
+    return torch.linalg.vector_norm(grad.detach(), dtype=dtype).to(widest(grad.device)) ** 2
 
 
 class NoiseScaleMeter:

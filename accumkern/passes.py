@@ -4,6 +4,9 @@ A first hook runs before autograd adds a new gradient: it sets the running ``.gr
 new gradient in its place instead of adding to it in the parameter's dtype. The second runs after that: it folds the new
 gradient into the one set aside, in FP32, and puts that back. Between two backward passes ``.grad`` is what it always
 was, the sum so far in the parameter's dtype; the low bits lie in a residual beside it.
+
+On a GPU a launch costs more than a small fold. Small gradients wait there and are folded together: they arrive at the
+end of the backward pass, as far as anybody can tell. Until then ``.grad`` is what it was before the pass.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,19 +30,43 @@ from accumkern.torch_private import (
     NO_BACKWARD,
     compiled_autograd,
     current_graph_task_id,
+    current_node,
     current_raw_stream,
+    is_in_function,
     post_accumulate_hooks,
     queue_callback,
 )
 
-# A small gradient that waits for the end of the backward pass: its slot; it; the running sum, which is .grad until
-# then, and its version; where the fold starts; the stream that made the gradient.
-_Waiting: TypeAlias = tuple[Slot, Any, Any, int, Start, int]
-
-# Small gradients wait for the end of the backward pass, unless so many elements wait already that their memory counts.
+# Where a fold costs less than what waiting costs in Python, gradients do not wait.
+WAITING_DEVICE_TYPES = frozenset({"cuda"})
+# Gradients of at most this many elements wait, unless so many elements wait already that their memory counts.
+SMALL_NUMEL = 65536
 MAX_WAITING_NUMEL = 2**22
 
 _is_grad_enabled = torch.is_grad_enabled
+
+
+class _Waiting(NamedTuple):
+    """A small gradient that waits for the end of the backward pass."""
+
+    slot: Slot
+    new: Tensor
+    running: Tensor | None  # .grad until then
+    version: int  # of it
+    stream: int  # that made the gradient
+    number: int  # of the backward pass
+
+
+class _Pass:
+    """A backward pass. Autograd holds it, and calls it at the end: it is gone when the pass has failed."""
+
+    __slots__ = ("__weakref__", "_end", "number")
+
+    def __init__(self, number: int, end: Callable[[int], None]) -> None:
+        self.number, self._end = number, end
+
+    def __call__(self) -> None:
+        self._end(self.number)
 
 
 def hook_functions(slot: Slot) -> tuple[Callable[[Any], None], Callable[[Tensor], None]]:
@@ -48,20 +76,17 @@ def hook_functions(slot: Slot) -> tuple[Callable[[Any], None], Callable[[Tensor]
     """
     reference = weakref.ref(slot)
 
-    def set_aside(_grad_outputs: Any) -> None:
+    def set_aside(grad: Any) -> None:
         compiled = compiled_autograd()
         if compiled is not None and compiled.in_compiled_autograd_region:
             _refuse_compiled_autograd()
         slot = reference()
         if slot is not None:
-            param = slot.param
-            slot.set_aside = grad = param.grad
-            if grad is not None:
-                param.grad = None
+            slot.set_aside = grad
 
     def accumulate(param: Tensor) -> None:
         slot = reference()
-        if slot is not None:
+        if slot is not None and slot.param is param:
             slot.accumulate(slot, param)
 
     return set_aside, accumulate
@@ -71,57 +96,67 @@ class BackwardPasses:
     """The backward passes of one accumulator.
 
     Attributes:
-        count: of the passes that have brought a gradient.
+        count: of the passes that have brought a gradient, nested ones too.
 
     Args:
         fold: what folds.
         lost_bits: the sample that is accumulated as stock PyTorch does, or None.
-        renew_nodes: hooks the node of a parameter that was moved, or of all (None); see :meth:`renew_nodes`.
+        put_on_hooks: hooks a parameter that has lost its hooks.
     """
 
-    def __init__(
-        self, fold: Fold, lost_bits: LostBitsMeter | None, renew_nodes: Callable[[Tensor | None], None]
-    ) -> None:
+    def __init__(self, fold: Fold, lost_bits: LostBitsMeter | None, put_on_hooks: Callable[[Tensor], None]) -> None:
         self.count = 0
         self._fold = fold
         self._lost_bits = lost_bits
-        self._renew_nodes = renew_nodes
+        self._put_on_hooks = put_on_hooks
         # Autograd calls the hooks of each device from a thread of its own. What they share is a deque, whose append and
         # popleft cannot be torn apart, and flags that are set under a lock when a backward pass begins.
         self._waiting: deque[_Waiting] = deque()
         self._waiting_numel = 0
         self._lock = threading.RLock()
-        self._number = NO_BACKWARD  # autograd's, of the backward pass that is under way
+        self._number = NO_BACKWARD  # autograd's, of the backward pass that has brought a gradient last
+        self._newest = NO_BACKWARD  # the greatest number so far
+        self._under_way: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
         self._in_group = False  # whether there is a process group
         self._may_wait = False  # whether small gradients may wait for the end of the backward pass
         self._versions: dict[int, int] = {}  # of memory that gradients are views of, when the backward pass came there
 
     def accumulate(self, slot: Slot, param: Tensor) -> None:
-        """Fold the gradient that autograd has just left in ``param.grad`` into the running one."""
+        """Fold the gradient that autograd has just left in ``param.grad`` into the running one.
+
+        After an error ``.grad`` is the running one again.
+        """
         running: Any = slot.set_aside
         slot.set_aside = NOT_SET_ASIDE
         new: Any = param.grad
-        if new is None:  # somebody's hook took it
-            param.grad = None if running is NOT_SET_ASIDE else running
-            return
-        fold = self._fold
-        number = current_graph_task_id()
         if running is NOT_SET_ASIDE:
-            compiled = compiled_autograd()
-            if compiled is not None and compiled.in_compiled_autograd_region:
-                _refuse_compiled_autograd()
-            self._begin(number)
-            self.renew_nodes(new, was_added=slot.last() is new)
+            if new is None:  # somebody's hook took it
+                return
             running = None
-        elif number != self._number:
-            param.grad = running  # as it was before this gradient came
-            self._begin(number)
-            running = param.grad
-            param.grad = new
+            self.without_first_hook(slot, new, was_added=slot.last() is new)
+        elif new is None:
+            param.grad = running
+            return
+        try:
+            self._add(slot, param, running, new)
+        except BaseException:
+            param.grad = running
+            if self._fold.squares is not None:
+                self._fold.squares.spoil()
+            raise
 
+    def _add(self, slot: Slot, param: Tensor, running: Any, new: Any) -> None:
+        fold = self._fold
+        if slot.waits:  # the gradient of a pass inside this one
+            param.grad = running
+            self._fold_waiting()
+            running, param.grad = param.grad, new
+        number = current_graph_task_id()
+        if number != self._number:
+            self._begin(number)
         squares = fold.squares
         if squares is not None:
-            squares.arrive(param, is_first=running is None)
+            squares.arrive(param, running)
         if self._lost_bits is not None:
             self._lost_bits.add(param, new, fold.scale, running, slot.owns(running))
         if running is None:  # the first micro-batch of a window
@@ -131,47 +166,65 @@ class BackwardPasses:
                 if squares is not None:
                     squares.keep(param, new)
                 return
-            running, start = new, Start.FROM_ZERO
-            version = new._version
+            start = Start.FROM_ZERO
         else:
-            version = running._version
             if self._in_group:
-                self._look_through_bucket(slot, running, version)
-            is_ours = running is slot.written() and version == slot.version
-            start = Start.CONTINUE if is_ours else Start.FROM_SUM
+                self._look_through_bucket(slot, running)
+            start = Start.CONTINUE if slot.has_residual_of(running) else Start.FROM_SUM
         # .grad.data may have been given another layout or dtype, which no version tells.
-        plain = is_plain(new, slot.dtype) and (running is new or is_plain(running, slot.dtype))
+        dtype = new.dtype
+        plain = is_plain(new, dtype) and (running is None or is_plain(running, dtype))
         if not plain or _is_grad_enabled():  # create_graph=True
             fold.one(slot, running, new, start)
+        elif self._may_wait and self._waits(slot, param, running, new):
             return
-
-        param.grad = running
-        if self._may_wait and slot.is_small and len(post_accumulate_hooks(param)) == 1:
-            stream = current_raw_stream(slot.device.index) if slot.is_cuda else 0
-            self._waiting.append((slot, new, running, version, start, stream))
-            self._waiting_numel += slot.numel
-            if self._waiting_numel > MAX_WAITING_NUMEL:
-                self._fold_waiting()
         else:
+            param.grad = running
             fold.many([slot], [new], [running], start)
+        if self._waiting and len(post_accumulate_hooks(param)) > 1:  # they may look at any gradient
+            self._fold_waiting()
 
-    def renew_nodes(self, grad: Tensor, was_added: bool, only: Tensor | None = None) -> None:
-        """Hook the new nodes of parameters that were moved or cast after attach: the first hook was not called.
+    def _waits(self, slot: Slot, param: Tensor, running: Any, new: Tensor) -> bool:
+        """Let a gradient wait for the end of the backward pass, unless somebody is going to look at it before."""
+        numel = new.numel()
+        if new.device.type not in WAITING_DEVICE_TYPES or numel > SMALL_NUMEL or len(post_accumulate_hooks(param)) > 1:
+            return False
+        if running is None:  # whoever hooks the node keeps it: to look once in a window will do
+            handle = current_node().register_hook(_do_nothing)
+            slot.node_is_hooked = len(handle.hooks_dict_ref()) > 1
+            handle.remove()
+        if slot.node_is_hooked:
+            return False
+        param.grad = running
+        stream = current_raw_stream(new.get_device()) if new.is_cuda else 0
+        version = 0 if running is None else running._version
+        self._waiting.append(_Waiting(slot, new, running, version, stream, self._number))
+        slot.waits = True
+        self._waiting_numel += numel
+        if self._waiting_numel > MAX_WAITING_NUMEL:
+            self._fold_waiting()
+        return True
+
+    def without_first_hook(self, slot: Slot, new: Any, was_added: bool) -> None:
+        """Hook a parameter again whose first hook was not called, because somebody has removed it.
 
         Args:
-            grad: the ``.grad`` that was noticed first.
-            was_added: whether torch has added to it.
-            only: the one parameter to look at; None looks at all.
+            slot: of the parameter.
+            new: its ``.grad``.
+            was_added: whether torch has added a gradient to one that was there.
 
         Raises:
-            RuntimeError: torch added this gradient to others, which have been multiplied by ``scale`` already.
+            RuntimeError: it has, and those that were there have been multiplied by ``scale`` already.
         """
-        self._renew_nodes(only)
+        compiled = compiled_autograd()
+        if compiled is not None and compiled.in_compiled_autograd_region:
+            _refuse_compiled_autograd()
+        self._put_on_hooks(slot.param)
         if was_added and self._fold.is_scaled:
             raise RuntimeError(
-                f"a parameter of shape {tuple(grad.shape)} was moved or cast in the middle of a window, and its "
-                "gradients with average_over or scale can no longer be told apart; call zero_grad() and begin the "
-                "window again"
+                f"a parameter of shape {tuple(new.shape)} has lost its hooks in the middle of a window (it was moved by "
+                "module.to(), or its _backward_hooks were cleared), and its gradients with average_over or scale can no "
+                "longer be told apart. It is hooked again now: call zero_grad() and begin the window again"
             )
 
     def enter(self) -> None:
@@ -181,82 +234,106 @@ class BackwardPasses:
             self._begin(number)
 
     def complete(self) -> None:
-        """Fold what waits: inside its backward pass as it is, after one that failed with care."""
-        self._fold_waiting(of_this_pass=current_graph_task_id() == self._number)
+        """Fold what waits."""
+        self._fold_waiting()
 
     def _begin(self, number: int) -> None:
-        """Fold what waits. Then, if another backward pass has begun (a nested one too, or its end), prepare for it."""
+        """Note which backward pass brings gradients now: another one, one inside it, or the one around it again."""
         with self._lock:
-            same = number == self._number != NO_BACKWARD
-            self._fold_waiting(of_this_pass=same)
-            if self._fold.squares is not None:
-                self._fold.squares.reduce()
-            if same:
+            if number == self._number != NO_BACKWARD:  # another thread was first
                 return
-            self.count += 1
-            self._in_group = is_in_group()
-            self._may_wait = not self._in_group  # DistributedDataParallel sends .grad on right after the hook
-            self._versions.clear()
-            if self._may_wait or self._fold.squares is not None:
-                queue_callback(self._end)
+            if number not in self._under_way:
+                is_inside = len(self._under_way) > 0 or number < self._newest
+                if not is_inside:
+                    self._fold_waiting()  # of a pass that has failed
+                    self._versions.clear()
+                    if self._fold.squares is not None:
+                        self._fold.squares.begin_pass(is_inside_another=is_in_function())
+                self.count += 1
+                self._in_group = is_in_group()
+                # DistributedDataParallel sends .grad on right after the hook, and a report looks at it.
+                self._may_wait = not self._in_group and self._lost_bits is None
+                if number != NO_BACKWARD:
+                    self._under_way[number] = this = _Pass(number, self._end)
+                    queue_callback(this)
+                    self._newest = max(self._newest, number)
             self._number = number  # last: other threads look at it without the lock
 
-    def _end(self) -> None:
-        self._fold_waiting()
-        if self._fold.squares is not None:
-            self._fold.squares.reduce()
+    def _end(self, number: int) -> None:
+        try:
+            self._fold_waiting()
+        finally:
+            self._under_way.pop(number, None)
+        if self._fold.squares is not None and not self._under_way:
+            self._fold.squares.end_pass()
 
-    def _look_through_bucket(self, slot: Slot, grad: Tensor, version: int) -> None:
+    def _look_through_bucket(self, slot: Slot, grad: Tensor) -> None:
         """Let a change of ``grad``'s version that comes from others in its bucket not count as one of its own.
 
         DistributedDataParallel divides the gradients of a bucket one after another, each after its hook. If they are
         views of the bucket, they share a counter, and the division of one looks like a change of those to come.
         """
         if grad._is_view():
-            before = self._versions.setdefault(grad.untyped_storage().data_ptr(), version)
+            before = self._versions.setdefault(grad.untyped_storage().data_ptr(), grad._version)
             if slot.version == before:
-                slot.version = version
+                slot.version = grad._version
 
-    def _fold_waiting(self, of_this_pass: bool = True) -> None:
-        """Fold the small gradients that wait, in one launch for each device, dtype and start.
-
-        Args:
-            of_this_pass: False where the gradients may come from a backward pass that failed. Then those are dropped
-                whose ``.grad`` somebody changed since, as ``zero_grad()`` does.
-        """
+    def _fold_waiting(self) -> None:
+        """Fold the small gradients that wait, in one launch for each device, stream, dtype and start."""
         if not self._waiting:
             return
         self._waiting_numel = 0
-        launches: dict[int, tuple[list[Slot], list[Tensor], list[Tensor], Start]] = {}
+        launches: dict[Any, tuple[list[Slot], list[Tensor], list[Any], Start]] = {}
         popleft = self._waiting.popleft
+        errors = []
         while True:
             try:
-                slot, new, running, version, start, stream = popleft()
+                slot, new, running, version, stream, number = popleft()
             except IndexError:
                 break
+            slot.waits = False
             grad: Any = slot.param.grad
-            if grad is not running or running._version != version:
-                if grad is None or not of_this_pass:
-                    continue
-                start = Start.FROM_SUM
-                if not is_plain(grad, slot.dtype):
-                    self._fold.one(slot, grad, new, start)
-                    continue
-            if slot.is_cuda and stream != current_raw_stream(slot.device.index):
-                current = torch.cuda.current_stream(slot.device)
-                current.wait_stream(torch.cuda.ExternalStream(stream, slot.device))
-                new.record_stream(current)
-            key = slot.launch_group + start
-            launch = launches.get(key)
-            if launch is None:
-                launch = launches[key] = ([], [], [], start)
-            launch[0].append(slot)
-            launch[1].append(new)
-            launch[2].append(grad)
-            if start is Start.FROM_ZERO:  # before any is folded, which may fail: see Fold.many
-                slot.param.grad = None
-        for slots, grads, sums, start in launches.values():
-            self._fold.many(slots, grads, sums, start)
+            is_changed = running is None or grad is not running or running._version != version
+            if is_changed and number not in self._under_way:  # the pass has failed, and zero_grad() was called
+                continue
+            dtype = new.dtype
+            if not is_plain(new, dtype) or (grad is not None and not is_plain(grad, dtype)):
+                start = Start.FROM_SUM if grad is not None else Start.FROM_ZERO
+                self._fold.one(slot, grad, new, start)
+                continue
+            if grad is None:
+                start = Start.FROM_ZERO
+            else:
+                start = Start.CONTINUE if slot.has_residual_of(grad) else Start.FROM_SUM
+            key = (new.device, stream, dtype, start)
+            slots, grads, sums, _ = launches.setdefault(key, ([], [], [], start))
+            slots.append(slot)
+            grads.append(new)
+            sums.append(grad)
+        for (device, stream, _, _), launch in launches.items():
+            try:
+                with _on_stream(device, stream):
+                    self._fold.many(*launch)
+            except Exception as error:  # the others are folded all the same
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+
+@contextmanager
+def _on_stream(device: torch.device, handle: int) -> Iterator[None]:
+    """Let a GPU work on the stream that made the gradients, and the current one wait for it."""
+    if device.type != "cuda" or handle == current_raw_stream(device.index):
+        yield
+        return
+    stream = torch.cuda.ExternalStream(handle, device) if handle else torch.cuda.default_stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def _do_nothing(*_arguments: Any) -> None:
+    pass
 
 
 def _refuse_compiled_autograd() -> None:

@@ -58,10 +58,11 @@ class ShardSlot(Slot):
         reduce = (lambda term: dtensor.reduced(term, grad)) if dtensor.is_pending(grad) else None
         return super().stored()._replace(partials=None, groups=dtensor.groups_of_shards(grad), reduce=reduce)
 
-    def load(self, grad: Any, residual: Any) -> None:
-        """Make ``grad`` the gradient, and a copy of the shard of ``residual`` what belongs to it."""
-        RunningShard.put_into(grad, self)
-        super().load(grad, None if residual is None else dtensor.shard(residual).flatten())
+    def load(self, grad: Any, residual: Tensor | None) -> None:
+        """Make ``grad`` the gradient, and ``residual``, of the shard, what belongs to it."""
+        if grad is not None:
+            RunningShard.put_into(grad, self)
+        super().load(grad, residual)
 
     def saved_residual(self, residual: Tensor, like: Any) -> Any:
         """Return a residual as a state holds it: a DTensor, laid out as the gradient is."""
@@ -133,9 +134,9 @@ class ShardPasses:
             slot.forget()
             slot.last = weakref.ref(new)
             if self._fold.is_scaled:
-                self._add(slot, new, new, Start.FROM_ZERO)
+                self._add(slot, None, new, Start.FROM_ZERO)
         else:
-            self._add(slot, running, new, Start.CONTINUE if slot.owns(running) else Start.FROM_SUM)
+            self._add(slot, running, new, Start.CONTINUE if slot.has_residual_of(running) else Start.FROM_SUM)
 
     def add(self, slot: ShardSlot, total: Tensor, new: Tensor) -> None:
         """Fold what fully_shard adds to a shard.
@@ -148,11 +149,11 @@ class ShardPasses:
             return
         self._passes.enter()
         slot.is_folded = True
-        if not is_plain(new, slot.dtype) or not is_plain(total, slot.dtype) or new.shape != total.shape:
+        if not is_plain(new, new.dtype) or not is_plain(total, new.dtype) or new.shape != total.shape:
             slot.forget()
             total.add_(new * fold.scale if fold.is_scaled else new)
             return
-        start = Start.CONTINUE if slot.owns(slot.param.grad) else Start.FROM_SUM
+        start = Start.CONTINUE if slot.has_residual_of(slot.param.grad) else Start.FROM_SUM
         fold.many([slot], [new], [total], start)
 
     def _take_over(self, slot: ShardSlot, grad: Any) -> None:
@@ -173,27 +174,34 @@ class ShardPasses:
                     "reach; divide in finish()"
                 )
             )
-        if was_added:
-            self._passes.renew_nodes(grad, was_added)
-        elif not slot.is_fully_sharded:  # it may have been moved before its first gradient
-            self._passes.renew_nodes(grad, was_added, only=slot.param)
+        if was_added or not slot.is_fully_sharded:  # it may have been moved before its first gradient
+            self._passes.without_first_hook(slot, grad, was_added)
         slot.is_fully_sharded = True
         slot.forget()
         if self._fold.is_scaled:
-            self._add(slot, grad, grad, Start.FROM_ZERO)
+            self._add(slot, None, grad, Start.FROM_ZERO)
         RunningShard.put_into(slot.param.grad, slot)
 
     def _add(self, slot: ShardSlot, running: Any, new: Any, start: Start) -> None:
-        """Fold the shard of one DTensor into that of another, or leave it to torch where they are laid out apart."""
-        alike = running.device_mesh == new.device_mesh
-        if alike and running.placements != new.placements and not dtensor.is_pending(running):
-            new = new.redistribute(placements=running.placements)
-        alike &= running.placements == new.placements
+        """Fold the shard of one DTensor into that of another, or leave it to torch where they are laid out apart.
+
+        After an error ``.grad`` is the running one again.
+        """
+        alike = True
+        if running is not None:
+            alike = running.device_mesh == new.device_mesh
+            if alike and running.placements != new.placements and not dtensor.is_pending(running):
+                new = new.redistribute(placements=running.placements)
+            alike &= running.placements == new.placements
         local = dtensor.shard(new)
-        total = local if running is new else dtensor.shard(running)
-        plain = is_plain(local, slot.dtype) and is_plain(total, slot.dtype)
-        if not alike or not plain or local.shape != total.shape or torch.is_grad_enabled():
-            self._fold.as_torch_does(slot, running, new)
-            return
-        slot.param.grad = running
-        self._fold.many([slot], [local], [total], start)
+        total = local if running is None else dtensor.shard(running)
+        plain = is_plain(local, local.dtype) and is_plain(total, local.dtype)
+        try:
+            if not alike or not plain or local.shape != total.shape or torch.is_grad_enabled():
+                self._fold.as_torch_does(slot, running, new)
+            else:
+                slot.param.grad = new if running is None else running
+                self._fold.many([slot], [local], [total], start)
+        except BaseException:
+            slot.param.grad = running
+            raise

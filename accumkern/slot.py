@@ -9,12 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from accumkern.dtensor import is_in_group
 from accumkern.formats import PARTIALS, Format, Start, decode, partial_rows
 from accumkern.ops import is_dense
 
-# Gradients of at most this many elements wait for the end of the backward pass and share one launch.
-SMALL_NUMEL = 65536
 FOLDED_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 NOT_SET_ASIDE: Any = object()  # nobody has looked at .grad before autograd accumulated
 
@@ -40,7 +37,6 @@ class Stored(NamedTuple):
     sum: Tensor
     residual: Tensor | None  # flat, in the memory order of the sum
     format: Format | None
-    partials: Tensor | None = None  # left by the last fold, if nobody has changed the gradient since
     groups: tuple[Any, ...] = ()  # process groups whose ranks hold the other elements
     reduce: Callable[[Tensor], Tensor] | None = None  # takes the sum over ranks of which this is one term
 
@@ -61,20 +57,15 @@ class Slot:
     __slots__ = (
         "__weakref__",
         "accumulate",
-        "device",
-        "dtype",
         "formats",
-        "is_cuda",
-        "is_measured",
-        "is_small",
         "last",
-        "launch_group",
-        "numel",
+        "node_is_hooked",
         "param",
         "partials",
         "residual",
         "set_aside",
         "version",
+        "waits",
         "written",
     )
 
@@ -86,20 +77,10 @@ class Slot:
         self.accumulate = accumulate
         self.set_aside: Any = NOT_SET_ASIDE  # a tensor, or None where there was no gradient
         self.last: Callable[[], Any] = _nothing  # .grad as the last window or fold left it
-        self.renew()
-
-    def renew(self) -> None:
-        """Begin without a residual, on the device and in the dtype that the parameter has now."""
-        param = self.param
-        self.device = param.device
-        self.is_cuda = self.device.type == "cuda"
-        self.dtype = param.dtype if param.dtype in FOLDED_DTYPES else None
-        self.launch_group = _LAUNCH_GROUPS.setdefault((self.device, param.dtype), len(Start) * len(_LAUNCH_GROUPS))
-        self.numel = self.local(param).numel()
-        self.is_small = self.numel <= SMALL_NUMEL
+        self.waits = False  # whether a gradient waits for the end of the backward pass
+        self.node_is_hooked = False  # whether somebody hooks the node that accumulates the gradient
         self.residual: Any = None  # a tensor, once there is one: flat, in the memory order of .grad
         self.partials: Tensor | None = None
-        self.is_measured = False  # whether the partial sums are of what was written last
         self.forget()
 
     # ---- what a shard does in its own way (accumkern/sharded.py) ----
@@ -123,13 +104,11 @@ class Slot:
         format_ = self.formats.get(total.dtype)
         if format_ is None or total.layout is not torch.strided or total.is_neg() or not is_dense(total):
             return Stored(total, None, None)
-        # A collective that has written to .grad since leaves no trace in its version.
-        is_measured = self.is_measured and self.owns(grad) and not is_in_group()
-        return Stored(total, self.valid_residual(grad), format_, self.partials if is_measured else None)
+        return Stored(total, self.valid_residual(grad), format_)
 
     def saved_residual(self, residual: Tensor, like: Any) -> Any:
-        """Return a flat residual as a state holds it, beside the gradient ``like``."""
-        return residual
+        """Return a flat residual as a state holds it, beside the gradient ``like``: in its shape and strides."""
+        return residual.as_strided(like.shape, _dense_strides(like))
 
     def is_complete(self, grad: Any) -> bool:
         """Return whether the gradient is more than one term of a sum over ranks."""
@@ -152,47 +131,63 @@ class Slot:
         """Return whether ``grad`` is what was written last, unchanged since: the residual belongs to it."""
         return grad is not None and self.written() is grad and self.version_of(grad) == self.version
 
+    def has_residual_of(self, grad: Tensor) -> bool:
+        """Return whether a fold into ``grad`` goes on from its residual, or from it alone where none is needed."""
+        if not self.owns(grad):
+            return False
+        # .grad.data may be anything
+        total = self.local(grad)
+        format_ = self.formats.get(total.dtype)
+        return format_ is not None and (format_.residual_dtype is None or self._fits(total, format_.residual_dtype))
+
     def valid_residual(self, grad: Tensor) -> Tensor | None:
         """Return the residual that belongs to ``grad``, flat in its memory order, if there is one."""
-        format_ = self.formats.get(grad.dtype)
-        residual = self.residual
-        if format_ is None or residual is None or not self.owns(grad):
-            return None
-        # .grad.data may be anything
-        fits = residual.dtype is format_.residual_dtype and residual.numel() == self.local(grad).numel()
-        return residual if fits else None
+        return self.residual if self.has_residual_of(grad) and self.formats[grad.dtype].residual_dtype else None
 
     # ---- memory ----
 
     def residual_for(self, total: Tensor, dtype: torch.dtype) -> Tensor:
         """Return memory for the residual of a sum, made when it is needed first and kept: its address is stable."""
-        residual = self.residual
-        if residual is None or residual.dtype is not dtype or residual.numel() != total.numel():
-            self.residual = residual = torch.empty(total.numel(), dtype=dtype, device=self.device)
-        return residual
+        if not self._fits(total, dtype):
+            self.residual = torch.empty(total.numel(), dtype=dtype, device=total.device)
+        return self.residual
 
     def partials_for(self, total: Tensor) -> Tensor:
         """Return the rows for partial sums of a sum, made when they are needed first and kept."""
-        rows = partial_rows(total.numel())
-        if self.partials is None or len(self.partials) != rows:
-            self.partials = torch.empty((rows, PARTIALS), dtype=torch.float32, device=self.device)
-        self.is_measured = True
-        return self.partials
+        rows, partials = partial_rows(total.numel()), self.partials
+        if partials is None or len(partials) != rows or partials.device != total.device:
+            self.partials = torch.empty((rows, PARTIALS), dtype=torch.float32, device=total.device)
+        return self.partials  # type: ignore[return-value]
+
+    def _fits(self, total: Tensor, dtype: torch.dtype) -> bool:
+        residual = self.residual
+        return (
+            residual is not None
+            and residual.dtype is dtype
+            and residual.numel() == total.numel()
+            and residual.get_device() == total.get_device()
+        )
 
     # ---- the gradient ----
 
-    def take(self) -> Any:
-        """Return the gradient and leave None."""
-        grad, self.param.grad = self.param.grad, None
-        return grad
+    def copies(self, total: Any, residual: Any) -> tuple[Any, Tensor | None]:
+        """Return copies of a sum and of the residual that a state holds beside it, flat in the memory order of the sum."""
+        total = total.detach().clone().to(self.param.device)
+        if residual is None:
+            return total, None
+        local = self.local(total)
+        low = torch.empty_strided(local.shape, local.stride(), dtype=residual.dtype, device=local.device)
+        return total, low.copy_(self.local(residual)).as_strided((low.numel(),), (1,))
 
     def load(self, grad: Any, residual: Tensor | None) -> None:
-        """Make ``grad`` the gradient, and a copy of ``residual``, which is flat, what belongs to it."""
+        """Make ``grad`` the gradient, and ``residual``, which is flat in its memory order, what belongs to it."""
         self.param.grad = grad
         self.forget()
-        self.is_measured = False  # the partial sums are of what was there before
         if residual is not None:
-            self.residual_for(residual, residual.dtype).copy_(residual)
+            if self._fits(residual, residual.dtype):
+                self.residual.copy_(residual)
+            else:
+                self.residual = residual
             self.remember()
 
     def parts(self) -> Parts:
@@ -209,16 +204,15 @@ class Slot:
         local = self.local(grad)
         if residual is None:
             return self.whole(local.to(torch.float32, copy=True).resolve_neg(), grad)
-        # One with holes in memory was folded in a contiguous copy.
-        strides = local.stride() if is_dense(local) else torch.empty(local.shape, device="meta").stride()
-        residual = residual.as_strided(local.shape, strides)
+        residual = residual.as_strided(local.shape, _dense_strides(local))
         return self.whole(decode(self.formats[local.dtype], local.resolve_neg(), residual), grad)
 
 
 # ---- helpers -----------------------------------------------------------------------------------------------------
 
-# Device and dtype -> a number, to which a Start can be added: cheaper to group by.
-_LAUNCH_GROUPS: dict[tuple[torch.device, torch.dtype], int] = {}
+def _dense_strides(total: Tensor) -> tuple[int, ...]:
+    """Return the strides of a sum as it was folded: one with holes in memory in a contiguous copy."""
+    return total.stride() if is_dense(total) else torch.empty(total.shape, device="meta").stride()
 
 
 def _nothing() -> None:

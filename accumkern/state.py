@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accumkern.dtensor import check_layout, is_dtensor
+from accumkern.dtensor import check_layout
 from accumkern.formats import BUFFERS
 from accumkern.slot import Slot
 
@@ -46,7 +46,8 @@ def empty(params: list[Tensor], slots: Mapping[Tensor, Slot], buffer: str) -> di
         sums[str(i)] = torch.zeros_like(param, requires_grad=False)
         format_ = BUFFERS[buffer].get(param.dtype)
         if format_ is not None and format_.residual_dtype is not None:
-            residual = torch.zeros(slot.numel, dtype=format_.residual_dtype, device=slot.device)
+            local = slot.local(param)
+            residual = torch.zeros(local.numel(), dtype=format_.residual_dtype, device=local.device)
             residuals[str(i)] = slot.saved_residual(residual, param)
     return {"buffer": buffer, "sums": sums, "residuals": residuals}
 
@@ -55,15 +56,14 @@ def load(
     entries: list[tuple[Tensor | None, Tensor | None]], params: list[Tensor], slots: Mapping[Tensor, Slot]
 ) -> None:
     """Put back what :func:`checked` has returned; see :meth:`accumkern.GradAccumulator.load_state_dict`."""
-    for param, (total, residual) in zip(params, entries, strict=True):
-        slot = slots.get(param)
-        if slot is None:
-            continue
-        if total is None:
-            param.grad = None
-            slot.forget()
-        else:
-            slot.load(total.detach().clone().to(param.device), residual)
+    with torch.inference_mode(False):  # whose tensors cannot be written outside of it
+        loaded = [
+            (slot, None if total is None else slot.copies(total, residual))
+            for param, (total, residual) in zip(params, entries, strict=True)
+            if (slot := slots.get(param)) is not None
+        ]
+        for slot, copies in loaded:  # from here on nothing can fail
+            slot.load(*(copies or (None, None)))
 
 
 def checked(state_dict: object, parameters: list[Tensor], buffer: str) -> list[tuple[Tensor | None, Tensor | None]]:
@@ -108,7 +108,7 @@ def checked(state_dict: object, parameters: list[Tensor], buffer: str) -> list[t
             format_ = BUFFERS[buffer].get(total.dtype)
             if format_ is None or residual.dtype is not format_.residual_dtype:
                 raise TypeError(f"residuals[{i}] of state_dict is {residual.dtype}, which buffer={buffer!r} never has")
-            shape = tuple(total.shape) if is_dtensor(total) else (total.numel(),)
-            if residual.shape != shape:
-                raise ValueError(f"residuals[{i}] of state_dict has shape {tuple(residual.shape)}; it must be {shape}")
+            if residual.shape != total.shape:
+                found, right = tuple(residual.shape), tuple(total.shape)
+                raise ValueError(f"residuals[{i}] of state_dict has shape {found}; it must be {right}, as the sum's")
     return entries

@@ -52,6 +52,11 @@ def check(needed_by: str = "attach()") -> None:
 #: Number of the backward pass that this thread works for; NO_BACKWARD outside of one.
 current_graph_task_id = _find("_C._current_graph_task_id")
 NO_BACKWARD = -1
+#: The node that this thread evaluates, in a hook too.
+current_node = _find("_C._current_autograd_node")
+#: Whether the backward pass evaluates a node. Of one that accumulates a gradient, it raises a RuntimeError in
+#: ``torch.autograd.grad``, which does not.
+will_evaluate = _find("_C._will_engine_execute_node")
 #: Have a function called at the end of the backward pass.
 queue_callback = _find("autograd.Variable._execution_engine.queue_callback")
 #: ``__torch_function__`` of a subclass whose operations return plain tensors.
@@ -59,8 +64,19 @@ disabled_torch_function = _find("_C._disabled_torch_function_impl")
 #: Whether a tensor is of a subclass that wraps other tensors, such as DTensor.
 is_wrapper_subclass = _find("utils._python_dispatch.is_traceable_wrapper_subclass")
 
-for _name in ("Tensor._version", "Tensor._is_view", "Tensor._post_accumulate_grad_hooks"):
+_function_backward = _find("autograd.function.BackwardCFunction.apply")
+for _name in ("Tensor._version", "Tensor._is_view", "Tensor._backward_hooks", "Tensor._post_accumulate_grad_hooks"):
     _find(_name)
+
+
+def is_in_function() -> bool:
+    """Return whether this runs inside the ``backward`` of a ``torch.autograd.Function``, as reentrant checkpoints do."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _function_backward.__code__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _stream_by_public_names(device_index: int) -> int:
@@ -73,6 +89,10 @@ current_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _stream_by_p
 
 #: The hooks of a parameter that autograd calls after it has accumulated a gradient, in a dictionary, or None.
 post_accumulate_hooks = operator.attrgetter("_post_accumulate_grad_hooks")
+#: Those that it calls when a gradient comes, by ``Tensor.register_hook``.
+tensor_hooks = operator.attrgetter("_backward_hooks")
+#: Address of what a tensor object stands for; ``torch.utils.swap_tensors`` exchanges it, and the hooks with it.
+identity_of = operator.attrgetter("_cdata")
 
 
 #: The module of compiled autograd, whose ``in_compiled_autograd_region`` says whether it runs, or None. Without a
@@ -80,9 +100,10 @@ post_accumulate_hooks = operator.attrgetter("_post_accumulate_grad_hooks")
 compiled_autograd = functools.partial(sys.modules.get, "torch._dynamo.compiled_autograd")
 
 
-def set_post_accumulate_hooks(param: Tensor, hooks: dict[int, Any]) -> None:
-    """Let autograd call the hooks of a dictionary: it may have lost the one that it had."""
-    param._post_accumulate_grad_hooks = hooks
+def set_hooks(param: Tensor, tensor_hooks: dict[int, Any], post_accumulate_hooks: dict[int, Any]) -> None:
+    """Let autograd call the hooks of two dictionaries: it may have lost those that it had."""
+    param._backward_hooks = tensor_hooks
+    param._post_accumulate_grad_hooks = post_accumulate_hooks
 
 
 # ---- optimizers and tensors --------------------------------------------------------------------------------------

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from accumkern import backends, torch_private
 from accumkern.accumulator import GradAccumulator, Rooms
-from accumkern.attachment import Attachment
+from accumkern.attachment import Attachment, attachment_of
 from accumkern.dtensor import is_dtensor
 from accumkern.fold import Fold
 from accumkern.formats import BUFFERS
-from accumkern.hooks import owner_of
 from accumkern.lost_bits import LostBitsMeter
 from accumkern.noise_scale import NoiseScaleMeter
 from accumkern.passes import BackwardPasses
@@ -89,14 +88,15 @@ def attach(
             return ShardSlot(param, BUFFERS[buffer], shards.accumulate, shards.add)
         return Slot(param, BUFFERS[buffer], passes.accumulate)
 
-    attachment = Attachment(optimizer, check, make_slot)
-    here = weakref.proxy(attachment)  # which holds all that is made here: no circle
     noise_scale = NoiseScaleMeter(lambda: here.groups) if stats else None
     lost_bits = LostBitsMeter() if report else None
     fold = Fold(buffer, backend, None if noise_scale is None else noise_scale.squares)
     if average_over is not None:
         fold.set_scale(1.0 / average_over)
-    passes = BackwardPasses(fold, lost_bits, lambda only: here.renew_nodes(only))
+    after_step = None if noise_scale is None else noise_scale.squares.close
+    attachment = Attachment(optimizer, check, make_slot, after_step, lambda: stats or fold.is_scaled)
+    here = weakref.proxy(attachment)  # which holds all that is made here: no circle
+    passes = BackwardPasses(fold, lost_bits, lambda param: here.put_on_hooks(param))
     shards = ShardPasses(passes, fold)
     attachment.rooms = Rooms(fold, passes, noise_scale, lost_bits)
     attachment.attach()
@@ -106,13 +106,19 @@ def attach(
 def accumulator_of(optimizer: torch.optim.Optimizer) -> GradAccumulator | None:
     """Return the accumulator whose hooks are on an optimizer's parameters, or None.
 
+    It also hooks parameters that have come into ``param_groups`` by hand since, and lets go of those that have left: so
+    does every step, but then torch has accumulated their gradients by itself.
+
     Raises:
-        TypeError: ``optimizer`` has no ``param_groups``.
+        TypeError: ``optimizer`` has no ``param_groups``, or a parameter that has come cannot be hooked.
+        RuntimeError: torch has accumulated the gradient of a parameter that has come.
     """
     _check_optimizer(optimizer)
-    owners = (owner_of(param) for group in optimizer.param_groups for param in group["params"])
-    attachment = next((owner for owner in owners if owner is not None), None)
-    return None if attachment is None else attachment.face() or GradAccumulator(attachment)
+    attachment = attachment_of(optimizer)
+    if attachment is None:
+        return None
+    attachment.check_hooks()
+    return attachment.face() or GradAccumulator(attachment)
 
 
 def _check_optimizer(optimizer: object) -> None:
