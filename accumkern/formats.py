@@ -84,6 +84,11 @@ def partial_rows(numel: int) -> int:
     return -(-numel // BLOCK_NUMEL)
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """Return FP64, or FP32 on a device that has no FP64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def decode(format_: Format, sums: Tensor, residuals: Tensor | None) -> Tensor:
     """Return the accumulated values as a new FP32 tensor of the shape of ``sums``.
 
