@@ -56,7 +56,7 @@ class ShardSlot(Slot):
         """Return the shard of ``.grad`` as it lies in memory."""
         grad: Any = self.param.grad
         reduce = (lambda term: dtensor.reduced(term, grad)) if dtensor.is_pending(grad) else None
-        return super().stored()._replace(partials=None, groups=dtensor.groups_of_shards(grad), reduce=reduce)
+        return super().stored()._replace(groups=dtensor.groups_of_shards(grad), reduce=reduce)
 
     def load(self, grad: Any, residual: Any) -> None:
         """Make ``grad`` the gradient, and a copy of the shard of ``residual`` what belongs to it."""

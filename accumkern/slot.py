@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from accumkern.dtensor import is_in_group
 from accumkern.formats import PARTIALS, Format, Start, decode, partial_rows
 from accumkern.ops import is_dense
 
@@ -40,7 +39,6 @@ class Stored(NamedTuple):
     sum: Tensor
     residual: Tensor | None  # flat, in the memory order of the sum
     format: Format | None
-    partials: Tensor | None = None  # left by the last fold, if nobody has changed the gradient since
     groups: tuple[Any, ...] = ()  # process groups whose ranks hold the other elements
     reduce: Callable[[Tensor], Tensor] | None = None  # takes the sum over ranks of which this is one term
 
@@ -65,7 +63,6 @@ class Slot:
         "dtype",
         "formats",
         "is_cuda",
-        "is_measured",
         "is_small",
         "last",
         "launch_group",
@@ -99,7 +96,6 @@ class Slot:
         self.is_small = self.numel <= SMALL_NUMEL
         self.residual: Any = None  # a tensor, once there is one: flat, in the memory order of .grad
         self.partials: Tensor | None = None
-        self.is_measured = False  # whether the partial sums are of what was written last
         self.forget()
 
     # ---- what a shard does in its own way (accumkern/sharded.py) ----
@@ -123,9 +119,7 @@ class Slot:
         format_ = self.formats.get(total.dtype)
         if format_ is None or total.layout is not torch.strided or total.is_neg() or not is_dense(total):
             return Stored(total, None, None)
-        # A collective that has written to .grad since leaves no trace in its version.
-        is_measured = self.is_measured and self.owns(grad) and not is_in_group()
-        return Stored(total, self.valid_residual(grad), format_, self.partials if is_measured else None)
+        return Stored(total, self.valid_residual(grad), format_)
 
     def saved_residual(self, residual: Tensor, like: Any) -> Any:
         """Return a flat residual as a state holds it, beside the gradient ``like``."""
@@ -176,7 +170,6 @@ class Slot:
         rows = partial_rows(total.numel())
         if self.partials is None or len(self.partials) != rows:
             self.partials = torch.empty((rows, PARTIALS), dtype=torch.float32, device=self.device)
-        self.is_measured = True
         return self.partials
 
     # ---- the gradient ----
@@ -190,7 +183,6 @@ class Slot:
         """Make ``grad`` the gradient, and a copy of ``residual``, which is flat, what belongs to it."""
         self.param.grad = grad
         self.forget()
-        self.is_measured = False  # the partial sums are of what was there before
         if residual is not None:
             self.residual_for(residual, residual.dtype).copy_(residual)
             self.remember()
