@@ -31,8 +31,7 @@ class Fold:
         buffer: see below.
         scale: the factor of each micro-gradient: a number, or a floating 0-dim tensor.
         is_scaled: whether it is anything but 1.
-        leaves_partials: whether folds leave partial sums of squares.
-        squares: the noise scale's record of them, or None.
+        squares: the noise scale's record of the partial sums of squares that folds leave for it, or None.
 
     Args:
         buffer: a name in :data:`accumkern.formats.BUFFERS`.
@@ -43,7 +42,6 @@ class Fold:
     def __init__(self, buffer: str, backend: str | None, squares: WindowSquares | None) -> None:
         self.buffer = buffer
         self.squares = squares
-        self.leaves_partials = squares is not None
         self.set_scale(1.0)
         self._backend = backend
         self._kernels_of_device: dict[torch.device, backends.Kernels] = {}
@@ -116,11 +114,10 @@ class Fold:
         device = slots[0].device
         scale = self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale
         partials = None
-        if self.leaves_partials:
+        if self.squares is not None:
             partials = [slot.partials_for(total) for slot, total in zip(slots, sums, strict=True)]
-            if self.squares is not None:
-                for slot, total, rows in zip(slots, sums, partials, strict=True):
-                    self.squares.fold(slot.param, total, start, rows, scale)
+            for slot, total, rows in zip(slots, sums, partials, strict=True):
+                self.squares.fold(slot.param, total, start, rows, scale)
         self.kernels_on(device).fold(format_, start, grads, sums, residuals, scale, partials)
         if start is Start.FROM_ZERO:
             for slot, total, like in zip(slots, sums, taken, strict=True):
