@@ -75,15 +75,15 @@ class GradAccumulator:
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
     ) -> Finished:
-        """Divide, clip and round all gradients in one pass; optional, once per window before ``optimizer.step()``.
+        """Divide, clip and round all gradients; optional, once per window before ``optimizer.step()``.
 
         For every element, with ``x`` the accumulated FP32 value::
 
             norm  = ||x / divide_by||                           # of all gradients together
             grad  = round((x / divide_by) * min(1, max_norm / (norm + 1e-6)))
 
-        The 2-norm comes from sums that the folds leave behind (from the second window on; other gradients and other
-        norms cost a pass). Nothing waits for the device, so it can be captured in a CUDA graph.
+        The norm is always that of what is in memory, whoever wrote it: a pass that reads ``.grad`` and residuals before
+        the one that writes. Nothing waits for the device, so it can be captured in a CUDA graph.
 
         Args:
             divide_by: a positive number, or a 0-dim tensor on the device of the gradients, such as the tokens of the

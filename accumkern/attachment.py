@@ -34,7 +34,7 @@ class Attachment:
         optimizer: a ``torch.optim.Optimizer``, or what wraps one.
         check: called as ``check(name, param)``; raises where a parameter's gradient cannot be folded.
         make_slot: makes the slot of a parameter.
-        after_step: called after every step of the optimizer; None for nothing.
+        after_step: called after every step of the optimizer.
         needs_all: returns whether what torch accumulates by itself is of no use, even where it loses no bits.
     """
 
@@ -43,7 +43,7 @@ class Attachment:
         optimizer: Any,
         check: Callable[[str, Tensor], None],
         make_slot: Callable[[Tensor], Slot],
-        after_step: Callable[[], None] | None,
+        after_step: Callable[[], None],
         needs_all: Callable[[], bool],
     ) -> None:
         self.slots: dict[Tensor, Slot] = {}
@@ -75,9 +75,7 @@ class Attachment:
             inner = _inner(self.optimizer)
             if inner is not None:
                 self._step_hooks.append(inner.register_step_pre_hook(lambda *_: self.check_hooks()))
-                after_step = self._after_step
-                if after_step is not None:
-                    self._step_hooks.append(inner.register_step_post_hook(lambda *_: after_step()))
+                self._step_hooks.append(inner.register_step_post_hook(lambda *_: self._after_step()))
         except BaseException:
             self.detach()
             raise
@@ -143,8 +141,8 @@ class Attachment:
                 f"{len(missed)} parameters, the first of shape {tuple(missed[0].shape)}, had no hooks, and torch has "
                 "accumulated their gradients by itself: they came into the optimizer's groups without its "
                 "add_param_group() (call accumkern.accumulator_of(optimizer) after that), or module.to() has put other "
-                "tensors into them (torch.utils.swap_tensors, which it uses for DTensors), or their _backward_hooks were "
-                "cleared. They are hooked now: call zero_grad() and begin the window again"
+                "tensors into them (torch.utils.swap_tensors, which it uses for DTensors), or their _backward_hooks "
+                "were cleared. They are hooked now: call zero_grad() and begin the window again"
             )
 
     def put_on_hooks(self, param: Tensor) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from accumkern.backends import Kernels
 from accumkern.dtensor import norm_over
-from accumkern.formats import Format, Start, decode
+from accumkern.formats import Format, Start, decode, partial_rows, widest
 from accumkern.slot import Stored
 
 _KernelsOn: TypeAlias = Callable[[torch.device], Kernels]
@@ -47,7 +48,7 @@ def finish(
     norm = total_norm(gradients, float(norm_type), kernels_on)
     divisor: float | Tensor = divide_by
     if isinstance(divide_by, Tensor):
-        divisor = divide_by.detach().to(norm.device, torch.float32, non_blocking=True)
+        divisor = _on(divide_by.detach().float(), norm.device)
     norm = norm / divisor
     nonfinite = ~norm.isfinite()
     if error_if_nonfinite and bool(nonfinite):
@@ -64,44 +65,27 @@ def finish(
 def total_norm(gradients: list[Stored], norm_type: float, kernels_on: _KernelsOn) -> Tensor:
     """Return the norm of all accumulated values as one vector: FP32, 0-dim, on the device of the first gradient.
 
-    The 2-norm of a gradient whose last fold left partial sums is read from them; the others cost a pass. Norms of
-    shards are combined over the ranks that hold the others.
+    It is computed from what is in memory: many ways of writing there leave no trace. Norms of shards are combined over
+    the ranks that hold the others.
     """
-    norms: list[Tensor] = []
-    measured: dict[torch.device, list[Tensor]] = {}
-    shards: dict[tuple[Any, ...], list[Tensor]] = {}
+    members: dict[tuple[Any, ...], list[Stored]] = defaultdict(list)
     for gradient in gradients:
-        if norm_type == 2 and gradient.partials is not None:
-            measured.setdefault(gradient.partials.device, []).append(gradient.partials)
-        elif gradient.groups:
-            zero = gradient.sum.new_zeros((), dtype=torch.float32)  # every rank takes part in the reduction
-            shards.setdefault(gradient.groups, []).extend([zero, *_norms(gradient, norm_type, kernels_on)])
-        else:
-            norms += _norms(gradient, norm_type, kernels_on)
-    for groups, of_groups in shards.items():
-        norms.append(norm_over(groups, _norm_of(of_groups, of_groups[0].device, norm_type), norm_type))
-    norms += [torch.cat(rows)[:, 1].sum(dtype=torch.float64).sqrt().float() for rows in measured.values()]
-    device = gradients[0].sum.device
-    if not norms:
-        return torch.zeros((), dtype=torch.float32, device=device)
-    return _norm_of(norms, device, norm_type)
+        members[gradient.groups].append(gradient)
+    norms = _norms(members.pop((), []), norm_type, kernels_on)
+    for groups, shards in members.items():  # in the same order on every rank
+        norm = _norm_of(_norms(shards, norm_type, kernels_on), shards[0].sum.device, norm_type)
+        norms.append(norm_over(groups, norm, norm_type))
+    return _norm_of(norms, gradients[0].sum.device, norm_type)
 
 
 @torch.no_grad()
 def write(gradients: list[Stored], divisor: float | Tensor, factor: Tensor | float, kernels_on: _KernelsOn) -> None:
     """Set each ``.grad`` to ``round((x / divisor) * factor)``, computed in FP32 from the accumulated value ``x``."""
-    launches: dict[tuple[torch.device, Format, Start], tuple[list[Tensor], list[Any]]] = {}
-    for total, residual, format_, *_ in gradients:
+    for total, _, format_, *_ in gradients:
         if format_ is None:
             total.div_(_on(divisor, total.device)).mul_(_on(factor, total.device))
-        else:
-            start = Start.FROM_SUM if residual is None else Start.CONTINUE
-            sums, residuals = launches.setdefault((total.device, format_, start), ([], []))
-            sums.append(total)
-            residuals.append(residual)
-    for (device, format_, start), (sums, residuals) in launches.items():
-        beside = residuals if start is Start.CONTINUE else None
-        kernels_on(device).finish(format_, start, sums, beside, _on(divisor, device), _on(factor, device))
+    for device, format_, start, sums, residuals in _launches(gradients):
+        kernels_on(device).finish(format_, start, sums, residuals, _on(divisor, device), _on(factor, device))
         torch.autograd.graph.increment_version(sums)
 
 
@@ -137,15 +121,52 @@ def _check_max_norm(max_norm: object, norm_type: object) -> None:
         raise ValueError(f"norm_type is {norm_type}; it must be a positive number or infinity")
 
 
-def _on(scalar: float | Tensor, device: torch.device) -> float | Tensor:
-    return scalar.to(device, non_blocking=True) if isinstance(scalar, Tensor) else scalar
+def _on(scalar: Any, device: torch.device) -> Any:
+    """Return a number as it is, and a tensor on a device. A copy to the CPU is waited for: it is read there at once."""
+    return scalar.to(device, non_blocking=device.type != "cpu") if isinstance(scalar, Tensor) else scalar
+
+
+def _launches(
+    gradients: list[Stored],
+) -> Iterator[tuple[torch.device, Format, Start, list[Tensor], list[Tensor] | None]]:
+    """Yield ``(device, format, start, sums, residuals)`` of the gradients that have a format, those alike together."""
+    launches: dict[tuple[torch.device, Format, Start], tuple[list[Tensor], list[Any]]] = {}
+    for total, residual, format_, *_ in gradients:
+        if format_ is not None:
+            start = Start.FROM_SUM if residual is None else Start.CONTINUE
+            sums, residuals = launches.setdefault((total.device, format_, start), ([], []))
+            sums.append(total)
+            residuals.append(residual)
+    for (device, format_, start), (sums, residuals) in launches.items():
+        yield device, format_, start, sums, residuals if start is Start.CONTINUE else None
 
 
 def _norm_of(norms: list[Tensor], device: torch.device, norm_type: float) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack([norm.to(device, non_blocking=True) for norm in norms]), norm_type)
+    """Return the norm of the vectors that have these norms, on a device."""
+    moved = [_on(norm, device) for norm in norms]
+    if len(moved) > 1:
+        return torch.linalg.vector_norm(torch.stack(moved), norm_type)
+    return moved[0] if moved else torch.zeros((), dtype=torch.float32, device=device)
 
 
-def _norms(gradient: Stored, norm_type: float, kernels_on: _KernelsOn) -> list[Tensor]:
+def _norms(gradients: list[Stored], norm_type: float, kernels_on: _KernelsOn) -> list[Tensor]:
+    """Return FP32 norms that together have the norm of the gradients."""
+    in_one: list[Stored] = []
+    norms: list[Tensor] = []
+    for gradient in gradients:
+        if norm_type == 2 and gradient.format is not None and gradient.reduce is None:
+            in_one.append(gradient)
+        else:
+            norms += _norms_of_parts(gradient, norm_type, kernels_on)
+    for device, format_, start, sums, residuals in _launches(in_one):
+        rows = [partial_rows(total.numel()) for total in sums]
+        partials = torch.empty(sum(rows), dtype=torch.float32, device=device)
+        kernels_on(device).squares(format_, start, sums, residuals, list(partials.split(rows)))
+        norms.append(partials.sum(dtype=widest(device)).sqrt().float())
+    return norms
+
+
+def _norms_of_parts(gradient: Stored, norm_type: float, kernels_on: _KernelsOn) -> list[Tensor]:
     """Return norms of parts of a gradient's accumulated values, FP32; what decodes is only as large as a part."""
     total, residual, format_ = gradient[:3]
     if gradient.reduce is not None:

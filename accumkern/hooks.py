@@ -27,7 +27,7 @@ class ParameterHooks:
     which knows the parameter's shape of the time when it was made.
 
     Args:
-        param: the parameter; a frozen one has its hooks when it is unfrozen.
+        param: the parameter, held; a frozen one has its hooks when it is unfrozen.
         set_aside: called as ``set_aside(grad)`` when autograd is about to accumulate a gradient, and after all other
             hooks that see it come. ``grad`` is ``.grad``, which is None from then on.
         after: called as ``after(param)`` when the gradient is in ``.grad``, before other post-accumulate hooks.
@@ -40,8 +40,8 @@ class ParameterHooks:
     def __init__(
         self, param: Tensor, set_aside: Callable[[Any], None], after: Callable[[Tensor], None], owner: object
     ) -> None:
-        self._param = param
-        self._before, self._after = _before(weakref.ref(param), set_aside), after
+        self.param = param
+        self._before, self._after = _before(weakref.ref(self), set_aside), after
         self._handles: list[RemovableHandle] = []
         self._identity = identity_of(param)
         after.accumkern_owner = weakref.ref(owner)  # type: ignore[attr-defined]
@@ -50,7 +50,7 @@ class ParameterHooks:
     def put_on(self) -> None:
         """Hook the parameter."""
         self.remove()
-        param = self._param
+        param = self.param
         is_frozen = not param.requires_grad
         with torch.inference_mode(False):
             if is_frozen:  # it takes no hooks
@@ -75,7 +75,7 @@ class ParameterHooks:
         ``torch.utils.swap_tensors``, by which ``module.to()`` moves a DTensor, gives it the content of another tensor,
         which then has the hooks of this one. ``_backward_hooks`` may have been cleared.
         """
-        param = self._param
+        param = self.param
         before, after = self._handles
         return (
             identity_of(param) == self._identity
@@ -105,31 +105,31 @@ def _before(reference: Callable[[], Any], set_aside: Callable[[Any], None]) -> C
 
     @unserializable_hook
     def before(_new: Any) -> None:
-        param = reference()
-        if param is None:
+        hooks = reference()
+        if hooks is None:
             return
+        param = hooks.param
         grad = param.grad
         if grad is not None:
             node = current_node()
             try:
-                if not will_evaluate(node):
-                    return
+                accumulates = will_evaluate(node)
             except RuntimeError:  # torch.autograd.grad
                 return
             if node.variable is not param:  # torch.utils.swap_tensors has given the hooks to another tensor
                 return
-            hooks = tensor_hooks(param)
-            if hooks and hooks[next(reversed(hooks))] is not before:  # others are still to see the gradient come
-                handle = node.register_prehook(lambda _: last(handle))
+            all_hooks = tensor_hooks(param)
+            is_last = not all_hooks or all_hooks[next(reversed(all_hooks))] is before
+            if not accumulates or not is_last:  # a backward pass from the parameter itself; others are still to look
+                handle: RemovableHandle = node.register_prehook(lambda _: last(param, handle))
                 return
             param.grad = None
         set_aside(grad)
 
-    def last(handle: RemovableHandle) -> None:
+    def last(param: Any, handle: RemovableHandle) -> None:
         handle.remove()
-        param = reference()
-        if param is not None:
-            grad = param.grad
+        grad = param.grad
+        if grad is not None:
             param.grad = None
             set_aside(grad)
 

@@ -108,7 +108,10 @@ def counts_of(tokens: object, micro_batches: int) -> list[float]:
     """
     if tokens is None:
         return [1.0] * micro_batches
-    right = f"it must hold one positive number for each of the window's {micro_batches} micro-batches"
+    right = (
+        f"it must hold one positive number for each of the window's {micro_batches} micro-batches, which are its "
+        "backward passes (call backward() once for each, on the sum of its losses)"
+    )
     if isinstance(tokens, Tensor):
         if tokens.dim() != 1 or tokens.is_complex() or tokens.dtype is torch.bool:
             raise ValueError(f"tokens is a tensor of shape {tuple(tokens.shape)} and {tokens.dtype}; {right}")
@@ -149,8 +152,8 @@ _CHANGED = (
     "clip and unscale after it"
 )
 _TWICE = (
-    "a parameter got more than one gradient in a backward pass, as from a module that reentrant checkpoints run several "
-    "times, and the squares of parts do not add up; use checkpoint(use_reentrant=False)"
+    "a parameter got more than one gradient in a backward pass, as from a module that reentrant checkpoints run "
+    "several times, and the squares of parts do not add up; use checkpoint(use_reentrant=False)"
 )
 _FAILED = "a backward pass of the window has failed; call zero_grad() and begin the window again"
 _ZEROS = -1
@@ -225,6 +228,9 @@ class WindowSquares:
         """Add up what the pass has brought."""
         self._pass_is_under_way = False
         self.reduce()
+        param = next((param for param, of in self._gradients.items() if of.window == self.window), None)
+        if param is not None and param.grad is not None:
+            self._witness = param, weakref.ref(param.grad), param.grad._version
 
     def arrive(self, param: Tensor, running: Tensor | None) -> None:
         """Count a gradient; ``running`` is ``.grad`` before it came."""
@@ -249,7 +255,9 @@ class WindowSquares:
         of.is_fresh = False
         of.unfolded = weakref.ref(grad), grad._version, of.index
 
-    def fold(self, param: Tensor, running: Tensor | None, start: Start, partials: Tensor, scale: float | Tensor) -> None:
+    def fold(
+        self, param: Tensor, running: Tensor | None, start: Start, partials: Tensor, scale: float | Tensor
+    ) -> None:
         """Note a fold into ``running`` that left ``partials``."""
         of = self._gradients[param]
         old_index = None  # of the micro-batch whose square that of the old value is
@@ -299,10 +307,6 @@ class WindowSquares:
                 elif old_index is not None:
                     self._add(old_index, group, totals[2])
             self._folded.clear()
-        if self._witness is None or not self._is_over():
-            param = next((param for param, of in self._gradients.items() if of.window == self.window), None)
-            if param is not None and param.grad is not None:
-                self._witness = param, weakref.ref(param.grad), param.grad._version
 
     def _add(self, index: int, group: int, square: Tensor) -> None:
         key = (index, group, square.device)
@@ -336,6 +340,9 @@ class WindowSquares:
             RuntimeError: there is nothing to estimate from, or gradients were changed in the middle of the window.
         """
         self.reduce()
+        reason = self._spoilt or (_CHANGED if any(float(square) > 0 for square in self._zeros.values()) else "")
+        if reason:
+            raise RuntimeError(f"the noise scale is unknown: {reason}")
         count = self._index + 1
         if count < 2:
             found = "no micro-batch" if count == 0 else "one micro-batch"
@@ -352,16 +359,13 @@ class WindowSquares:
             if of.unfolded is not None:
                 if not of.is_as_left(param.grad):
                     raise RuntimeError("call noise_scale() after the last backward pass and before zero_grad()")
-                square = float(_square_of(param.grad))  # type: ignore[arg-type]
+                alone = float(_square_of(param.grad))  # type: ignore[arg-type]
                 if of.unfolded[2] is not None:
-                    squares[of.unfolded[2]] += square
-                square_of_sum += square
+                    squares[of.unfolded[2]] += alone
+                square_of_sum += alone
             elif of.partials is not None:
                 rows.setdefault(of.partials.device, []).append(of.partials)
         square_of_sum += sum(float(torch.cat(r)[:, 1].sum(dtype=widest(device))) for device, r in rows.items())
-        reason = self._spoilt or (_CHANGED if any(float(square) > 0 for square in self._zeros.values()) else "")
-        if reason:
-            raise RuntimeError(f"the noise scale is unknown: {reason}")
         return squares, square_of_sum
 
 

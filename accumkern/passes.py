@@ -147,13 +147,13 @@ class BackwardPasses:
 
     def _add(self, slot: Slot, param: Tensor, running: Any, new: Any) -> None:
         fold = self._fold
-        if slot.waits:  # the gradient of a pass inside this one
-            param.grad = running
-            self._fold_waiting()
-            running, param.grad = param.grad, new
         number = current_graph_task_id()
-        if number != self._number:
+        if number != self._number or slot.waits:
+            param.grad = running  # as it was before this gradient came
+            if slot.waits:  # what a pass inside this one, or around it, has brought
+                self._fold_waiting()
             self._begin(number)
+            running, param.grad = param.grad, new
         squares = fold.squares
         if squares is not None:
             squares.arrive(param, running)
@@ -162,6 +162,8 @@ class BackwardPasses:
         if running is None:  # the first micro-batch of a window
             slot.forget()
             slot.last = weakref.ref(new)
+            if self._may_wait and new.device.type in WAITING_DEVICE_TYPES:
+                slot.node_is_hooked = _has_hooks(current_node())
             if not fold.is_scaled:
                 if squares is not None:
                     squares.keep(param, new)
@@ -187,13 +189,12 @@ class BackwardPasses:
     def _waits(self, slot: Slot, param: Tensor, running: Any, new: Tensor) -> bool:
         """Let a gradient wait for the end of the backward pass, unless somebody is going to look at it before."""
         numel = new.numel()
-        if new.device.type not in WAITING_DEVICE_TYPES or numel > SMALL_NUMEL or len(post_accumulate_hooks(param)) > 1:
-            return False
-        if running is None:  # whoever hooks the node keeps it: to look once in a window will do
-            handle = current_node().register_hook(_do_nothing)
-            slot.node_is_hooked = len(handle.hooks_dict_ref()) > 1
-            handle.remove()
-        if slot.node_is_hooked:
+        if (
+            numel > SMALL_NUMEL
+            or new.device.type not in WAITING_DEVICE_TYPES
+            or len(post_accumulate_hooks(param)) > 1
+            or slot.node_is_hooked
+        ):
             return False
         param.grad = running
         stream = current_raw_stream(new.get_device()) if new.is_cuda else 0
@@ -222,9 +223,9 @@ class BackwardPasses:
         self._put_on_hooks(slot.param)
         if was_added and self._fold.is_scaled:
             raise RuntimeError(
-                f"a parameter of shape {tuple(new.shape)} has lost its hooks in the middle of a window (it was moved by "
-                "module.to(), or its _backward_hooks were cleared), and its gradients with average_over or scale can no "
-                "longer be told apart. It is hooked again now: call zero_grad() and begin the window again"
+                f"a parameter of shape {tuple(new.shape)} has lost its hooks in the middle of a window (it was moved "
+                "by module.to(), or its _backward_hooks were cleared), and its gradients with average_over or scale "
+                "can no longer be told apart. It is hooked again now: call zero_grad() and begin the window again"
             )
 
     def enter(self) -> None:
@@ -332,8 +333,12 @@ def _on_stream(device: torch.device, handle: int) -> Iterator[None]:
     torch.cuda.current_stream(device).wait_stream(stream)
 
 
-def _do_nothing(*_arguments: Any) -> None:
-    pass
+def _has_hooks(node: Any) -> bool:
+    """Return whether somebody hooks a node. He keeps the node, too, so to look once in a window will do."""
+    handle = node.register_hook(lambda *_: None)
+    others = len(handle.hooks_dict_ref()) > 1
+    handle.remove()
+    return others
 
 
 def _refuse_compiled_autograd() -> None:

@@ -56,7 +56,7 @@ class ShardSlot(Slot):
         """Return the shard of ``.grad`` as it lies in memory."""
         grad: Any = self.param.grad
         reduce = (lambda term: dtensor.reduced(term, grad)) if dtensor.is_pending(grad) else None
-        return super().stored()._replace(partials=None, groups=dtensor.groups_of_shards(grad), reduce=reduce)
+        return super().stored()._replace(groups=dtensor.groups_of_shards(grad), reduce=reduce)
 
     def load(self, grad: Any, residual: Tensor | None) -> None:
         """Make ``grad`` the gradient, and ``residual``, of the shard, what belongs to it."""
@@ -153,8 +153,8 @@ class ShardPasses:
             slot.forget()
             total.add_(new * fold.scale if fold.is_scaled else new)
             return
-        start = Start.CONTINUE if slot.has_residual_of(slot.param.grad) else Start.FROM_SUM
-        fold.many([slot], [new], [total], start)
+        grad: Any = slot.param.grad
+        fold.many([slot], [new], [total], Start.CONTINUE if slot.has_residual_of(grad) else Start.FROM_SUM)
 
     def _take_over(self, slot: ShardSlot, grad: Any) -> None:
         """Let what fully_shard adds to ``grad`` be folded, once this window's first gradient is there."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from accumkern.formats import PARTIALS, Format, Start, decode, partial_rows
+from accumkern.formats import PARTIALS, Format, decode, partial_rows
 from accumkern.ops import is_dense
 
 FOLDED_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
@@ -171,7 +171,7 @@ class Slot:
     # ---- the gradient ----
 
     def copies(self, total: Any, residual: Any) -> tuple[Any, Tensor | None]:
-        """Return copies of a sum and of the residual that a state holds beside it, flat in the memory order of the sum."""
+        """Return copies of a sum and of the residual that a state holds beside it, flat in the sum's memory order."""
         total = total.detach().clone().to(self.param.device)
         if residual is None:
             return total, None
@@ -209,6 +209,7 @@ class Slot:
 
 
 # ---- helpers -----------------------------------------------------------------------------------------------------
+
 
 def _dense_strides(total: Tensor) -> tuple[int, ...]:
     """Return the strides of a sum as it was folded: one with holes in memory in a contiguous copy."""

@@ -109,6 +109,6 @@ def checked(state_dict: object, parameters: list[Tensor], buffer: str) -> list[t
             if format_ is None or residual.dtype is not format_.residual_dtype:
                 raise TypeError(f"residuals[{i}] of state_dict is {residual.dtype}, which buffer={buffer!r} never has")
             if residual.shape != total.shape:
-                found, right = tuple(residual.shape), tuple(total.shape)
-                raise ValueError(f"residuals[{i}] of state_dict has shape {found}; it must be {right}, as the sum's")
+                shapes = f"{tuple(residual.shape)}; it must be that of the sum, {tuple(total.shape)}"
+                raise ValueError(f"residuals[{i}] of state_dict has shape {shapes}")
     return entries

@@ -70,7 +70,7 @@ for _name in ("Tensor._version", "Tensor._is_view", "Tensor._backward_hooks", "T
 
 
 def is_in_function() -> bool:
-    """Return whether this runs inside the ``backward`` of a ``torch.autograd.Function``, as reentrant checkpoints do."""
+    """Return whether this runs inside the ``backward`` of a ``torch.autograd.Function``, such as a checkpoint's."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code is _function_backward.__code__:

@@ -88,14 +88,17 @@ def attach(
             return ShardSlot(param, BUFFERS[buffer], shards.accumulate, shards.add)
         return Slot(param, BUFFERS[buffer], passes.accumulate)
 
+    def after_step() -> None:
+        if noise_scale is not None:
+            noise_scale.squares.close()
+
+    attachment = Attachment(optimizer, check, make_slot, after_step, lambda: stats or fold.is_scaled)
+    here = weakref.proxy(attachment)  # which holds all that is made here: no circle
     noise_scale = NoiseScaleMeter(lambda: here.groups) if stats else None
     lost_bits = LostBitsMeter() if report else None
     fold = Fold(buffer, backend, None if noise_scale is None else noise_scale.squares)
     if average_over is not None:
         fold.set_scale(1.0 / average_over)
-    after_step = None if noise_scale is None else noise_scale.squares.close
-    attachment = Attachment(optimizer, check, make_slot, after_step, lambda: stats or fold.is_scaled)
-    here = weakref.proxy(attachment)  # which holds all that is made here: no circle
     passes = BackwardPasses(fold, lost_bits, lambda param: here.put_on_hooks(param))
     shards = ShardPasses(passes, fold)
     attachment.rooms = Rooms(fold, passes, noise_scale, lost_bits)

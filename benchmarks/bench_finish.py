@@ -49,9 +49,9 @@ def main() -> None:
     method = {
         "how": "benchmarks/timing.py; all variants of a size in one run, by turns",
         "rounds": rounds,
-        "finish": "norm from the partial sums that the folds left, division by a tensor, clip, one rounding",
+        "finish": "norm of what is in memory; then division by a tensor, clip, one rounding in one pass",
         "stock": "torch._foreach_div_ and torch.nn.utils.clip_grad_norm_ on bfloat16 gradients",
-        "measured": "a fold that leaves partial sums of squares, as finish() and stats=True need it",
+        "measured": "a fold that leaves partial sums of squares, as stats=True needs it",
     }
     write_results(arguments, "finish", method, results)
 
@@ -119,10 +119,7 @@ def stock_variant(buffers: Buffers) -> Variant:
 def finish_variant(buffers: Buffers, format_: Format, backend: str) -> Variant:
     """Return what GradAccumulator.finish() does with gradients that were folded."""
     residuals = buffers.residuals[format_]
-    gradients = [
-        Stored(grad, residual, format_, partials)
-        for grad, residual, partials in zip(buffers.sums, residuals, buffers.partials, strict=True)
-    ]
+    gradients = [Stored(grad, residual, format_) for grad, residual in zip(buffers.sums, residuals, strict=True)]
     kernels = backends.kernels(backend)
     one = torch.ones((), device=buffers.sums[0].device)
 
@@ -131,7 +128,8 @@ def finish_variant(buffers: Buffers, format_: Format, backend: str) -> Variant:
         coefficient = torch.clamp(MAX_NORM / (norm + 1e-6), max=1.0)
         write([gradients[i]], one, coefficient, lambda _: kernels)
 
-    return Variant(run, buffers.sets, (2 + residuals[0].element_size() + 2) * buffers.numel)
+    read = 2 + residuals[0].element_size()
+    return Variant(run, buffers.sets, (read + read + 2) * buffers.numel)
 
 
 def fold_variant(buffers: Buffers, backend: str, measured: bool) -> Variant:

@@ -171,9 +171,8 @@ def _of_copy(result: Result | None) -> str:
 def finish_tables(content: Content) -> list[str]:
     """Return a table for each size: the end of a window, and what a fold that measures costs."""
     lines = paragraph(
-        "Mean, norm, clip and round of bf16 gradients: stock is `_foreach_div_` and `clip_grad_norm_`; `finish()` "
-        "takes the norm from what the folds left. And a split24 fold without, and with the squared norms that it "
-        "leaves (*measured*)."
+        "Mean, norm, clip and round of bf16 gradients by `finish()`; stock is `_foreach_div_` and `clip_grad_norm_`. "
+        "And a split24 fold without, and with the squared norms that `stats=True` asks for (*measured*)."
     )
     for numel, results in grouped(content["results"], "numel").items():
         rows = []
@@ -195,7 +194,7 @@ def finish_summary(content: Content) -> list[str]:
     stock, finish, fold, measured = (result for result in needed if result)
     return paragraph(
         f"Mean, norm, clip and round of {numel:,} elements: `finish()` takes **{number(_ratio(finish, stock))}** of "
-        "the time of `_foreach_div_` and `clip_grad_norm_`. Each fold that leaves it squared norms takes "
+        "the time of `_foreach_div_` and `clip_grad_norm_`. A fold that takes squared norms, for `stats=True`, takes "
         f"{number(_ratio(measured, fold))} times as long as one that does not."
     )
 

@@ -30,7 +30,7 @@ struct FoldTensor {
   const void* grad;  // to decode: the sum; to encode: the FP32 values
   void* sum;         // to decode: the FP32 values
   void* residual;    // nullptr when the format has none
-  float* partials;   // (blocks, kPartials); nullptr to leave them out
+  float* partials;   // (blocks, kPartials), nullptr to leave them out; of squares: (blocks,)
   int64_t numel;
 };
 
@@ -42,16 +42,17 @@ struct Scalar {
 
 // What is computed for every element of every tensor.
 enum class Kernel {
-  kFold,    // x = fma(scale, grad, decode(sum, residual)); (sum, residual) = encode(x)
-  kFinish,  // sum = round((decode(sum, residual) / divisor) * factor), not from zero; residuals are left alone
-  kDecode,  // value = decode(sum, residual)
-  kEncode,  // (sum, residual) = encode(value / divisor)
+  kFold,     // x = fma(scale, grad, decode(sum, residual)); (sum, residual) = encode(x)
+  kFinish,   // sum = round((decode(sum, residual) / divisor) * factor), not from zero; residuals are left alone
+  kDecode,   // value = decode(sum, residual)
+  kEncode,   // (sum, residual) = encode(value / divisor)
+  kSquares,  // partial = the sum of decode(sum, residual)^2 over a block, not from zero; nothing else is written
 };
 
 struct Call {
   Kernel kernel;
   Format format;
-  Start start;  // of a fold or finish
+  Start start;  // of a fold, finish or squares
   std::vector<FoldTensor> tensors;
   Scalar scalar;  // a fold's scale, the others' divisor
   Scalar factor;  // finish's

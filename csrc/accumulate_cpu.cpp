@@ -55,6 +55,23 @@ ACCUMKERN_INLINE float value_at(const typename F::Sum* sum, const typename F::Re
   }
 }
 
+// The same of the i-th pair of neighbours, of a split format.
+template <class F, Start kStart>
+ACCUMKERN_INLINE void values_at(const SumPair* sums, const typename ResidualPairOf<F>::Type* residuals, int64_t i,
+                                float* first, float* second) {
+  if constexpr (kStart == Start::kFromSum) {
+    *first = float_of(sums[i] << 16), *second = float_of(sums[i] & 0xFFFF0000u);
+  } else {
+    F::decode_pair(sums[i], residuals[i], first, second);
+  }
+}
+
+ACCUMKERN_INLINE void add_square(float x, float* total) { *total += x * x; }
+
+ACCUMKERN_INLINE void add_squares(float first, float second, float* total) {
+  *total = __builtin_fmaf(first, first, __builtin_fmaf(second, second, *total));
+}
+
 // Asks for the chunk that is kAhead elements away. The processor's own prefetching stops at every page. Addresses past
 // the end are harmless, but not for pointer arithmetic.
 template <bool kWrites, class T>
@@ -82,9 +99,9 @@ ACCUMKERN_INLINE void fold_elements(const typename F::Sum* grad, typename F::Sum
     }
     F::encode(canonical_bits(x), sum + i, at<F>(residual, i));
     if constexpr (kMeasured) {
-      squares->of_grad[i] += g * g;
-      squares->of_value[i] += x * x;
-      if constexpr (kStart == Start::kFromSum) squares->of_old_value[i] += old_value * old_value;
+      add_square(g, &squares->of_grad[i]);
+      add_square(x, &squares->of_value[i]);
+      if constexpr (kStart == Start::kFromSum) add_square(old_value, &squares->of_old_value[i]);
     }
   }
 }
@@ -103,11 +120,7 @@ ACCUMKERN_INLINE void fold_pairs(const typename F::Sum* grad, typename F::Sum* s
     if constexpr (kStart == Start::kFromZero) {
       x0 = scale * g0, x1 = scale * g1;
     } else {
-      if constexpr (kStart == Start::kFromSum) {
-        old0 = float_of(sums[i] << 16), old1 = float_of(sums[i] & 0xFFFF0000u);
-      } else {
-        F::decode_pair(sums[i], residuals[i], &old0, &old1);
-      }
+      values_at<F, kStart>(sums, residuals, i, &old0, &old1);
       x0 = __builtin_fmaf(scale, g0, old0), x1 = __builtin_fmaf(scale, g1, old1);
     }
     uint32_t new_sums;
@@ -116,11 +129,9 @@ ACCUMKERN_INLINE void fold_pairs(const typename F::Sum* grad, typename F::Sum* s
     sums[i] = new_sums;
     residuals[i] = new_residuals;
     if constexpr (kMeasured) {
-      squares->of_grad[i] = __builtin_fmaf(g0, g0, __builtin_fmaf(g1, g1, squares->of_grad[i]));
-      squares->of_value[i] = __builtin_fmaf(x0, x0, __builtin_fmaf(x1, x1, squares->of_value[i]));
-      if constexpr (kStart == Start::kFromSum) {
-        squares->of_old_value[i] = __builtin_fmaf(old0, old0, __builtin_fmaf(old1, old1, squares->of_old_value[i]));
-      }
+      add_squares(g0, g1, &squares->of_grad[i]);
+      add_squares(x0, x1, &squares->of_value[i]);
+      if constexpr (kStart == Start::kFromSum) add_squares(old0, old1, &squares->of_old_value[i]);
     }
   }
 }
@@ -262,6 +273,53 @@ struct Encode {
   }
 };
 
+// total += decode(sum, residual)^2, for `numel` elements of a chunk.
+template <class F, Start kStart>
+ACCUMKERN_INLINE void square_elements(const typename F::Sum* sum, const typename F::Residual* residual, int64_t numel,
+                                      float* totals) {
+  for (int64_t i = 0; i < numel; ++i) add_square(value_at<F, kStart>(sum, residual, i), &totals[i]);
+}
+
+// The same for a whole chunk of a split format, two neighbours at a time.
+template <class F, Start kStart>
+ACCUMKERN_INLINE void square_pairs(const typename F::Sum* sum, const typename F::Residual* residual, float* totals) {
+  const auto* sums = reinterpret_cast<const SumPair*>(sum);
+  const auto* residuals = reinterpret_cast<const typename ResidualPairOf<F>::Type*>(residual);
+  for (int64_t i = 0; i < kChunk / 2; ++i) {
+    float first, second;
+    values_at<F, kStart>(sums, residuals, i, &first, &second);
+    add_squares(first, second, &totals[i]);
+  }
+}
+
+// The partial sums are those that a fold would leave of the same values.
+template <class F, Start kStart>
+struct Square {
+  static ACCUMKERN_INLINE void run(const Range& range, float, float) {
+    const auto* sums = static_cast<const typename F::Sum*>(range.tensor.sum);
+    const auto* residuals = static_cast<const typename F::Residual*>(range.tensor.residual);
+    for (int64_t block = range.begin; block < range.end; block += kBlockNumel) {
+      alignas(64) float totals[kChunk] = {};
+      const int64_t block_end = std::min(range.end, block + kBlockNumel);
+      for (int64_t i = block; i < block_end; i += kChunk) {
+        const auto* sum = sums + i;
+        const auto* residual = at<F>(residuals, i);
+        const int64_t numel = std::min(kChunk, block_end - i);
+        prefetch<false>(sum);
+        if constexpr (kStart == Start::kContinue && F::kHasResidual) prefetch<false>(residual);
+        if (numel < kChunk) {
+          square_elements<F, kStart>(sum, residual, numel, totals);
+        } else if constexpr (F::kHasPairs) {
+          square_pairs<F, kStart>(sum, residual, totals);
+        } else {
+          square_elements<F, kStart>(sum, residual, kChunk, totals);
+        }
+      }
+      range.tensor.partials[block / kBlockNumel] = sum_of(totals);
+    }
+  }
+};
+
 // ---- instruction sets ----------------------------------------------------------------------------------------
 
 using RangeFunction = void (*)(const Range&, float, float);
@@ -326,6 +384,8 @@ RangeFunction choose_kernel(Kernel kernel, bool measured) {
       return for_this_cpu<Decode<F>>();
     case Kernel::kEncode:
       return for_this_cpu<Encode<F>>();
+    case Kernel::kSquares:
+      return for_this_cpu<Square<F, kStart>>();
   }
   throw std::invalid_argument("accumkern: unknown kernel");
 }

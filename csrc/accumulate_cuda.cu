@@ -62,7 +62,7 @@ struct Block {
   bool is_whole;  // full and aligned: every access can be 16 bytes wide
 };
 
-template <class F, class Grad = typename F::Sum, class Sum = typename F::Sum, int kCapacity>
+template <class F, class Grad = typename F::Sum, class Sum = typename F::Sum, int kColumns = kPartials, int kCapacity>
 __device__ __forceinline__ Block<F, Grad, Sum> this_block(const TensorList<kCapacity>& list) {
   // The last tensor whose first block is not past this one.
   int index = 0;
@@ -82,13 +82,19 @@ __device__ __forceinline__ Block<F, Grad, Sum> this_block(const TensorList<kCapa
   return {static_cast<const Grad*>(tensor.grad) + begin,
           static_cast<Sum*>(tensor.sum) + begin,
           F::kHasResidual ? static_cast<typename F::Residual*>(tensor.residual) + begin : nullptr,
-          tensor.partials == nullptr ? nullptr : tensor.partials + kPartials * block,
+          tensor.partials == nullptr ? nullptr : tensor.partials + kColumns * block,
           static_cast<int>(left < kBlockNumel ? left : kBlockNumel),
           left >= kBlockNumel && is_aligned(tensor.grad) && is_aligned(tensor.sum) && is_aligned(tensor.residual)};
 }
 
 __device__ __forceinline__ float value_of(Scalar scalar) {
   return scalar.address != nullptr ? *scalar.address : scalar.value;
+}
+
+// The accumulated value of an element: of sum and residual, or of the sum alone.
+template <class F>
+__device__ __forceinline__ float value_of(Start start, typename F::Sum sum, typename F::Residual residual) {
+  return start == Start::kFromSum ? F::widen(sum) : F::decode(sum, residual);
 }
 
 // ---- fold ----------------------------------------------------------------------------------------------------
@@ -118,15 +124,16 @@ __device__ __forceinline__ void fold_element(Start start, float scale, typename 
 }
 
 // Writes the block's totals. The order of additions is fixed, so equal inputs give equal partials.
-__device__ __forceinline__ void write_partials(float* partials, Squares squares) {
-  __shared__ float of_warp[kPartials][kThreads / 32];
-  for (int i = 0; i < kPartials; ++i) {
-    float total = squares.of[i];
+template <int kColumns>
+__device__ __forceinline__ void write_partials(float* partials, const float (&squares)[kColumns]) {
+  __shared__ float of_warp[kColumns][kThreads / 32];
+  for (int i = 0; i < kColumns; ++i) {
+    float total = squares[i];
     for (int offset = 16; offset > 0; offset /= 2) total += __shfl_down_sync(0xFFFFFFFFu, total, offset);
     if (threadIdx.x % 32 == 0) of_warp[i][threadIdx.x / 32] = total;
   }
   __syncthreads();
-  if (threadIdx.x < kPartials) {
+  if (threadIdx.x < kColumns) {
     float total = 0.0f;
     for (int warp = 0; warp < kThreads / 32; ++warp) total += of_warp[threadIdx.x][warp];
     partials[threadIdx.x] = total;
@@ -176,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       if constexpr (F::kHasResidual) block.residual[i] = residual;
     }
   }
-  if (block.partials != nullptr) write_partials(block.partials, squares);
+  if (block.partials != nullptr) write_partials(block.partials, squares.of);
 }
 
 // ---- finish --------------------------------------------------------------------------------------------------
@@ -185,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 template <class F>
 __device__ __forceinline__ typename F::Sum finish_element(Start start, float divisor, float factor,
                                                           typename F::Sum sum, typename F::Residual residual) {
-  const float x = start == Start::kFromSum ? F::widen(sum) : F::decode(sum, residual);
+  const float x = value_of<F>(start, sum, residual);
   return F::round(canonical_bits(__fmul_rn(__fdiv_rn(x, divisor), factor)));
 }
 
@@ -299,6 +306,53 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
 }
 
+// ---- squares -------------------------------------------------------------------------------------------------
+
+// total += decode(sum, residual)^2, for one element.
+template <class F>
+__device__ __forceinline__ void square_element(Start start, typename F::Sum sum, typename F::Residual residual,
+                                               float* total) {
+  const float x = value_of<F>(start, sum, residual);
+  *total = __fmaf_rn(x, x, *total);
+}
+
+// The partial sums are those that a fold would leave of the same values.
+template <class F, int kCapacity>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    squares_kernel(const __grid_constant__ TensorList<kCapacity> list, const Start start) {
+  const auto block = this_block<F, typename F::Sum, typename F::Sum, 1>(list);
+  const bool reads_residual = F::kHasResidual && start == Start::kContinue;
+  float total[1] = {};
+
+  if (block.is_whole) {
+    Vector<typename F::Sum> sums[kSteps];
+    Vector<typename F::Residual> residuals[kSteps];
+    const int first = threadIdx.x * kVector;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int at = first + step * kThreads * kVector;
+      sums[step] = load(block.sum + at);
+      if constexpr (F::kHasResidual) {
+        if (reads_residual) residuals[step] = load(block.residual + at);
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        square_element<F>(start, sums[step].values[i], residuals[step].values[i], total);
+      }
+    }
+  } else {
+    for (int i = threadIdx.x; i < block.count; i += kThreads) {
+      typename F::Residual residual{};
+      if (reads_residual) residual = block.residual[i];
+      square_element<F>(start, block.sum[i], residual, total);
+    }
+  }
+  write_partials(block.partials, total);
+}
+
 // ---- launcher ------------------------------------------------------------------------------------------------
 
 void check(cudaError_t error, const char* what) {
@@ -362,6 +416,15 @@ struct Encode {
   template <class F, int kCapacity>
   void launch(const TensorList<kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
     encode_kernel<F><<<blocks, kThreads, 0, stream>>>(list, divisor);
+  }
+};
+
+struct Square {
+  Start start;
+
+  template <class F, int kCapacity>
+  void launch(const TensorList<kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
+    squares_kernel<F><<<blocks, kThreads, 0, stream>>>(list, start);
   }
 };
 
@@ -429,6 +492,8 @@ void run_cuda(const Call& call, int device, uintptr_t stream_address) {
       return launch_format(call, Decode{}, stream);
     case Kernel::kEncode:
       return launch_format(call, Encode{call.scalar}, stream);
+    case Kernel::kSquares:
+      return launch_format(call, Square{call.start}, stream);
   }
   throw std::invalid_argument("accumkern: unknown kernel");
 }

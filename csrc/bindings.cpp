@@ -136,6 +136,17 @@ PYBIND11_MODULE(_C, module) {
       py::arg("format"), py::arg("values"), py::arg("divisor"), py::arg("sums"), py::arg("residuals"),
       py::arg("numels"), py::arg("device"), py::arg("threads_or_stream"));
 
+  module.def(
+      "squares",
+      [](int format, int start, const Addresses& sums, const Addresses& residuals, const Addresses& partials,
+         const Numels& numels, int device, uintptr_t threads_or_stream) {
+        run({Kernel::kSquares, static_cast<Format>(format), static_cast<Start>(start),
+             gather({}, sums, residuals, partials, numels)},
+            device, threads_or_stream);
+      },
+      py::arg("format"), py::arg("start"), py::arg("sums"), py::arg("residuals"), py::arg("partials"),
+      py::arg("numels"), py::arg("device"), py::arg("threads_or_stream"));
+
 #if defined(ACCUMKERN_CUDA_TARGETS)
   module.attr("cuda_targets") = ACCUMKERN_CUDA_TARGETS;
   module.def("cuda_problem", &cuda_problem);

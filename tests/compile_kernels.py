@@ -106,6 +106,7 @@ def compile_triton(architecture: int) -> dict[str, Any]:
         build("finish_kernel", variant, stored | numel | divisor | factor, constants | by_value)
         build("decode_kernel", variant, stored | value | numel, of_format)
         build("encode_kernel", variant, value | stored | numel | divisor, of_format | {"DIVISOR_IS_POINTER": False})
+        build("squares_kernel", variant, stored | partials | numel, constants)
         of_list = {"SUM_DTYPE": sum_dtype, "RESIDUAL_DTYPE": residual_dtype, "ALIGNED": True}
         signature = {"table_ptr": "*i64"} | scale
         of_list |= constants | {"PARTIALS": False, "SCALE_IS_POINTER": False}

@@ -127,6 +127,16 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return recorded
 
 
+@pytest.fixture(params=[False, True], ids=["at once", "waiting"])
+def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether small gradients wait for the end of the backward pass, as on a GPU."""
+    from accumkern import passes
+
+    if request.param:
+        monkeypatch.setattr(passes, "WAITING_DEVICE_TYPES", frozenset({"cpu", "cuda"}))
+    return request.param
+
+
 @pytest.fixture(params=[None, 4], ids=["sum", "average"])
 def average_over(request: pytest.FixtureRequest) -> int | None:
     return request.param

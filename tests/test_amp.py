@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from gradients import micro_gradients, parameter
 from tiny import Classifier, MicroGradients, assert_same_weights, examples
-from torch import nn
+from torch import Tensor, nn
 
 import accumkern
 
@@ -75,3 +78,53 @@ def test_bf16_weights_with_a_grad_scaler_are_nearer_to_fp64_than_stock() -> None
         errors[attached] = truth.error()
     assert errors[True] < 2.5e-3  # one rounding to bfloat16
     assert errors[False] > 2 * errors[True]
+
+
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**16], ids=["1024", "65536"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("buffer", ["split24", "split32", "fp32"])
+def test_unscale_keeps_the_low_bits_and_the_norm_is_right(buffer: str, dtype: torch.dtype, scale: float) -> None:
+    """The recipe of docs/averaging.md in three windows, beside FP64.
+
+    ``unscale_`` multiplies ``.grad`` by a power of two, and a split residual is relative to it. An FP32 buffer is not:
+    ``.grad`` is not its rounding any more, and wins, so what is left is the sum rounded once.
+    """
+    params = [parameter(300, 300, dtype=dtype, device=DEVICE), parameter(7, dtype=dtype, device=DEVICE)]
+    optimizer = torch.optim.SGD(params, lr=0.0)
+    acc = accumkern.attach(optimizer, buffer)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=scale)
+    for window in range(3):
+        micro = [micro_gradients(8 + window, *p.shape, dtype=dtype, device=DEVICE) for p in params]
+        for grads in zip(*micro, strict=True):
+            loss = sum((p.float() * grad).sum() for p, grad in zip(params, grads, strict=True))
+            scaler.scale(loss).backward()  # type: ignore[union-attr]
+        truth = [torch.stack(grads).double().sum(0) for grads in micro]
+        scaler.unscale_(optimizer)
+        found = [acc.gradient(p) for p in params]
+        assert_near(found, truth, tolerance := accuracy(buffer, dtype))
+        if tolerance == ROUNDED_ONCE:
+            assert all(torch.equal(value, p.grad.float()) for p, value in zip(params, found, strict=True))
+        norm = torch.stack([t.norm() for t in truth]).norm() / 8
+        finished = acc.finish(divide_by=8.0, max_norm=0.5 * norm.item())
+        torch.testing.assert_close(finished.norm.double(), norm, rtol=1e-5, atol=0)
+        torch.testing.assert_close(finished.clip_coefficient.item(), 0.5, rtol=1e-5, atol=0)
+        assert_near([p.grad for p in params], [t / 16 for t in truth], 1e-6 if dtype is torch.float32 else ROUNDED_ONCE)
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == scale
+        optimizer.zero_grad()
+
+
+ROUNDED_ONCE = 2.5e-3  # to bfloat16
+
+
+def accuracy(buffer: str, dtype: torch.dtype) -> float:
+    """Return the greatest relative error of an accumulated gradient after ``unscale_``."""
+    if dtype is torch.float32 or buffer == "split32":
+        return 2e-7
+    return 1.5e-5 if buffer == "split24" else ROUNDED_ONCE
+
+
+def assert_near(found: list[Any], truth: list[Tensor], tolerance: float) -> None:
+    for value, right in zip(found, truth, strict=True):
+        assert (value.double() - right).norm() <= tolerance * right.norm()

@@ -96,11 +96,11 @@ def test_accumulator_of_refuses_what_is_no_optimizer(wrong: object) -> None:
 
 
 class Slotted:
-    """A wrapper without room for another attribute."""
+    """A wrapper without room for another attribute, and without an optimizer of torch."""
 
     __slots__ = ("optimizer",)
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
 
     @property
@@ -109,6 +109,26 @@ class Slotted:
 
     def add_param_group(self, group: dict[str, object]) -> None:
         self.optimizer.add_param_group(group)
+
+
+class Plain:
+    """An optimizer that is not torch's."""
+
+    def __init__(self, params: list[torch.nn.Parameter]) -> None:
+        self.param_groups = [{"params": params}]
+
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        self.param_groups.append(group)
+
+
+def test_a_wrapper_without_room_around_an_optimizer_of_torch() -> None:
+    param, added = parameter(4), parameter(4)
+    optimizer = torch.optim.SGD([param], lr=1.0)
+    acc = accumkern.attach(Slotted(optimizer), average_over=2)  # type: ignore[arg-type]
+    Slotted(optimizer).add_param_group({"params": [added]})
+    assert is_averaged(param)
+    assert is_averaged(added)
+    acc.detach()
 
 
 class ReadOnly(torch.optim.SGD):
@@ -121,7 +141,7 @@ class ReadOnly(torch.optim.SGD):
 @pytest.mark.parametrize("kind", [Slotted, ReadOnly], ids=["__slots__", "read only"])
 def test_a_refused_optimizer_leaves_no_hooks(kind: type) -> None:
     param = parameter(4)
-    optimizer = Slotted(torch.optim.SGD([param], lr=1.0)) if kind is Slotted else ReadOnly([param], lr=1.0)
+    optimizer = Slotted(Plain([param])) if kind is Slotted else ReadOnly([param], lr=1.0)
     with pytest.raises(TypeError, match=f"optimizer is a {kind.__name__}, whose add_param_group cannot be watched"):
         accumkern.attach(optimizer, average_over=2)  # type: ignore[arg-type]
     assert not is_averaged(param)
@@ -250,7 +270,7 @@ def test_parameters_that_were_given_another_tensor_are_noticed_and_hooked_again(
         torch.__future__.set_swap_module_params_on_conversion(False)
     before = [p.detach().clone() for p in model.parameters()]
     model(torch.ones(1, 3)).sum().backward()
-    with pytest.raises(RuntimeError, match=r"2 parameters, the first of shape \(2, 3\), have lost their hooks"):
+    with pytest.raises(RuntimeError, match=r"2 parameters, the first of shape \(2, 3\), had no hooks"):
         optimizer.step() if notices == "step" else acc.finish()
     assert all(map(torch.equal, before, model.parameters()))
     optimizer.zero_grad()
@@ -417,7 +437,7 @@ def test_a_step_through_a_wrapper_notices_lost_hooks() -> None:
     acc = accumkern.attach(wrapper)  # type: ignore[arg-type]
     torch.utils.swap_tensors(param, torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)))
     backward(param, 1.0)
-    with pytest.raises(RuntimeError, match="have lost their hooks since"):
+    with pytest.raises(RuntimeError, match="had no hooks, and torch has accumulated"):
         wrapper.step()
     acc.detach()
 

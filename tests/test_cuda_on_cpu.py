@@ -30,9 +30,13 @@ from test_kernels import (
     test_list_of_two_thousand,
     test_lists,
     test_partial_sums_of_squares,
+    test_squares,
+    test_squares_of_what_is_not_finite,
     test_sum_may_be_the_gradient_itself_from_zero,
     test_writes_its_range_and_nothing_else,
 )
+
+from accumkern import backends
 
 __all__ = [
     "test_bits_agree_with_the_reference",
@@ -45,6 +49,8 @@ __all__ = [
     "test_list_of_two_thousand",
     "test_lists",
     "test_partial_sums_of_squares",
+    "test_squares",
+    "test_squares_of_what_is_not_finite",
     "test_sum_may_be_the_gradient_itself_from_zero",
     "test_writes_its_range_and_nothing_else",
 ]
@@ -65,7 +71,7 @@ def extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     source, count = LAUNCH.subn(
         r"emulator::launch(\2, \3, [&] { \1(\4); });", (ROOT / "csrc/accumulate_cuda.cu").read_text()
     )
-    assert count == 4
+    assert count == len(backends.Kernels._fields)
     assert "<<<" not in source
     (folder / "accumulate_cuda.cpp").write_text(source)
     paths = [str(ROOT / "tests/cuda_on_cpu"), str(ROOT / "csrc"), pybind11.get_include(), sysconfig.get_path("include")]
@@ -98,8 +104,8 @@ def backend(extension: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     def on_device(name: str) -> Callable[..., None]:
         return lambda *arguments: getattr(extension, name)(*arguments[:-2], 0, 0)
 
-    names = ["fold", "finish", "decode", "encode"]
-    monkeypatch.setattr(native, "_C", SimpleNamespace(**{name: on_device(name) for name in names}))
+    functions = {name: on_device(name) for name in backends.Kernels._fields}
+    monkeypatch.setattr(native, "_C", SimpleNamespace(**functions))
     yield "cuda"
     assert "runtime error" not in capfd.readouterr().err
 

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 import accumkern
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "waiting")
 
 # ---- backward passes that fail -------------------------------------------------------------------------------------
 

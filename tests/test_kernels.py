@@ -29,7 +29,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from accumkern import accumulate_, available_backends, backends
-from accumkern.formats import BLOCK_NUMEL, Format, Start, decode, encode, partial_rows
+from accumkern.formats import BLOCK_NUMEL, PARTIALS, Format, Start, decode, encode, partial_rows
 
 SIZES = [0, 1, 7, 8, 9, BLOCK_NUMEL - 1, BLOCK_NUMEL, BLOCK_NUMEL + 1]
 
@@ -286,6 +286,51 @@ def test_partial_sums_of_squares(backend: str, device: torch.device, format_: Fo
             assert_same_bits(first[i], second[i], "a second run")  # deterministic
 
 
+@ALL_FORMATS
+@pytest.mark.parametrize("start", [Start.CONTINUE, Start.FROM_SUM], ids=lambda s: s.name.lower())
+@pytest.mark.parametrize(("shift", "sizes"), [*SHIFTS_AND_SIZES, (0, [5, 4096] * 46)], ids=lambda _: "")
+@pytest.mark.eager_on_gpu
+def test_squares(
+    backend: str, device: torch.device, format_: Format, start: Start, shift: int, sizes: list[int]
+) -> None:
+    """Near FP64, to the bit what a fold of zeros leaves of the same values, and nothing else written."""
+    pairs = [encode(format_, 1 + torch.randn(n)) for n in sizes]
+    stored: list[tuple[Tensor, Tensor | None]] = []
+    for total, low in pairs:
+        total[::7] = 0.5  # beside what was stored with another sum
+        stored.append((total, low))
+    buffers, partials = at_an_offset([torch.zeros(partial_rows(n)) for n in sizes], shift, device)
+    _, sums = at_an_offset([total for total, _ in stored], shift, device)
+    _, lows = at_an_offset([low for _, low in stored if low is not None], shift, device)
+    kernels = backends.kernels(backend)
+    kernels.squares(format_, start, sums, lows or None, partials)
+    assert_all_same_bits(
+        [*sums, *lows], [*[total for total, _ in stored], *[low for _, low in stored if low is not None]]
+    )
+    assert nothing_around_is_written(buffers, shift)
+    for found, (total, low) in zip(partials, stored, strict=True):
+        x = decode(format_, total, low if start is Start.CONTINUE else None).double()
+        wanted = torch.tensor([block.square().sum() for block in x.split(BLOCK_NUMEL) if len(block)]).double()
+        torch.testing.assert_close(found.double().cpu(), wanted, rtol=1e-6, atol=0.0)
+    zeros = [torch.zeros_like(total) for total in sums]
+    rows = [torch.full((partial_rows(n), PARTIALS), math.nan, device=device) for n in sizes]
+    kernels.fold(format_, start, zeros, sums, lows or None, 1.0, rows)
+    assert_all_same_bits(partials, [row[:, 1].contiguous() for row in rows])
+
+
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf, 3.0e38])
+def test_squares_of_what_is_not_finite(backend: str, device: torch.device, special: float) -> None:
+    for format_ in (Format.SPLIT24, Format.PLAIN32):
+        x = torch.ones(3 * BLOCK_NUMEL)
+        x[BLOCK_NUMEL + 5] = special
+        total, low = (None if t is None else t.to(device) for t in encode(format_, x))
+        assert total is not None
+        partials = torch.zeros(3, device=device)
+        backends.kernels(backend).squares(format_, Start.CONTINUE, [total], None if low is None else [low], [partials])
+        assert partials[0] == partials[2] == BLOCK_NUMEL
+        assert partials[1].isnan() if math.isnan(special) else partials[1] == math.inf
+
+
 def test_tensors_without_memory_are_refused() -> None:
     if available_backends()["cpu"] is not None:
         pytest.skip(f"backend cpu: {available_backends()['cpu']}")
@@ -303,6 +348,7 @@ def test_cpu_result_does_not_depend_on_threads() -> None:
     sizes = [70_001, 3, 0, 200_000, 4096]
     rows = [problem(Format.SPLIT24, n) for n in sizes]
     measured: list[list[Tensor]] = []
+    squares: list[list[Tensor]] = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 7):
@@ -311,6 +357,10 @@ def test_cpu_result_does_not_depend_on_threads() -> None:
             assert_folded("cpu", "cpu", Format.SPLIT24, Start.CONTINUE, rows, 1.0, partials=measured[-1])
             for partials, alone in zip(measured[-1], measured[0], strict=True):
                 assert_same_bits(partials, alone, f"partial sums of {threads} threads")
+            _, sums, residuals = columns(rows, "cpu")
+            squares.append([torch.full((partial_rows(n),), 7.0) for n in sizes])
+            backends.kernels("cpu").squares(Format.SPLIT24, Start.CONTINUE, sums, residuals, squares[-1])
+            assert_all_same_bits(squares[-1], squares[0])
     finally:
         torch.set_num_threads(before)
 
@@ -365,6 +415,9 @@ def test_accuracy_of_a_long_sum_that_agrees_in_sign(backend: str, device: torch.
     assert error(stock) > 1e-1
 
 
+PAIRED = ("fold_pairs", "square_pairs")  # two neighbours at a time
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernels choose among x86 instruction sets")
 def test_compiler_vectorises_the_cpu_kernels(tmp_path: Path) -> None:
@@ -385,7 +438,7 @@ def test_compiler_vectorises_the_cpu_kernels(tmp_path: Path) -> None:
     loops = {
         name: next(i for i in range(first, len(lines)) if "for (int64_t i = 0; i < " in lines[i]) + 1
         for first, text in enumerate(lines)
-        for name in ("fold_elements", "fold_pairs", "finish_elements", "decode_elements", "encode_elements")
+        for name in (*(f"{name}_elements" for name in ("fold", "finish", "decode", "encode", "square")), *PAIRED)
         if text.startswith("ACCUMKERN_INLINE void " + name + "(")
     }
     for width in (32, 64):
@@ -399,3 +452,5 @@ def test_compiler_vectorises_the_cpu_kernels(tmp_path: Path) -> None:
         assert count["finish_elements"] >= 5 * 2 * 2, report
         assert count["decode_elements"] >= 5 * 2, report
         assert count["encode_elements"] >= 5 * 2, report
+        assert count["square_pairs"] >= 2 * 2, report
+        assert count["square_elements"] >= 5 * 2 + 3 * 2, report

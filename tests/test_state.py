@@ -309,7 +309,7 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], type[Exception],
     "residual of another shape": (
         lambda s: s | {"residuals": s["residuals"] | {"1": s["residuals"]["1"][1:]}},
         ValueError,
-        r"residuals\[1\] of state_dict has shape \(5,\); it must be \(6,\)",
+        r"residuals\[1\] of state_dict has shape \(1, 3\); it must be that of the sum, \(2, 3\)",
     ),
     "residual without sum": (
         lambda s: s | {"sums": s["sums"] | {"1": None}},

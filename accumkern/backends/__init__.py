@@ -42,12 +42,16 @@ class Kernels(NamedTuple):
         decode: ``decode(format_, sums, residuals, values)``: ``value = decode(sum, residual)``, FP32, laid out as the
             sums.
         encode: ``encode(format_, values, divisor, sums, residuals)``: ``(sum, residual) = encode(value / divisor)``.
+        squares: ``squares(format_, start, sums, residuals, partials)``: the sum of ``x**2`` over each block of
+            BLOCK_NUMEL elements, in memory order; ``x`` as in ``finish``. ``partials`` are written and nothing else:
+            FP32 of shape ``(partial_rows(numel),)``, the very sums that a fold leaves of the same values.
     """
 
     fold: Callable[[Format, Start, _Tensors, _Tensors, _Tensors | None, _Scalar, _Tensors | None], None]
     finish: Callable[[Format, Start, _Tensors, _Tensors | None, _Scalar, _Scalar], None]
     decode: Callable[[Format, _Tensors, _Tensors | None, _Tensors], None]
     encode: Callable[[Format, _Tensors, _Scalar, _Tensors, _Tensors | None], None]
+    squares: Callable[[Format, Start, _Tensors, _Tensors | None, _Tensors], None]
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------
@@ -57,7 +61,7 @@ class Backend(NamedTuple):
     """A row of the table."""
 
     summary: str  # what it does, in a line
-    module: str  # whose functions fold, finish, decode and encode are its kernels
+    module: str  # whose functions named as in Kernels are its kernels
     problem: Callable[[], str | None]  # why it cannot run on this machine
     device_type: Callable[[], str | None]  # of the tensors that it takes; None for every one
     takes: str  # the same, in words
@@ -150,9 +154,9 @@ def choose(backend: str | None, device: torch.device) -> str:
 def kernels(name: str) -> Kernels:
     """Return the kernels of a backend that can run here. The first call imports them."""
     if _are_left_out:
-        return Kernels(_do_nothing, _do_nothing, _do_nothing, _do_nothing)
+        return Kernels(*[_do_nothing] * len(Kernels._fields))
     module = importlib.import_module(BACKENDS[name].module)
-    return Kernels(module.fold, module.finish, module.decode, module.encode)
+    return Kernels(*[getattr(module, name) for name in Kernels._fields])
 
 
 _are_left_out = False

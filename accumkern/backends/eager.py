@@ -6,6 +6,7 @@ subnormal FP32; otherwise the product is rounded before it is added, by half a u
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from accumkern import formats
@@ -37,8 +38,7 @@ def fold(
         if partials is not None:
             partials[i].zero_()
             for column, values in enumerate((g, x) if old is None else (g, x, old)):
-                for row, block in enumerate(values.flatten().split(BLOCK_NUMEL)):
-                    partials[i][row, column] = block.square().sum()
+                partials[i][:, column] = _squares_of_blocks(values)
         new_sum, new_residual = formats.encode(format_, x)
         total.copy_(new_sum)
         if residual is not None and new_residual is not None:
@@ -55,8 +55,7 @@ def finish(
 ) -> None:
     """Divide, multiply and round each sum; see :class:`accumkern.backends.Kernels`."""
     for i, total in enumerate(_uncounted(sums)):
-        residual = None if residuals is None or start is Start.FROM_SUM else _shaped_like(total, residuals[i])
-        x = formats.decode(format_, total, residual)
+        x = _value(format_, start, total, residuals, i)
         total.copy_(round_to(format_.sum_dtype, x / divisor * factor))
 
 
@@ -80,6 +79,29 @@ def encode(
         total.copy_(new_sum)
         if residuals is not None and new_residual is not None:
             _shaped_like(total, residuals[i]).copy_(new_residual)
+
+
+def squares(
+    format_: Format, start: Start, sums: list[Tensor], residuals: list[Tensor] | None, partials: list[Tensor]
+) -> None:
+    """Write the sums of squares of each block; see :class:`accumkern.backends.Kernels`."""
+    for i, total in enumerate(sums):
+        if total.numel() > 0:
+            partials[i].copy_(_squares_of_blocks(_value(format_, start, total, residuals, i)))
+
+
+def _value(format_: Format, start: Start, total: Tensor, residuals: list[Tensor] | None, i: int) -> Tensor:
+    """Return the accumulated values of the i-th sum."""
+    residual = None if residuals is None or start is Start.FROM_SUM else _shaped_like(total, residuals[i])
+    return formats.decode(format_, total, residual)
+
+
+def _squares_of_blocks(values: Tensor) -> Tensor:
+    """Return the sum of squares of each block, FP32; ``values`` are FP32, with at least one element."""
+    squares = values.as_strided((values.numel(),), (1,)).square()  # in the order in memory
+    whole = squares.numel() // BLOCK_NUMEL * BLOCK_NUMEL
+    of_whole = squares[:whole].view(-1, BLOCK_NUMEL).sum(1)
+    return of_whole if whole == squares.numel() else torch.cat([of_whole, squares[whole:].sum().view(1)])
 
 
 def _shaped_like(total: Tensor, residual: Tensor) -> Tensor:

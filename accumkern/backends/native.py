@@ -96,6 +96,23 @@ def encode(
     )
 
 
+def squares(
+    format_: Format, start: Start, sums: list[Tensor], residuals: list[Tensor] | None, partials: list[Tensor]
+) -> None:
+    """Write the sums of squares of each block; see :class:`accumkern.backends.Kernels`."""
+    device, threads_or_stream = _place(sums)
+    _C.squares(
+        format_,
+        start,
+        _addresses(sums),
+        _addresses(residuals),
+        _addresses(partials),
+        list(map(Tensor.numel, sums)),
+        device,
+        threads_or_stream,
+    )
+
+
 def _addresses(tensors: list[Tensor] | None) -> list[int]:
     return [] if tensors is None else list(map(Tensor.data_ptr, tensors))  # faster than a comprehension
 

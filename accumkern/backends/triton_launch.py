@@ -22,6 +22,8 @@ from accumkern.backends.triton_kernels import (
     encode_list_kernel,
     finish_kernel,
     finish_list_kernel,
+    squares_kernel,
+    squares_list_kernel,
 )
 from accumkern.formats import Format, Start, partial_rows
 
@@ -59,8 +61,9 @@ def fold(
         accumulate_kernel,
         accumulate_list_kernel,
         format_,
-        [grads, sums, residuals or sums, partials or sums],
+        [grads, sums, residuals or sums],
         {"scale": scale},
+        partials or sums,
         START=int(start),
         PARTIALS=partials is not None,
     )
@@ -97,6 +100,14 @@ def encode(
     _launch(encode_kernel, encode_list_kernel, format_, [values, sums, residuals or sums], {"divisor": divisor})
 
 
+def squares(
+    format_: Format, start: Start, sums: list[Tensor], residuals: list[Tensor] | None, partials: list[Tensor]
+) -> None:
+    """Write the sums of squares of each block; see :class:`accumkern.backends.Kernels`."""
+    columns = [sums, residuals or sums]
+    _launch(squares_kernel, squares_list_kernel, format_, columns, {}, partials, START=int(start))
+
+
 _loaded: set[tuple[object, ...]] = set()
 
 
@@ -106,9 +117,11 @@ def _launch(
     format_: Format,
     columns: list[list[Tensor]],
     named_scalars: dict[str, float | Tensor],
+    partials: list[Tensor] | None = None,
     **constants: int,
 ) -> None:
-    """Launch a kernel on lists of tensors, one list for each of its pointers, in their order."""
+    """Launch a kernel on lists of tensors, one for each of its pointers, in their order; partial sums come last."""
+    pointers = columns if partials is None else [*columns, partials]
     scalars = [s.detach().to(torch.float32) if isinstance(s, Tensor) else float(s) for s in named_scalars.values()]
     are_pointers = {f"{name.upper()}_IS_POINTER": isinstance(s, Tensor) for name, s in named_scalars.items()}
     options = {"FORMAT": int(format_), **constants, **are_pointers, **OPTIONS}
@@ -117,7 +130,7 @@ def _launch(
 
     def launch(i: int, numel: int) -> None:
         grid = (max(1, partial_rows(numel)),)
-        kernel[grid](*[column[i] for column in columns], numel, *scalars, **options)
+        kernel[grid](*[column[i] for column in pointers], numel, *scalars, **options)
 
     with _current(device):
         small, others = _split_by_size(numels, device)
@@ -129,15 +142,15 @@ def _launch(
             if key not in _loaded:
                 _loaded.add(key)
                 launch(small[0], 0)
-            addresses = [[column[i].data_ptr() for i in small] for column in columns]
+            addresses = [[column[i].data_ptr() for i in small] for column in pointers]
             small_numels = [numels[i] for i in small]
             list_kernel[len(small), partial_rows(max(small_numels))](
                 _table([*addresses, small_numels], device),
                 *scalars,
                 SUM_DTYPE=DTYPES[format_.sum_dtype],
                 RESIDUAL_DTYPE=DTYPES[format_.residual_dtype],
-                # The fourth column, of partial sums, is stored one by one.
-                ALIGNED=all(address % 16 == 0 for column in addresses[:3] for address in column),
+                # Partial sums are stored one by one.
+                ALIGNED=all(address % 16 == 0 for column in addresses[: len(columns)] for address in column),
                 **options,
             )
         for i in others:

@@ -1,0 +1,229 @@
+"""The kernels in Triton, for one block of a tensor.
+
+Blocks that are whole have a path of their own, so that only the last block of a tensor pays for its mask with narrow
+loads. Each path makes its offsets itself: shared, they would lie in registers, and fewer blocks would run at a time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from accumkern.backends.triton_math import PLAIN32, canonical, decoded, encoded, round_to, sum_of_squares, widen
+from accumkern.formats import BLOCK_NUMEL, PARTIALS, Start
+
+# Start as numbers that a kernel can compare.
+CONTINUE = tl.constexpr(int(Start.CONTINUE))
+FROM_SUM = tl.constexpr(int(Start.FROM_SUM))
+FROM_ZERO = tl.constexpr(int(Start.FROM_ZERO))
+
+BLOCK_SIZE = tl.constexpr(BLOCK_NUMEL)
+PARTIAL_COLUMNS = tl.constexpr(PARTIALS)
+# Elements a thread loads at once: 16 bytes of a 16-bit sum. Naming it keeps the one-byte residual in the same layout,
+# where 16 bytes would be 16 elements and every value would be exchanged between threads through shared memory.
+VECTOR = tl.constexpr(8)
+
+
+# ---- elements ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_value(sum_ptr, residual_ptr, offsets, mask, FORMAT: tl.constexpr, START: tl.constexpr):
+    """Return the accumulated values, FP32: of sum and residual, or of the sum alone."""
+    total = tl.load(sum_ptr + offsets, mask=mask)
+    if START == CONTINUE and FORMAT != PLAIN32:
+        return decoded(total, tl.load(residual_ptr + offsets, mask=mask), FORMAT)
+    else:
+        return widen(total)
+
+
+@triton.jit
+def store_value(sum_ptr, residual_ptr, offsets, mask, x, FORMAT: tl.constexpr):
+    """Store FP32 values as sum and residual."""
+    new_sum, new_residual = encoded(canonical(x), sum_ptr.dtype.element_ty, FORMAT)
+    tl.store(sum_ptr + offsets, new_sum, mask=mask)
+    if FORMAT != PLAIN32:
+        tl.store(residual_ptr + offsets, new_residual, mask=mask)
+
+
+@triton.jit
+def fold_elements(
+    grad_ptr,
+    sum_ptr,
+    residual_ptr,
+    partials_ptr,
+    left,
+    scale,
+    FORMAT: tl.constexpr,
+    START: tl.constexpr,
+    PARTIALS: tl.constexpr,
+):
+    """Fold BLOCK_SIZE elements, or the first `left` if that is not None."""
+    offsets = tl.max_contiguous(tl.arange(0, BLOCK_SIZE), VECTOR)
+    mask = None if left is None else offsets < left
+    g = widen(tl.load(grad_ptr + offsets, mask=mask))
+    if START == FROM_ZERO:
+        x = scale * g
+    else:
+        old = load_value(sum_ptr, residual_ptr, offsets, mask, FORMAT, START)
+        x = tl.fma(scale, g, old)
+    if PARTIALS:
+        tl.store(partials_ptr, sum_of_squares(g, mask))
+        tl.store(partials_ptr + 1, sum_of_squares(x, mask))
+        tl.store(partials_ptr + 2, sum_of_squares(old, mask) if START == FROM_SUM else 0.0)
+    store_value(sum_ptr, residual_ptr, offsets, mask, x, FORMAT)
+
+
+@triton.jit
+def finish_elements(sum_ptr, residual_ptr, left, divisor, factor, FORMAT: tl.constexpr, START: tl.constexpr):
+    """Finish BLOCK_SIZE elements, or the first `left` if that is not None."""
+    offsets = tl.max_contiguous(tl.arange(0, BLOCK_SIZE), VECTOR)
+    mask = None if left is None else offsets < left
+    x = load_value(sum_ptr, residual_ptr, offsets, mask, FORMAT, START)
+    x = canonical(tl.div_rn(x, tl.zeros_like(x) + divisor) * factor)
+    if FORMAT == PLAIN32:
+        tl.store(sum_ptr + offsets, x, mask=mask)
+    else:
+        tl.store(sum_ptr + offsets, round_to(x, sum_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def decode_elements(sum_ptr, residual_ptr, value_ptr, left, FORMAT: tl.constexpr):
+    """Decode BLOCK_SIZE elements, or the first `left` if that is not None."""
+    offsets = tl.max_contiguous(tl.arange(0, BLOCK_SIZE), VECTOR)
+    mask = None if left is None else offsets < left
+    tl.store(value_ptr + offsets, load_value(sum_ptr, residual_ptr, offsets, mask, FORMAT, CONTINUE), mask=mask)
+
+
+@triton.jit
+def encode_elements(value_ptr, sum_ptr, residual_ptr, left, divisor, FORMAT: tl.constexpr):
+    """Encode BLOCK_SIZE elements, or the first `left` if that is not None."""
+    offsets = tl.max_contiguous(tl.arange(0, BLOCK_SIZE), VECTOR)
+    mask = None if left is None else offsets < left
+    x = tl.load(value_ptr + offsets, mask=mask)
+    store_value(sum_ptr, residual_ptr, offsets, mask, tl.div_rn(x, tl.zeros_like(x) + divisor), FORMAT)
+
+
+@triton.jit
+def square_elements(sum_ptr, residual_ptr, partial_ptr, left, FORMAT: tl.constexpr, START: tl.constexpr):
+    """Square and add up BLOCK_SIZE elements, or the first `left` if that is not None."""
+    offsets = tl.max_contiguous(tl.arange(0, BLOCK_SIZE), VECTOR)
+    mask = None if left is None else offsets < left
+    x = load_value(sum_ptr, residual_ptr, offsets, mask, FORMAT, START)
+    tl.store(partial_ptr, sum_of_squares(x, mask))
+
+
+# ---- blocks ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def fold_block(
+    grad_ptr,
+    sum_ptr,
+    residual_ptr,  # unused for PLAIN32
+    partials_ptr,  # (blocks, 3) float32; unused without PARTIALS
+    numel,
+    block,
+    scale,
+    FORMAT: tl.constexpr,
+    START: tl.constexpr,
+    PARTIALS: tl.constexpr,
+):
+    """x = fma(scale, grad, decode(sum, residual)); (sum, residual) = encode(x), for a tensor's block."""
+    begin = block.to(tl.int64) * BLOCK_SIZE
+    left = numel - begin
+    grad_ptr += begin
+    sum_ptr += begin
+    residual_ptr += begin
+    partials_ptr += block.to(tl.int64) * PARTIAL_COLUMNS
+    if left >= BLOCK_SIZE:
+        fold_elements(grad_ptr, sum_ptr, residual_ptr, partials_ptr, None, scale, FORMAT, START, PARTIALS)
+    else:
+        fold_elements(grad_ptr, sum_ptr, residual_ptr, partials_ptr, left, scale, FORMAT, START, PARTIALS)
+
+
+@triton.jit
+def finish_block(
+    sum_ptr,
+    residual_ptr,  # unused for PLAIN32 and FROM_SUM
+    numel,
+    block,
+    divisor,
+    factor,
+    FORMAT: tl.constexpr,
+    START: tl.constexpr,
+):
+    """sum = round((decode(sum, residual) / divisor) * factor), for a tensor's block."""
+    begin = block.to(tl.int64) * BLOCK_SIZE
+    left = numel - begin
+    sum_ptr += begin
+    residual_ptr += begin
+    if left >= BLOCK_SIZE:
+        finish_elements(sum_ptr, residual_ptr, None, divisor, factor, FORMAT, START)
+    else:
+        finish_elements(sum_ptr, residual_ptr, left, divisor, factor, FORMAT, START)
+
+
+@triton.jit
+def decode_block(
+    sum_ptr,
+    residual_ptr,  # unused for PLAIN32
+    value_ptr,  # float32
+    numel,
+    block,
+    FORMAT: tl.constexpr,
+):
+    """value = decode(sum, residual), for a tensor's block."""
+    begin = block.to(tl.int64) * BLOCK_SIZE
+    left = numel - begin
+    sum_ptr += begin
+    residual_ptr += begin
+    value_ptr += begin
+    if left >= BLOCK_SIZE:
+        decode_elements(sum_ptr, residual_ptr, value_ptr, None, FORMAT)
+    else:
+        decode_elements(sum_ptr, residual_ptr, value_ptr, left, FORMAT)
+
+
+@triton.jit
+def encode_block(
+    value_ptr,  # float32
+    sum_ptr,
+    residual_ptr,  # unused for PLAIN32
+    numel,
+    block,
+    divisor,
+    FORMAT: tl.constexpr,
+):
+    """(sum, residual) = encode(value / divisor), for a tensor's block."""
+    begin = block.to(tl.int64) * BLOCK_SIZE
+    left = numel - begin
+    value_ptr += begin
+    sum_ptr += begin
+    residual_ptr += begin
+    if left >= BLOCK_SIZE:
+        encode_elements(value_ptr, sum_ptr, residual_ptr, None, divisor, FORMAT)
+    else:
+        encode_elements(value_ptr, sum_ptr, residual_ptr, left, divisor, FORMAT)
+
+
+@triton.jit
+def square_block(
+    sum_ptr,
+    residual_ptr,  # unused for PLAIN32 and FROM_SUM
+    partials_ptr,  # (blocks,) float32
+    numel,
+    block,
+    FORMAT: tl.constexpr,
+    START: tl.constexpr,
+):
+    """partial = the sum of decode(sum, residual)**2 over a tensor's block, as a fold of the same values leaves it."""
+    begin = block.to(tl.int64) * BLOCK_SIZE
+    left = numel - begin
+    sum_ptr += begin
+    residual_ptr += begin
+    partials_ptr += block.to(tl.int64)
+    if left >= BLOCK_SIZE:
+        square_elements(sum_ptr, residual_ptr, partials_ptr, None, FORMAT, START)
+    else:
+        square_elements(sum_ptr, residual_ptr, partials_ptr, left, FORMAT, START)
