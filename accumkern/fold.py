@@ -13,7 +13,7 @@ from accumkern.formats import BUFFERS, Start
 from accumkern.noise_scale import WindowSquares
 from accumkern.ops import is_dense
 from accumkern.slot import FOLDED_DTYPES, Slot
-from accumkern.torch_private import is_flattened, is_wrapper_subclass
+from accumkern.torch_private import is_fake, is_flattened, is_wrapper_subclass
 
 _is_grad_enabled = torch.is_grad_enabled
 _numel = Tensor.numel
@@ -57,9 +57,10 @@ class Fold:
         """Raise unless the gradient of a parameter can be folded: of a plain tensor, or of a DTensor shard by shard.
 
         Raises:
-            TypeError: it is of another kind, or of a dtype that the buffer cannot hold.
+            TypeError: it is of another kind, has no memory, or is of a dtype that the buffer cannot hold.
             RuntimeError: the backend asked for cannot run on its device.
         """
+        _check_memory(name, param)
         if is_wrapper_subclass(param) and not is_dtensor(param):
             raise TypeError(
                 f"{name} is a {type(param).__name__}; its gradient is not one tensor that can be folded in place"
@@ -95,6 +96,9 @@ class Fold:
         is written goes into memory of its own. Until then there is no ``.grad``: if memory runs out, a gradient that
         has not been multiplied must not count.
         """
+        for tensor in (*grads, *sums):
+            if type(tensor) is not Tensor:
+                _check_memory("a gradient", tensor)
         taken: list[Any] = []
         if start is Start.FROM_ZERO:
             taken = [slot.take() for slot in slots]
@@ -173,3 +177,11 @@ class Fold:
             param.grad = new + running
         else:
             param.grad = running.add_(new)
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    if is_fake(tensor) and not backends.are_kernels_left_out():
+        raise TypeError(
+            f"{name} is a FakeTensor, which has a shape but no memory to accumulate in; accumkern.plan(..., "
+            "measure=False) predicts memory on fake tensors"
+        )

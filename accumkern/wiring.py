@@ -62,8 +62,9 @@ def attach(
 
     Raises:
         TypeError: an argument is of the wrong kind, a parameter's dtype does not take ``buffer``, or a parameter
-            is of a kind whose gradients cannot be folded: wrapped by the older FullyShardedDataParallel, a tensor
-            subclass other than DTensor, or a DTensor together with ``stats`` or ``report``.
+            that requires a gradient is of a kind whose gradients cannot be folded: wrapped by the older
+            FullyShardedDataParallel, a tensor subclass other than DTensor, a DTensor together with ``stats`` or
+            ``report``, a fake tensor, or one of a lazy module before its first forward pass.
         ValueError: ``buffer`` or ``backend`` is unknown, ``average_over`` is out of range, or a parameter is attached
             already.
         RuntimeError: ``backend`` cannot run here, or not on the device of a parameter.
