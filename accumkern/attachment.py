@@ -139,7 +139,16 @@ class Attachment:
         """Return the parameters that have no hooks yet, after checking that each can have them."""
         found: dict[Tensor, None] = {}  # torch lets a group hold a parameter twice
         for i, param in enumerate(self.params):
-            if param in self.slots or param in found or param.is_inference():
+            if param in self.slots or param in found:
+                continue
+            if isinstance(param, torch.nn.UninitializedParameter):
+                if not param.requires_grad:
+                    continue
+                raise TypeError(
+                    f"parameter {i} of optimizer is a {type(param).__name__} of a lazy module, without a shape; run a "
+                    "forward pass first"
+                )
+            if param.is_inference():
                 continue
             if not (param.is_floating_point() or param.is_complex()):
                 continue
@@ -151,7 +160,12 @@ class Attachment:
                     f"{name} is attached already; detach() the other accumulator first, which "
                     "accumkern.accumulator_of(optimizer) returns"
                 )
-            self._check(name, param)
+            try:
+                self._check(name, param)
+            except TypeError:
+                if param.requires_grad:
+                    raise
+                continue  # a weight that is frozen, such as a packed one beside adapters, gets no gradient
             found[param] = None
         return list(found)
 
