@@ -11,7 +11,7 @@ from torch import Tensor
 from accumkern.backends import Kernels
 from accumkern.checks import is_fp32, real
 from accumkern.dtensor import norm_over
-from accumkern.formats import Format, Start, decode
+from accumkern.formats import Format, Start, decode, divide
 from accumkern.slot import Stored
 
 _KernelsOn: TypeAlias = Callable[[torch.device], Kernels]
@@ -48,7 +48,7 @@ def finish(
     divisor: float | Tensor = divide_by
     if isinstance(divide_by, Tensor):
         divisor = divide_by.detach().to(norm.device, torch.float32, non_blocking=True)
-    norm = norm / divisor
+    norm = divide(norm, divisor)
     nonfinite = ~norm.isfinite()
     if error_if_nonfinite and bool(nonfinite):
         raise RuntimeError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from accumkern import formats
-from accumkern.formats import BLOCK_NUMEL, Format, Start, round_to
+from accumkern.formats import BLOCK_NUMEL, Format, Start, divide, fp32_scalar, round_to
 
 
 def fold(
@@ -27,7 +27,7 @@ def fold(
             continue
         residual = None if residuals is None else _shaped_like(total, residuals[i])
         g = grad.float()
-        x = g * scale
+        x = g * fp32_scalar(scale, g.device)  # one of FP64 would widen a 0-dim gradient
         old = None
         if start is Start.CONTINUE:
             x += formats.decode(format_, total, residual)
@@ -57,7 +57,7 @@ def finish(
     for i, total in enumerate(_uncounted(sums)):
         residual = None if residuals is None or start is Start.FROM_SUM else _shaped_like(total, residuals[i])
         x = formats.decode(format_, total, residual)
-        total.copy_(round_to(format_.sum_dtype, x / divisor * factor))
+        total.copy_(round_to(format_.sum_dtype, divide(x, divisor) * fp32_scalar(factor, x.device)))
 
 
 def decode(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
@@ -76,7 +76,7 @@ def encode(
 ) -> None:
     """Divide FP32 values and store them; see :class:`accumkern.backends.Kernels`."""
     for i, total in enumerate(_uncounted(sums)):
-        new_sum, new_residual = formats.encode(format_, values[i] / divisor)
+        new_sum, new_residual = formats.encode(format_, divide(values[i], divisor))
         total.copy_(new_sum)
         if residuals is not None and new_residual is not None:
             _shaped_like(total, residuals[i]).copy_(new_residual)
