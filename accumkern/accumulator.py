@@ -52,15 +52,16 @@ class GradAccumulator:
         """The factor of each micro-gradient, multiplied in the kernel: a number, or a floating 0-dim tensor.
 
         Set it before the backward pass of a micro-batch: to weigh that one, to ``1 / tokens`` when the window's tokens
-        are known beforehand, or to ``1 / n`` for a short last window of n. A tensor is read on the device when the
-        gradients are folded. It begins as ``1 / average_over``, or 1.
+        are known beforehand, or to ``1 / n`` for a short last window of n. A number must be one of FP32, and zero there
+        only if it is zero. A tensor is read on the device when the gradients are folded, and not looked at before. It
+        begins as ``1 / average_over``, or 1.
         """
         return self._fold.scale
 
     @scale.setter
     def scale(self, scale: float | Tensor) -> None:
         self._check_parameters()
-        ops.check_scale("scale", scale)
+        scale = ops.check_scale("scale", scale)
         devices = self._attachment.devices
         if isinstance(scale, Tensor) and scale.device not in devices:
             on = ", ".join(sorted(map(str, devices)))
@@ -88,7 +89,8 @@ class GradAccumulator:
         Args:
             divide_by: a positive number, or a 0-dim tensor on the device of the gradients, such as the tokens of the
                 window. A tensor on a GPU is not looked at: zero or NaN there comes out as ``found_nonfinite``.
-            max_norm: clip the total norm to this; None does not clip.
+            max_norm: clip the total norm to this; None does not clip. As with ``clip_grad_norm_``, infinity clips
+                nothing but makes every gradient NaN where the norm is infinite.
             norm_type: 2 or any other positive number, or infinity, as in ``clip_grad_norm_``.
             error_if_nonfinite: raise where the norm is infinite or NaN. Waits for the device.
 

@@ -61,6 +61,7 @@ class Attachment:
         self._optimizer: Callable[[], Any] = weakref.ref(optimizer) if is_torchs else lambda: optimizer
         self._groups: list[dict[str, Any]] = optimizer.param_groups
         self._known: list[Tensor] = []  # the optimizer's parameters when they were compared last
+        self._left_out: list[Tensor] = []  # of these, frozen ones that cannot be hooked, and integers
 
     def __del__(self) -> None:
         self.detach()
@@ -71,7 +72,7 @@ class Attachment:
         try:
             self._watch_param_groups()
             self._hook(params)
-            self._known = self.params
+            self._note_known()
             inner = _inner(self.optimizer)
             if inner is not None:
                 self._step_hooks.append(inner.register_step_pre_hook(lambda *_: self.check_hooks()))
@@ -124,7 +125,8 @@ class Attachment:
         for param in hooked:
             self.put_on_hooks(param)
         params = self.params
-        if list(map(id, params)) != list(map(id, self._known)):
+        unfrozen = any(param.requires_grad for param in self._left_out)
+        if unfrozen or list(map(id, params)) != list(map(id, self._known)):
             for param in self.slots.keys() - set(params):
                 self._hooks.pop(param).remove()
                 del self.slots[param]
@@ -134,7 +136,7 @@ class Attachment:
             slots = [(param, self.slots[param]) for param in dict.fromkeys(params) if param in self.slots]
             self.slots.clear()
             self.slots.update(slots)  # in the order of the optimizer
-            self._known = params
+            self._note_known()
         missed = [param for param in hooked if param.grad is not None]
         if missed and (self._needs_all() or any(param.dtype in _SHORT_DTYPES for param in missed)):
             raise RuntimeError(
@@ -173,7 +175,16 @@ class Attachment:
         """Return the parameters that have no hooks yet, after checking that each can have them."""
         found: dict[Tensor, None] = {}  # torch lets a group hold a parameter twice
         for i, param in enumerate(self.params):
-            if param in self.slots or param in found or param.is_inference():
+            if param in self.slots or param in found:
+                continue
+            if isinstance(param, torch.nn.UninitializedParameter):
+                if not param.requires_grad:
+                    continue
+                raise TypeError(
+                    f"parameter {i} of optimizer is a {type(param).__name__} of a lazy module, without a shape; run a "
+                    "forward pass first"
+                )
+            if param.is_inference():
                 continue
             if not (param.is_floating_point() or param.is_complex()):
                 continue
@@ -185,7 +196,12 @@ class Attachment:
                     f"{name} is attached already; detach() the other accumulator first, which "
                     "accumkern.accumulator_of(optimizer) returns"
                 )
-            self._check(name, param)
+            try:
+                self._check(name, param)
+            except TypeError:
+                if param.requires_grad:
+                    raise
+                continue  # a weight that is frozen, such as a packed one beside adapters, gets no gradient
             found[param] = None
         return list(found)
 
@@ -193,6 +209,10 @@ class Attachment:
         for param in params:
             slot = self.slots[param] = self._make_slot(param)
             self._hooks[param] = ParameterHooks(param, *hook_functions(slot), owner=self)
+
+    def _note_known(self) -> None:
+        self._known = self.params
+        self._left_out = [param for param in self._known if param not in self.slots]
 
     def _watch_param_groups(self) -> None:
         """Have ``optimizer.add_param_group`` hook what it adds.
@@ -217,7 +237,7 @@ class Attachment:
                     self.groups.pop()
                     raise
                 self._hook(added)
-                self._known = self.params
+                self._note_known()
 
         add_param_group.attachment = self  # type: ignore[attr-defined]
         try:

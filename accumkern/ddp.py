@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accumkern.backends import Kernels
-from accumkern.formats import BUFFERS, Format, decode, encode
+from accumkern.formats import BUFFERS, Format, decode, encode, fp32_scalar
 from accumkern.ops import same_order
 from accumkern.slot import Slot
 from accumkern.torch_private import queue_callback
@@ -95,13 +95,13 @@ class Fp32Reduction:
         for slot, half, part in members:
             grad = None if slot is None else slot.param.grad
             if slot is None or grad is None or format_ is None or format_.residual_dtype is None:
-                half.copy_(part.div_(ranks))
+                half.copy_(part.div_(fp32_scalar(ranks, part.device)))
                 continue
             residual = slot.residual_for(half, format_.residual_dtype)
             if same_order(grad, half):
                 to_store.append((part, half, residual))
             else:
-                upper, low = encode(format_, part.div_(ranks))
+                upper, low = encode(format_, part.div_(fp32_scalar(ranks, part.device)))
                 assert low is not None
                 half.copy_(upper)
                 _in_shape_of(grad, residual).copy_(low)

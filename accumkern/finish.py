@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from accumkern.backends import Kernels
+from accumkern.checks import is_fp32, real
 from accumkern.dtensor import norm_over
-from accumkern.formats import Format, Start, decode, partial_rows, widest
+from accumkern.formats import Format, Start, decode, divide, partial_rows, widest
 from accumkern.slot import Stored
 
 _KernelsOn: TypeAlias = Callable[[torch.device], Kernels]
@@ -43,13 +43,13 @@ def finish(
     kernels_on: _KernelsOn,
 ) -> Finished:
     """Divide, clip and round gradients; see :meth:`accumkern.GradAccumulator.finish`."""
-    _check_divide_by(divide_by, gradients)
-    _check_max_norm(max_norm, norm_type)
+    divide_by = _checked_divide_by(divide_by, gradients)
+    max_norm, norm_type = _checked_norm(max_norm, norm_type)
     norm = total_norm(gradients, float(norm_type), kernels_on)
     divisor: float | Tensor = divide_by
     if isinstance(divide_by, Tensor):
         divisor = _on(divide_by.detach().float(), norm.device)
-    norm = norm / divisor
+    norm = divide(norm, divisor)
     nonfinite = ~norm.isfinite()
     if error_if_nonfinite and bool(nonfinite):
         raise RuntimeError(
@@ -89,36 +89,38 @@ def write(gradients: list[Stored], divisor: float | Tensor, factor: Tensor | flo
         torch.autograd.graph.increment_version(sums)
 
 
-def _check_divide_by(divide_by: object, gradients: list[Stored]) -> None:
-    """Raise unless ``divide_by`` is a positive number, or a 0-dim tensor on a device of the gradients."""
+def _checked_divide_by(divide_by: Any, gradients: list[Stored]) -> float | Tensor:
+    """Return ``divide_by``; raise unless it is a positive number, or a 0-dim tensor on a device of the gradients."""
     right = "it must be a number or a 0-dim tensor, positive and finite in FP32"
-    if isinstance(divide_by, Tensor):
-        if divide_by.dim() != 0 or divide_by.is_complex() or divide_by.dtype is torch.bool:
-            shape, dtype = tuple(divide_by.shape), divide_by.dtype
-            raise ValueError(f"divide_by is a tensor of shape {shape} and {dtype}; {right}")
-        devices = {gradient.sum.device for gradient in gradients}
-        if divide_by.device not in devices:
-            on = ", ".join(sorted(map(str, devices)))
-            raise ValueError(f"divide_by is on {divide_by.device} and the gradients on {on}; move it there")
-        if divide_by.device.type == "cpu":  # on a GPU, looking would wait for it
-            _check_divide_by(divide_by.item(), gradients)
-    elif isinstance(divide_by, bool) or not isinstance(divide_by, (int, float)):
-        raise TypeError(f"divide_by is a {type(divide_by).__name__}; {right}")
-    elif not 2.0**-149 <= divide_by <= torch.finfo(torch.float32).max:  # what FP32 holds
-        raise ValueError(f"divide_by is {divide_by}; {right}")
+    if not isinstance(divide_by, Tensor):
+        number = real("divide_by", divide_by, right)
+        if not (number > 0 and is_fp32(number)):
+            raise ValueError(f"divide_by is {number}; {right}")
+        return number
+    if divide_by.dim() != 0 or divide_by.is_complex() or divide_by.dtype is torch.bool:
+        shape, dtype = tuple(divide_by.shape), divide_by.dtype
+        raise ValueError(f"divide_by is a tensor of shape {shape} and {dtype}; {right}")
+    devices = {gradient.sum.device for gradient in gradients}
+    if divide_by.device not in devices:
+        on = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"divide_by is on {divide_by.device} and the gradients on {on}; move it there")
+    if divide_by.device.type == "cpu":  # on a GPU, looking would wait for it
+        _checked_divide_by(divide_by.item(), gradients)
+    return divide_by
 
 
-def _check_max_norm(max_norm: object, norm_type: object) -> None:
-    """Raise unless ``max_norm`` is None or a positive number, and ``norm_type`` a positive number or infinity."""
+def _checked_norm(max_norm: Any, norm_type: Any) -> tuple[float | None, float]:
+    """Return ``max_norm`` and ``norm_type``; raise unless they are positive numbers, infinity, or no ``max_norm``."""
     if max_norm is not None:
-        if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)):
-            raise TypeError(f"max_norm is a {type(max_norm).__name__}; it must be a positive number or None")
-        if math.isnan(max_norm) or max_norm <= 0:
-            raise ValueError(f"max_norm is {max_norm}; it must be a positive number or None")
-    if isinstance(norm_type, bool) or not isinstance(norm_type, (int, float)):
-        raise TypeError(f"norm_type is a {type(norm_type).__name__}; it must be a positive number or infinity")
-    if math.isnan(norm_type) or norm_type <= 0:
-        raise ValueError(f"norm_type is {norm_type}; it must be a positive number or infinity")
+        right = "it must be a positive number that FP32 holds, infinity, or None"
+        max_norm = real("max_norm", max_norm, right)
+        if not (max_norm > 0 and (is_fp32(max_norm) or max_norm == float("inf"))):
+            raise ValueError(f"max_norm is {max_norm}; {right}")
+    right = "it must be a positive number or infinity"
+    norm_type = real("norm_type", norm_type, right)
+    if not norm_type > 0:
+        raise ValueError(f"norm_type is {norm_type}; {right}")
+    return max_norm, norm_type
 
 
 def _on(scalar: Any, device: torch.device) -> Any:

@@ -13,7 +13,7 @@ from accumkern.formats import BUFFERS, Start
 from accumkern.noise_scale import WindowSquares
 from accumkern.ops import is_dense
 from accumkern.slot import FOLDED_DTYPES, Slot
-from accumkern.torch_private import is_flattened, is_wrapper_subclass
+from accumkern.torch_private import is_fake, is_flattened, is_wrapper_subclass
 
 _is_grad_enabled = torch.is_grad_enabled
 _numel = Tensor.numel
@@ -55,9 +55,10 @@ class Fold:
         """Raise unless the gradient of a parameter can be folded: of a plain tensor, or of a DTensor shard by shard.
 
         Raises:
-            TypeError: it is of another kind, or of a dtype that the buffer cannot hold.
+            TypeError: it is of another kind, has no memory, or is of a dtype that the buffer cannot hold.
             RuntimeError: the backend asked for cannot run on its device.
         """
+        _check_memory(name, param)
         if is_wrapper_subclass(param) and not is_dtensor(param):
             raise TypeError(
                 f"{name} is a {type(param).__name__}; its gradient is not one tensor that can be folded in place"
@@ -97,6 +98,9 @@ class Fold:
             ValueError: a sum has another size than its gradient. Nothing is written then.
         """
         new = grads[0]
+        for grad in grads:
+            if type(grad) is not Tensor:
+                _check_memory("a gradient", grad)
         format_ = BUFFERS[self.buffer].get(new.dtype)
         if format_ is None:
             raise TypeError(f".grad is {new.dtype}, which buffer={self.buffer!r} cannot hold; use buffer='fp32'")
@@ -166,6 +170,8 @@ class Fold:
         if self.is_scaled:
             scale = self.scale.to(new.device) if isinstance(self.scale, Tensor) else self.scale
             new = slot.whole(slot.local(new) * scale, new)
+        if self.squares is not None:
+            self.squares.measure(param, running, new)
         if running is None:
             param.grad = new
         elif _is_grad_enabled():
@@ -175,4 +181,12 @@ class Fold:
         else:
             param.grad = running.add_(new)
         if self.squares is not None:
-            self.squares.add_by_torch(param, new)
+            self.squares.keep(param, is_sum=True)
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    if is_fake(tensor) and not backends.are_kernels_left_out():
+        raise TypeError(
+            f"{name} is a FakeTensor, which has a shape but no memory to accumulate in; accumkern.plan(..., "
+            "measure=False) predicts memory on fake tensors"
+        )

@@ -139,6 +139,21 @@ def round_to(dtype: torch.dtype, x: Tensor) -> Tensor:
     return torch.where(x.isnan(), nan, x.to(dtype).view(torch.int16)).to(torch.int16).view(dtype)
 
 
+def divide(x: Tensor, divisor: float | Tensor) -> Tensor:
+    """Return FP32 ``x / divisor``, rounded once.
+
+    By a number, torch on CUDA multiplies with its reciprocal; by a tensor beside ``x`` it divides.
+    """
+    return x / fp32_scalar(divisor, x.device)
+
+
+def fp32_scalar(number: float | Tensor, device: torch.device) -> Tensor:
+    """Return a number, or a 0-dim tensor on ``device``, as an FP32 0-dim tensor there, without waiting for it."""
+    if isinstance(number, Tensor):
+        return number.to(torch.float32)
+    return torch.full((), number, dtype=torch.float32, device=device)
+
+
 def fma(scale: float | Tensor, grads: Tensor, x: Tensor) -> Tensor:
     """Return ``scale * grads + x`` in FP32 with one rounding.
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accumkern import checks
 from accumkern.formats import Start, widest
 
 
@@ -81,26 +82,32 @@ def estimate(squares: Sequence[float], square_of_sum: float, tokens: Sequence[fl
     return Estimate(total * (a - q) / (count - 1), (count * q - a) / (count - 1))
 
 
-def check_smoothing(smoothing: Any) -> None:
-    """Raise unless ``smoothing`` is a number from 0 to 1, 1 excluded."""
+def check_smoothing(smoothing: Any) -> float:
+    """Return ``smoothing``; raise unless it is a number from 0 to 1, 1 excluded."""
     right = "it must be a number of at least 0 and less than 1"
-    if isinstance(smoothing, bool) or not isinstance(smoothing, (int, float)):
-        raise TypeError(f"smoothing is a {type(smoothing).__name__}; {right}")
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing is {smoothing}; {right}")
+    number = checks.real("smoothing", smoothing, right)
+    if not 0 <= number < 1:
+        raise ValueError(f"smoothing is {number}; {right}")
+    return number
 
 
-def check_group(group: Any, groups: int) -> None:
-    """Raise unless ``group`` is None or the index of one of ``groups`` parameter groups."""
+def check_group(group: Any, groups: int) -> int | None:
+    """Return ``group``; raise unless it is None or the index of one of ``groups`` parameter groups."""
+    if group is None:
+        return None
     right = f"it must be None or the index of one of the optimizer's {groups} parameter groups, from 0"
-    if group is not None and (isinstance(group, bool) or not isinstance(group, int)):
-        raise TypeError(f"group is a {type(group).__name__}; {right}")
-    if group is not None and not 0 <= group < groups:
-        raise ValueError(f"group is {group}; {right}")
+    index = checks.integer("group", group, right)
+    if index >= groups:
+        raise ValueError(f"group is {index}; {right}")
+    return index
 
 
-def counts_of(tokens: object, micro_batches: int) -> list[float]:
+def counts_of(tokens: Any, micro_batches: int) -> list[float]:
     """Return what each micro-batch counts: ``tokens``, or one each where that is None.
+
+    Args:
+        tokens: numbers in a sequence, or in what has ``tolist()``: a tensor or an array of one dimension.
+        micro_batches: how many there must be.
 
     Raises:
         TypeError: ``tokens`` is no sequence of numbers.
@@ -108,25 +115,16 @@ def counts_of(tokens: object, micro_batches: int) -> list[float]:
     """
     if tokens is None:
         return [1.0] * micro_batches
-    right = (
-        f"it must hold one positive number for each of the window's {micro_batches} micro-batches, which are its "
-        "backward passes (call backward() once for each, on the sum of its losses)"
-    )
-    if isinstance(tokens, Tensor):
-        if tokens.dim() != 1 or tokens.is_complex() or tokens.dtype is torch.bool:
-            raise ValueError(f"tokens is a tensor of shape {tuple(tokens.shape)} and {tokens.dtype}; {right}")
-        tokens = tokens.tolist()
-    if isinstance(tokens, str) or not isinstance(tokens, Sequence):
-        raise TypeError(f"tokens is a {type(tokens).__name__}; {right}")
+    right = f"it must hold one positive number for each of the window's {micro_batches} micro-batches"
     counts = []
-    for i, count in enumerate(tokens):
-        if isinstance(count, Tensor) and count.numel() == 1:
-            count = count.item()
-        if isinstance(count, bool) or not isinstance(count, (int, float)):
-            raise TypeError(f"tokens[{i}] is a {type(count).__name__}; {right}")
-        counts.append(float(count))
-    if len(counts) != micro_batches or not all(math.isfinite(count) and count > 0 for count in counts):
-        raise ValueError(f"tokens is {counts}; {right}")
+    for i, count in enumerate(checks.items("tokens", tokens, right)):
+        is_array = getattr(count, "shape", None) in ((), (1,))  # of one element, or a tensor
+        counts.append(float(checks.real(f"tokens[{i}]", count.item() if is_array else count, right)))
+    if len(counts) != micro_batches or not all(count > 0 and checks.is_fp32(count) for count in counts):
+        raise ValueError(
+            f"tokens is {counts}; {right}, in the range of FP32. A micro-batch is a backward pass: call backward() "
+            "once for each, on the sum of its losses"
+        )
     return counts
 
 
@@ -249,11 +247,12 @@ class WindowSquares:
             self._spoilt = self._spoilt or _CHANGED
         of.index = self._index
 
-    def keep(self, param: Tensor, grad: Tensor) -> None:
-        """Note that the first gradient of a window was kept as it came."""
+    def keep(self, param: Tensor, is_sum: bool = False) -> None:
+        """Note that ``.grad`` is what no fold has measured: the first gradient of a window, or a sum by torch."""
         of = self._gradients[param]
-        of.is_fresh = False
-        of.unfolded = weakref.ref(grad), grad._version, of.index
+        grad: Any = param.grad
+        of.is_fresh, of.partials = False, None
+        of.unfolded = weakref.ref(grad), grad._version, None if is_sum else of.index
 
     def fold(
         self, param: Tensor, running: Tensor | None, start: Start, partials: Tensor, scale: float | Tensor
@@ -275,17 +274,17 @@ class WindowSquares:
         with self._lock:
             self._folded.append((of, partials, scale, of.index, old_index if start is Start.FROM_SUM else None))
 
-    def add_by_torch(self, param: Tensor, scaled: Tensor) -> None:
-        """Note what torch has added to ``.grad``: a gradient that the kernels do not fold, such as a sparse one."""
+    def measure(self, param: Tensor, running: Tensor | None, scaled: Tensor) -> None:
+        """Take the square of a gradient that torch is going to add: one that is not folded, such as a sparse one."""
         of = self._gradients[param]
-        grad: Any = param.grad
-        before = of.unfolded
-        if not of.is_fresh and before is None:
-            self._spoilt = self._spoilt or _CHANGED
-        of.is_fresh, of.partials = False, None
-        of.unfolded = weakref.ref(grad), grad._version, None
         with self._lock:
             self._add(of.index, of.group, _square_of(scaled))
+            if running is not None and of.is_as_left(running) and of.unfolded[2] is not None:  # type: ignore[index]
+                self._add(of.unfolded[2], of.group, _square_of(running))  # type: ignore[index]
+            elif running is not None and of.is_fresh:
+                self._add_to_zeros(_square_of(running))
+            elif running is not None and not of.is_as_left(running):
+                self._spoilt = self._spoilt or _CHANGED
 
     def reduce(self) -> None:
         """Add up the partial sums of the folds since the last call, before others overwrite them."""
@@ -303,7 +302,7 @@ class WindowSquares:
                     scale = scale.to(totals)
                 self._add(index, group, totals[0] * scale * scale)
                 if old_index == _ZEROS:
-                    self._zeros[device] = self._zeros[device] + totals[2] if device in self._zeros else totals[2]
+                    self._add_to_zeros(totals[2])
                 elif old_index is not None:
                     self._add(old_index, group, totals[2])
             self._folded.clear()
@@ -311,6 +310,10 @@ class WindowSquares:
     def _add(self, index: int, group: int, square: Tensor) -> None:
         key = (index, group, square.device)
         self._squares[key] = self._squares[key] + square if key in self._squares else square
+
+    def _add_to_zeros(self, square: Tensor) -> None:
+        device = square.device
+        self._zeros[device] = self._zeros[device] + square if device in self._zeros else square
 
     # ---- the window ----
 
@@ -398,8 +401,8 @@ class NoiseScaleMeter:
 
     def read(self, tokens: object, group: int | None, smoothing: float) -> NoiseScale:
         """Return the noise scale after a window; see :meth:`accumkern.GradAccumulator.noise_scale`."""
-        check_smoothing(smoothing)
-        check_group(group, len(self._groups()))
+        smoothing = check_smoothing(smoothing)
+        group = check_group(group, len(self._groups()))
         smoother = self._smoothers.setdefault(group, Smoother())
         if smoother.last_window == self.squares.window:
             raise RuntimeError("noise_scale() was called already in this window; call it once per window and group")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from accumkern import backends
+from accumkern import backends, checks
 from accumkern.formats import FORMAT_OF_DTYPES, Format, Start
-
-_GREATEST = torch.finfo(torch.float32).max
 
 
 @torch.no_grad()
@@ -39,8 +38,8 @@ def accumulate_(
         sums: running sums; read and written. bfloat16, float16 or float32; dense, any order of dimensions.
         residuals: low parts; read and written. Each of the shape and strides of its sum, or flat in the sum's memory
             order. None where all sums are float32.
-        scale: factor of every gradient: a number, or a floating 0-dim tensor on the device of the tensors, which is
-            read there without waiting.
+        scale: factor of every gradient: a number that FP32 holds, or a floating 0-dim tensor on the device of the
+            tensors, which is read there without waiting or looking at it.
         backend: "triton", "cuda", "cpu" or "eager"; None takes the first that can run on the tensors' device.
 
     Raises:
@@ -58,7 +57,7 @@ def accumulate_(
     for name, tensors in (("sums", sums), ("residuals", residuals)):
         if tensors is not None and len(tensors) != len(grads):
             raise ValueError(f"{name} holds {len(tensors)} tensors and grads {len(grads)}; they must be as many")
-    check_scale("scale", scale)
+    scale = check_scale("scale", scale)
 
     groups: dict[tuple[torch.device, Format], list[int]] = {}
     for i, (grad, total) in enumerate(zip(grads, sums, strict=True)):
@@ -82,18 +81,36 @@ def accumulate_(
     torch.autograd.graph.increment_version(sums)
 
 
-def check_scale(name: str, scale: object) -> None:
-    """Raise unless ``scale`` can be the factor of a fold: a number, finite in FP32, or a floating 0-dim tensor."""
+def check_scale(name: str, scale: Any) -> float | Tensor:
+    """Return the factor of a fold: a number that FP32 holds, or a floating 0-dim tensor, whose value is not looked at.
+
+    Raises:
+        TypeError, ValueError: it is neither.
+    """
     if isinstance(scale, Tensor):
         if scale.dim() != 0 or not scale.is_floating_point():
             raise ValueError(
                 f"{name} is a tensor of shape {tuple(scale.shape)} and {scale.dtype}; "
                 "it must be a number or a floating 0-dim tensor"
             )
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"{name} is {_kind(scale)}; it must be a number or a floating 0-dim tensor")
-    elif not abs(scale) <= _GREATEST:
-        raise ValueError(f"{name} is {scale}; it must be finite in FP32")
+        return scale
+    number = checks.real(name, scale, "it must be a number or a floating 0-dim tensor")
+    if number != 0 and not checks.is_fp32(number):
+        raise ValueError(f"{name} is {number}; it must be finite in FP32, and zero there only if it is zero")
+    return number
+
+
+def reciprocal(name: str, number: Any) -> float:
+    """Return ``1 / number``, which FP32 must hold.
+
+    Raises:
+        TypeError, ValueError: ``number`` is no positive number, or its reciprocal under- or overflows.
+    """
+    right = "it must be a positive number whose reciprocal FP32 holds (2.94e-39 to 7.13e+44), or None"
+    number = checks.real(name, number, right)
+    if not (number > 0 and checks.is_fp32(1.0 / number)):
+        raise ValueError(f"{name} is {number}; {right}")
+    return 1.0 / number
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -166,7 +166,7 @@ class BackwardPasses:
                 slot.node_is_hooked = _has_hooks(current_node())
             if not fold.is_scaled:
                 if squares is not None:
-                    squares.keep(param, new)
+                    squares.keep(param)
                 return
             start = Start.FROM_ZERO
         else:

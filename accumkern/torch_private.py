@@ -63,6 +63,8 @@ queue_callback = _find("autograd.Variable._execution_engine.queue_callback")
 disabled_torch_function = _find("_C._disabled_torch_function_impl")
 #: Whether a tensor is of a subclass that wraps other tensors, such as DTensor.
 is_wrapper_subclass = _find("utils._python_dispatch.is_traceable_wrapper_subclass")
+#: Whether a tensor has a shape but no memory, as what is made under FakeTensorMode.
+is_fake = _find("_subclasses.fake_tensor.is_fake")
 
 _function_backward = _find("autograd.function.BackwardCFunction.apply")
 for _name in ("Tensor._version", "Tensor._is_view", "Tensor._backward_hooks", "Tensor._post_accumulate_grad_hooks"):

@@ -6,15 +6,15 @@ fold in fold, and what belongs to one parameter in slot.
 
 from __future__ import annotations
 
-import math
 import weakref
 
 import torch
 from torch import Tensor
 
-from accumkern import backends, torch_private
+from accumkern import backends, ops, torch_private
 from accumkern.accumulator import GradAccumulator, Rooms
 from accumkern.attachment import Attachment, attachment_of
+from accumkern.checks import one_of
 from accumkern.dtensor import is_dtensor
 from accumkern.fold import Fold
 from accumkern.formats import BUFFERS
@@ -46,8 +46,8 @@ def attach(
             ``"fp32"``, an FP32 buffer (6 bytes). float16 parameters take ``"fp32"`` only. float32 parameters need
             nothing beside ``.grad`` and gain no accuracy.
         average_over: multiply each micro-gradient by ``1 / average_over`` inside the kernel, instead of dividing the
-            loss; a positive number, usually of the micro-batches in a window. None adds them as they are. It is
-            where :attr:`GradAccumulator.scale` begins.
+            loss; a positive number, usually of the micro-batches in a window, whose reciprocal FP32 can hold (it is
+            3e-39 to 7e44). None adds them as they are. It is where :attr:`GradAccumulator.scale` begins.
         stats: take the squared norm of every micro-gradient inside the kernel, for
             :meth:`GradAccumulator.noise_scale`.
         report: accumulate a sample of each 16-bit gradient the way stock PyTorch does, for
@@ -60,22 +60,22 @@ def attach(
         optimizer, and :func:`accumulator_of` finds it again.
 
     Raises:
-        TypeError: ``optimizer`` has no ``param_groups``, a parameter's dtype does not take ``buffer``, or a parameter
-            is of a kind whose gradients cannot be folded: wrapped by the older FullyShardedDataParallel, a tensor
-            subclass other than DTensor, or a DTensor together with ``stats`` or ``report``.
-        ValueError: ``buffer`` or ``backend`` is unknown, ``average_over`` is not a positive number, or a parameter is
-            attached already.
+        TypeError: an argument is of the wrong kind, a parameter's dtype does not take ``buffer``, or a parameter
+            that requires a gradient is of a kind whose gradients cannot be folded: wrapped by the older
+            FullyShardedDataParallel, a tensor subclass other than DTensor, a DTensor together with ``stats`` or
+            ``report``, a fake tensor, or one of a lazy module before its first forward pass.
+        ValueError: ``buffer`` or ``backend`` is unknown, ``average_over`` is out of range, or a parameter is attached
+            already.
         RuntimeError: ``backend`` cannot run here, or not on the device of a parameter.
 
     After an error nothing is attached.
     """
     torch_private.check()
     _check_optimizer(optimizer)
-    if not isinstance(buffer, str) or buffer not in BUFFERS:
-        raise ValueError(f"buffer is {buffer!r}; it must be one of {', '.join(BUFFERS)}")
-    _check_average_over(average_over)
-    if backend is not None and backend not in backends.BACKENDS:
-        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(backends.BACKENDS)}")
+    one_of("buffer", buffer, BUFFERS)
+    scale = 1.0 if average_over is None else ops.reciprocal("average_over", average_over)
+    if backend is not None:
+        one_of("backend", backend, backends.BACKENDS)
 
     def check(name: str, param: Tensor) -> None:
         fold.check(name, param)
@@ -97,8 +97,7 @@ def attach(
     noise_scale = NoiseScaleMeter(lambda: here.groups) if stats else None
     lost_bits = LostBitsMeter() if report else None
     fold = Fold(buffer, backend, None if noise_scale is None else noise_scale.squares)
-    if average_over is not None:
-        fold.set_scale(1.0 / average_over)
+    fold.set_scale(scale)
     passes = BackwardPasses(fold, lost_bits, lambda param: here.put_on_hooks(param))
     shards = ShardPasses(passes, fold)
     attachment.rooms = Rooms(fold, passes, noise_scale, lost_bits)
@@ -127,13 +126,3 @@ def accumulator_of(optimizer: torch.optim.Optimizer) -> GradAccumulator | None:
 def _check_optimizer(optimizer: object) -> None:
     if not isinstance(getattr(optimizer, "param_groups", None), list) or not hasattr(optimizer, "add_param_group"):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
-
-
-def _check_average_over(average_over: object) -> None:
-    if average_over is not None and (
-        isinstance(average_over, bool)
-        or not isinstance(average_over, (int, float))
-        or not math.isfinite(average_over)
-        or average_over <= 0
-    ):
-        raise ValueError(f"average_over is {average_over!r}; it must be a positive number, or None")

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import accumkern
-from accumkern.formats import Format, Start, decode, encode
+from accumkern.backends import eager
+from accumkern.formats import BUFFERS as BUFFER_FORMATS
+from accumkern.formats import Format, Start, decode, divide, encode
 
 BUFFERS = ["split24", "split32", "fp32"]
 IGNORED = -100
@@ -49,6 +52,7 @@ def stock_norm(gradients: list[Tensor], norm_type: float = 2.0) -> Tensor:
 @pytest.mark.parametrize("format_", list(Format), ids=lambda f: f.name.lower())
 @pytest.mark.parametrize("start", [Start.CONTINUE, Start.FROM_SUM], ids=lambda s: s.name.lower())
 @pytest.mark.parametrize("scalars", ["numbers", "tensors"])
+@pytest.mark.eager_on_gpu
 def test_kernel_bits(backend: str, device: torch.device, format_: Format, start: Start, scalars: str) -> None:
     from accumkern import backends
 
@@ -83,6 +87,51 @@ def test_kernel_bits(backend: str, device: torch.device, format_: Format, start:
 # ---- finish ------------------------------------------------------------------------------------------------------
 
 
+class Divisions(TorchDispatchMode):
+    """Records what tensors are divided by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.divisors: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_):
+            self.divisors.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("buffer", BUFFERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_nothing_is_divided_by_a_number(buffer: str, dtype: torch.dtype) -> None:
+    """On CUDA torch would multiply by its reciprocal, which may be a unit in the last place off."""
+    net = model(dtype)
+    acc = accumkern.attach(torch.optim.SGD(net.parameters()), buffer, backend="eager")
+    train_window(net, 2)
+    with Divisions() as found:
+        acc.finish(divide_by=3, max_norm=1.0)
+        eager.encode(BUFFER_FORMATS[buffer][dtype], [torch.ones(3)], 3, [torch.ones(3, dtype=dtype)], None)
+    assert len(found.divisors) > len(list(net.parameters()))
+    assert {(type(divisor), divisor.dim(), divisor.dtype) for divisor in found.divisors} == {(Tensor, 0, torch.float32)}
+
+
+@pytest.mark.parametrize("number", [3.0, 1e-3])
+def test_scalars_of_other_dtypes_do_not_widen_a_scalar_parameter(number: float) -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int64)[: 2 + 2 * (number == 3)]:
+        param = nn.Parameter(torch.zeros((), dtype=torch.bfloat16))
+        acc = accumkern.attach(torch.optim.SGD([param]), backend="eager")
+        if dtype is not torch.int64:
+            acc.scale = torch.tensor(number, dtype=dtype)
+        for _ in range(3):
+            param.backward(torch.ones((), dtype=torch.bfloat16))
+        scale = 1.0 if dtype is torch.int64 else float(torch.tensor(number, dtype=dtype).float())
+        found = acc.gradient(param)
+        assert found is not None
+        assert found.item() == pytest.approx(3 * scale, rel=2**-16)
+        acc.finish(torch.tensor(number, dtype=dtype))
+        assert param.grad is not None
+        assert param.grad.item() == pytest.approx(3 * scale / number, rel=2**-8)
+
+
 @pytest.mark.parametrize("buffer", BUFFERS)
 @pytest.mark.parametrize("max_norm", [None, 0.05, 1e6], ids=["unclipped", "clipped", "below-the-limit"])
 def test_equals_dividing_in_fp32_clipping_and_rounding_once(
@@ -93,7 +142,7 @@ def test_equals_dividing_in_fp32_clipping_and_rounding_once(
     acc = accumkern.attach(optimizer, buffer, backend=backend)
     for _ in range(2):
         train_window(net, 3, device)
-        divided = [value / 37.0 for value in values(acc, net)]
+        divided = [divide(value, 37) for value in values(acc, net)]
         norm = stock_norm(divided)
         finished = acc.finish(divide_by=37, max_norm=max_norm)
         torch.testing.assert_close(finished.norm, norm, rtol=1e-5, atol=0)
@@ -539,7 +588,7 @@ def test_ordinary_unscale_and_clip_stay_right(buffer: str) -> None:
         ({"divide_by": torch.ones((), device="meta")}, ValueError, "divide_by is on meta and the gradients on cpu"),
         ({"divide_by": "8"}, TypeError, "divide_by is a str"),
         ({"divide_by": True}, TypeError, "divide_by is a bool"),
-        ({"max_norm": 0.0}, ValueError, "max_norm is 0.0; it must be a positive number or None"),
+        ({"max_norm": 0.0}, ValueError, "max_norm is 0.0; it must be a positive number .* or None"),
         ({"max_norm": math.nan}, ValueError, "max_norm is nan"),
         ({"max_norm": "1"}, TypeError, "max_norm is a str"),
         ({"norm_type": -1}, ValueError, "norm_type is -1"),

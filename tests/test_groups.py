@@ -160,3 +160,15 @@ def test_loading_an_optimizers_state_changes_no_parameter(average_over: int | No
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for param, grads in window(optimizer).items():
         assert_fp32_sum(acc, param, grads, 1 / (average_over or 1))
+
+
+def test_a_parameter_that_was_left_out_because_it_was_frozen_is_checked_when_it_is_not() -> None:
+    param, half = parameter(4), parameter(4, dtype=torch.float16).requires_grad_(False)
+    optimizer = torch.optim.SGD([param, half], lr=1.0)
+    acc = accumkern.attach(optimizer)
+    param.sum().backward()
+    optimizer.step()
+    half.requires_grad_(True)
+    with pytest.raises(TypeError, match=r"parameter 1 of optimizer .* is torch.float16, which buffer='split24'"):
+        optimizer.step()
+    acc.detach()

@@ -252,6 +252,7 @@ def test_decode(backend: str, device: torch.device, format_: Format, shift: int,
 @ALL_FORMATS
 @pytest.mark.parametrize("scalar", ["number", "tensor"])
 @pytest.mark.parametrize(("shift", "sizes"), [*SHIFTS_AND_SIZES, (0, [5, 4096] * 46)], ids=lambda _: "")
+@pytest.mark.eager_on_gpu
 def test_encode(backend: str, device: torch.device, format_: Format, shift: int, sizes: list[int], scalar: str) -> None:
     given = [values(n) for n in sizes]
     wanted = [encode(format_, x / 3.0) for x in given]

@@ -241,7 +241,7 @@ def attached(count: int, **options: Any) -> tuple[accumkern.GradAccumulator, lis
         (3, {}, {"tokens": 3}, TypeError, "tokens is a int; it must hold one positive number"),
         (3, {}, {"tokens": "abc"}, TypeError, "tokens is a str"),
         (3, {}, {"tokens": [1, "a", 2]}, TypeError, r"tokens\[1\] is a str"),
-        (3, {}, {"tokens": torch.ones(3, 1)}, ValueError, r"tokens is a tensor of shape \(3, 1\)"),
+        (3, {}, {"tokens": torch.ones(3, 1)}, ValueError, r"tokens is a Tensor of shape \(3, 1\)"),
         (3, {}, {"group": 1}, ValueError, "group is 1; it must be None or the index of one of the optimizer's 1 param"),
         (3, {}, {"group": "a"}, TypeError, "group is a str"),
         (3, {}, {"group": 0.5}, TypeError, "group is a float"),

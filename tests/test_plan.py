@@ -926,10 +926,10 @@ def test_batchnorm_gets_a_warning() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"effective_batch": 0}, ValueError, "effective_batch is 0; it must be at least 1"),
-        ({"effective_batch": 2.0}, TypeError, "effective_batch is a float; it must be an int"),
+        ({"effective_batch": 0}, ValueError, "effective_batch is 0; it must be an int of at least 1"),
+        ({"effective_batch": 2.0}, TypeError, "effective_batch is a float; it must be an int of at least 1"),
         ({"memory": "lots"}, ValueError, "memory is 'lots'"),
-        ({"margin": 1.0}, ValueError, "margin is 1.0; it must be at least 0 and less than 1"),
+        ({"margin": 1.0}, ValueError, "margin is 1.0; it must be a number of at least 0 and less than 1"),
         ({"margin": "10%"}, TypeError, "margin is a str"),
         ({"buffer": "split16"}, ValueError, "buffer is 'split16'; it must be one of split24, split32, fp32"),
         ({"noise_windows": 2}, ValueError, "noise_windows is 2; it must be at least 4, or 0"),

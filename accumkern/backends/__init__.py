@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from accumkern.backends.problems import cuda_problem, extension_problem, triton_is_interpreted, triton_problem
+from accumkern.checks import one_of
 from accumkern.formats import Format, Start
 
 # ---- kernels -----------------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def choose(backend: str | None, device: torch.device) -> str:
         device: where the tensors are.
 
     Raises:
-        ValueError: ``backend`` is no backend's name.
+        TypeError, ValueError: ``backend`` is no backend's name.
         RuntimeError: the backend asked for cannot run here, or not on that device.
     """
     wanted, source = backend, "backend"
@@ -142,8 +143,7 @@ def choose(backend: str | None, device: torch.device) -> str:
     if wanted is None:
         candidates = PREFERENCE.get(device.type, ("eager",))
         return next(name for name in candidates if unavailable(name) is None and refusal(name, device.type) is None)
-    if wanted not in BACKENDS:
-        raise ValueError(f"{source} is {wanted!r}; it must be one of {', '.join(BACKENDS)}")
+    one_of(source, wanted, BACKENDS)
     reason = unavailable(wanted) or refusal(wanted, device.type)
     if reason is not None:
         raise RuntimeError(f"{source} {wanted!r} cannot run on device {str(device)!r}: {reason}")
@@ -177,6 +177,11 @@ def without_kernels() -> Iterator[None]:
     finally:
         _are_left_out = before
         kernels.cache_clear()
+
+
+def are_kernels_left_out() -> bool:
+    """Return whether the kernels read and write nothing now, so that tensors need no memory."""
+    return _are_left_out
 
 
 def _do_nothing(*_arguments: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accumkern import formats
-from accumkern.formats import BLOCK_NUMEL, Format, Start, round_to
+from accumkern.formats import BLOCK_NUMEL, Format, Start, divide, fp32_scalar, round_to
 
 
 def fold(
@@ -28,7 +28,7 @@ def fold(
             continue
         residual = None if residuals is None else _shaped_like(total, residuals[i])
         g = grad.float()
-        x = g * scale
+        x = g * fp32_scalar(scale, g.device)  # one of FP64 would widen a 0-dim gradient
         old = None
         if start is Start.CONTINUE:
             x += formats.decode(format_, total, residual)
@@ -56,7 +56,7 @@ def finish(
     """Divide, multiply and round each sum; see :class:`accumkern.backends.Kernels`."""
     for i, total in enumerate(_uncounted(sums)):
         x = _value(format_, start, total, residuals, i)
-        total.copy_(round_to(format_.sum_dtype, x / divisor * factor))
+        total.copy_(round_to(format_.sum_dtype, divide(x, divisor) * fp32_scalar(factor, x.device)))
 
 
 def decode(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
@@ -75,7 +75,7 @@ def encode(
 ) -> None:
     """Divide FP32 values and store them; see :class:`accumkern.backends.Kernels`."""
     for i, total in enumerate(_uncounted(sums)):
-        new_sum, new_residual = formats.encode(format_, values[i] / divisor)
+        new_sum, new_residual = formats.encode(format_, divide(values[i], divisor))
         total.copy_(new_sum)
         if residuals is not None and new_residual is not None:
             _shaped_like(total, residuals[i]).copy_(new_residual)

@@ -6,6 +6,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accumkern.checks import integer, real
 from accumkern.torch_private import TorchDispatchMode, tree_leaves
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -31,29 +33,26 @@ def parse_bytes(size: int | str) -> int:
         TypeError: ``size`` is neither.
         ValueError: it is not such text, or not positive.
     """
-    if isinstance(size, bool) or not isinstance(size, (int, str)):
-        raise TypeError(f"memory is a {type(size).__name__}; it must be bytes as an int, or text such as '24GB'")
     if isinstance(size, str):
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]+)\s*", size)
         if match is None or match[2].upper() not in _UNITS:
             raise ValueError(f"memory is {size!r}; it must be a number and a unit, such as '24GB' or '512MiB'")
-        size = int(float(match[1]) * _UNITS[match[2].upper()])
-    if size <= 0:
-        raise ValueError(f"memory is {size} bytes; it must be positive")
-    return size
+        size = int(Fraction(match[1]) * _UNITS[match[2].upper()])
+    return integer("memory", size, "it must be a positive number of bytes, or text such as '24GB'", least=1)
 
 
-def check_margin(margin: float) -> None:
-    """Check the part of the memory that is to stay free.
+def check_margin(margin: float) -> float:
+    """Return the part of the memory that is to stay free.
 
     Raises:
         TypeError: it is not a number.
         ValueError: it is less than 0, or 1 or more.
     """
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
-        raise TypeError(f"margin is a {type(margin).__name__}; it must be a number")
-    if not 0 <= margin < 1:
-        raise ValueError(f"margin is {margin}; it must be at least 0 and less than 1")
+    right = "it must be a number of at least 0 and less than 1"
+    number = real("margin", margin, right)
+    if not 0 <= number < 1:
+        raise ValueError(f"margin is {number}; {right}")
+    return number
 
 
 def format_bytes(size: float) -> str:

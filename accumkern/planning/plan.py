@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from accumkern.checks import integer
 from accumkern.planning.memory import available_bytes, check_margin, format_bytes, parse_bytes
 from accumkern.planning.noise import accumulation_pays, best_batch, costs, measure_noise, useful_batches
 from accumkern.planning.plan_result import Choice, Plan, explain
@@ -68,7 +69,15 @@ def plan(
     """
     with Ranks() as ranks:
         with ranks.phase("arguments"):
-            _check_arguments(effective_batch, margin, largest_micro_batch, noise_windows)
+            if effective_batch is not None:
+                effective_batch = _whole("effective_batch", effective_batch, 1)
+            largest_micro_batch = _whole("largest_micro_batch", largest_micro_batch, 1)
+            noise_windows = _whole("noise_windows", noise_windows, 0)
+            if 0 < noise_windows < 4:
+                raise ValueError(
+                    f"noise_windows is {noise_windows}; it must be at least 4, or 0 to leave the noise scale out"
+                )
+            margin = check_margin(margin)
             limit = None if memory is None else parse_bytes(memory)
             if limit is None and not measure:
                 raise ValueError("memory is None; a prediction (measure=False) needs it, such as memory='24GB'")
@@ -319,16 +328,5 @@ def _machine(device: torch.device | None) -> dict[str, str]:
     }
 
 
-def _check_arguments(effective_batch: int | None, margin: float, largest_micro_batch: int, noise_windows: int) -> None:
-    for name, value, least in (
-        ("effective_batch", 1 if effective_batch is None else effective_batch, 1),
-        ("largest_micro_batch", largest_micro_batch, 1),
-        ("noise_windows", noise_windows, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} is a {type(value).__name__}; it must be an int")
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
-    if 0 < noise_windows < 4:
-        raise ValueError(f"noise_windows is {noise_windows}; it must be at least 4, or 0 to leave the noise scale out")
-    check_margin(margin)
+def _whole(name: str, number: int, least: int) -> int:
+    return integer(name, number, f"it must be an int of at least {least}", least)

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from accumkern.checks import one_of, real
 from accumkern.formats import BUFFERS
 from accumkern.planning.memory import is_out_of_memory
 from accumkern.torch_private import tree_leaves
@@ -128,7 +129,6 @@ def check_setup(returned: Any) -> Setup:
         raise ValueError(f"setup() returned {len(returned)} things; it must return {_WANTED}")
     setup = returned if isinstance(returned, Setup) else Setup(*returned)
     tokens = setup.tokens_per_sample
-    is_number = isinstance(tokens, (int, float)) and not isinstance(tokens, bool)
     parts = {
         "model": (isinstance(setup.model, nn.Module), "a torch.nn.Module"),
         "optimizer": (isinstance(setup.optimizer, torch.optim.Optimizer), "a torch.optim.Optimizer"),
@@ -136,15 +136,17 @@ def check_setup(returned: Any) -> Setup:
         "loss": (callable(setup.loss), "a function"),
         "longest_batch": (setup.longest_batch is None or callable(setup.longest_batch), "a function, or None"),
         "validation_batch": (setup.validation_batch is None or callable(setup.validation_batch), "a function, or None"),
-        "tokens_per_sample": (tokens is None or is_number, "a number, or None"),
     }
     for name, (is_right, kind) in parts.items():
         if not is_right:
             raise TypeError(f"{name} of setup() is a {type(getattr(setup, name)).__name__}; it must be {kind}")
-    if tokens is not None and not 0 < tokens < float("inf"):
-        raise ValueError(f"tokens_per_sample of setup() is {tokens}; it must be positive")
+    if tokens is not None:
+        right = "it must be a positive number, or None"
+        tokens = real("tokens_per_sample of setup()", tokens, right)
+        if not 0 < tokens < float("inf"):
+            raise ValueError(f"tokens_per_sample of setup() is {tokens}; {right}")
     _check_parameters(setup)
-    return setup
+    return setup._replace(tokens_per_sample=tokens)
 
 
 def _check_parameters(setup: Setup) -> None:
@@ -171,10 +173,10 @@ def choose_buffer(setup: Setup, buffer: str | None) -> str | None:
     Where the user asked for none, trainable parameters decide: ``"fp32"`` if some are float16, else ``"split24"``.
 
     Raises:
-        ValueError: ``buffer`` is unknown.
+        TypeError, ValueError: ``buffer`` is unknown.
     """
-    if buffer is not None and buffer not in BUFFERS:
-        raise ValueError(f"buffer is {buffer!r}; it must be one of {', '.join(BUFFERS)}, or None to choose")
+    if buffer is not None:
+        one_of("buffer", buffer, BUFFERS, ", or None to choose")
     dtypes = {param.dtype for param in setup.model.parameters() if param.requires_grad}
     if not dtypes & {torch.bfloat16, torch.float16}:
         return None

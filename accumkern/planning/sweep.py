@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accumkern.checks import integer, items, one_of, real
 from accumkern.planning.memory import available_bytes, check_margin, is_out_of_memory, parse_bytes
 from accumkern.planning.protocol import Setup, SetupFunction, choose_buffer, compute_loss, make_batch, run_setup
 from accumkern.planning.ranks import Ranks
@@ -96,7 +97,9 @@ def sweep(
     settings = _checked_settings(
         effective_batches, samples, rules, seeds, base_batch, micro_batch, evaluations, validation_samples
     )
-    check_margin(margin)
+    margin = check_margin(margin)
+    if target_loss is not None:
+        target_loss = real("target_loss", target_loss, "it must be a number, or None")
     random_state = RandomState(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         _check_setup_is_new(setup)
@@ -307,29 +310,29 @@ def _checked_settings(
     evaluations: int,
     validation_samples: int,
 ) -> dict[str, Any]:
-    """Return what makes a sweep another one, after checking it."""
-    for name, values in (("effective_batches", effective_batches), ("rules", rules), ("seeds", seeds)):
-        if isinstance(values, str) or not isinstance(values, Sequence):
-            raise TypeError(f"{name} is a {type(values).__name__}; it must be a list")
+    """Return what makes a sweep another one, checked and in numbers of Python's own."""
+    lists = {"effective_batches": effective_batches, "rules": rules, "seeds": seeds}
+    lists = {name: items(name, values, "it must be a list") for name, values in lists.items()}
+    for name, values in lists.items():
         if not values:
             raise ValueError(f"{name} is empty; name at least one")
-    numbers = {"samples": samples, "evaluations": evaluations, "validation_samples": validation_samples}
-    optional = [(name, n) for name, n in (("base_batch", base_batch), ("micro_batch", micro_batch)) if n is not None]
-    for name, number in [*(("effective_batches", size) for size in effective_batches), *numbers.items(), *optional]:
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"{name} is {number!r}; it must be a whole number")
-        if number < 1:
-            raise ValueError(f"{name} is {number}; it must be at least 1")
-    sizes = sorted(set(effective_batches))
-    if samples < sizes[-1]:
-        raise ValueError(f"samples is {samples}, less than one window of {sizes[-1]}; raise it")
-    for rule in rules:
-        if rule not in LEARNING_RATE_RULES:
-            raise ValueError(f"rules has {rule!r}; each must be one of {', '.join(LEARNING_RATE_RULES)}")
-    return numbers | {
-        "base_batch": sizes[0] if base_batch is None else base_batch,
-        "micro_batch": micro_batch,
+    for rule in lists["rules"]:
+        one_of("rules", rule, LEARNING_RATE_RULES)
+
+    def whole(name: str, number: Any) -> int:
+        return integer(name, number, "it must be a whole number of at least 1", 1)
+
+    sizes = sorted({whole("effective_batches", size) for size in lists["effective_batches"]})
+    settings: dict[str, Any] = {
+        "samples": whole("samples", samples),
+        "evaluations": whole("evaluations", evaluations),
+        "validation_samples": whole("validation_samples", validation_samples),
+        "base_batch": sizes[0] if base_batch is None else whole("base_batch", base_batch),
+        "micro_batch": None if micro_batch is None else whole("micro_batch", micro_batch),
         "effective_batches": sizes,
-        "rules": list(dict.fromkeys(rules)),
-        "seeds": list(dict.fromkeys(seeds)),
+        "rules": list(dict.fromkeys(lists["rules"])),
+        "seeds": list(dict.fromkeys(integer("seeds", seed, "it must be a whole number") for seed in lists["seeds"])),
     }
+    if settings["samples"] < sizes[-1]:
+        raise ValueError(f"samples is {samples}, less than one window of {sizes[-1]}; raise it")
+    return settings
