@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accumkern import ops, state
+from accumkern import ddp, ops, state
 from accumkern.attachment import Attachment
-from accumkern.ddp import Fp32Reduction
 from accumkern.dtensor import is_in_group
 from accumkern.finish import Finished, finish
 from accumkern.fold import Fold
@@ -134,9 +133,7 @@ class GradAccumulator:
         self._check_attached()
         if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
             raise TypeError(f"model is a {type(model).__name__}; it must be a DistributedDataParallel")
-        reduction = Fp32Reduction(self._attachment.slots, self.buffer, self._fold.kernels_on, model.process_group)
-        # A lambda, because DDP compares annotations, and takes none that are strings.
-        model.register_comm_hook(None, lambda state, bucket: reduction.start(bucket))
+        ddp.reduce_in_fp32(model, ddp.Fp32Reduction(self._attachment.slots, self.buffer, self._fold.kernels_on))
 
     def noise_scale(
         self,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import re
+import weakref
 from contextlib import nullcontext
 from typing import Any
 
@@ -302,6 +304,28 @@ def test_mean_in_fp32_of_another_layout(ranks: Ranks) -> None:
     ranks.run(mean_in_fp32_of_another_layout)
 
 
+def mean_in_fp32_of_channels_last(gradient_as_bucket_view: bool) -> None:
+    """A bucket holds a gradient in the memory order of its parameter."""
+    torch.manual_seed(1)
+    module = nn.Conv2d(3, 4, 3).to(device(), BF16, memory_format=torch.channels_last)
+    model = DistributedDataParallel(module, gradient_as_bucket_view=gradient_as_bucket_view)
+    acc = accumkern.attach(torch.optim.SGD(module.parameters()), "split32")
+    acc.reduce_in_fp32(model)
+    truth = fp64_sums(module.parameters())
+    for n in range(3):
+        generator = torch.Generator().manual_seed(10 * dist.get_rank() + n)
+        with model.no_sync() if n < 2 else nullcontext():
+            model(torch.randn(2, 3, 6, 6, generator=generator).to(device(), BF16)).float().sum().backward()
+    for p, total in zip(module.parameters(), truth, strict=True):
+        dist.all_reduce(total)
+        assert relative_error([acc.gradient(p) * dist.get_world_size()], [total]) < 1e-6
+
+
+@pytest.mark.parametrize("gradient_as_bucket_view", [False, True], ids=["buckets apart", "bucket views"])
+def test_mean_in_fp32_of_channels_last(ranks: Ranks, gradient_as_bucket_view: bool) -> None:
+    ranks.run(mean_in_fp32_of_channels_last, gradient_as_bucket_view)
+
+
 def reduction_of_others() -> None:
     """float32 parameters have the bits of stock, parameters of no accumulator are reduced too."""
     results = []
@@ -320,7 +344,7 @@ def reduction_of_others() -> None:
     with pytest.raises(TypeError, match="model is a Net; it must be a DistributedDataParallel"):
         acc.reduce_in_fp32(module)
     acc.reduce_in_fp32(model)
-    with pytest.raises(RuntimeError, match="comm_hook"):
+    with pytest.raises(RuntimeError, match=r"model has a communication hook already: reduce_in_fp32\(\) was called"):
         acc.reduce_in_fp32(model)
     truth = fp64_sums(module.parameters())
     run_window(model, module, 0, 2, True)
@@ -331,6 +355,134 @@ def reduction_of_others() -> None:
 
 def test_reduction_of_other_parameters(ranks: Ranks) -> None:
     ranks.run(reduction_of_others)
+
+
+# ---- ranks of unequal numbers of windows: join() ------------------------------------------------------------------
+
+
+def join_windows(way: dict[str, Any], join: dict[str, Any], left: str) -> list[float]:
+    """Return the error of each window's mean on this rank, of four windows on rank 0 and two on rank 1.
+
+    A rank that has joined contributes zeros to the windows of the other: not what it left in ``.grad``.
+    """
+    module = net(BF16, way)
+    model = DistributedDataParallel(module, **way)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    acc = accumkern.attach(optimizer, "split32")
+    acc.reduce_in_fp32(model)
+    truth = fp64_sums(module.parameters())
+    own, found = [], []
+    windows = 2 if dist.get_rank() == 1 else 4
+    with model.join(**join):
+        for window in range(windows):
+            run_window(model, module, window, 5 + window, True)
+            own.append([total.clone() for total in truth])
+            found.append([None if p.grad is None else acc.gradient(p) for p in module.parameters()])
+            for total in truth:
+                total.zero_()
+            if left != "means" or window < windows - 1:
+                optimizer.zero_grad()
+        if left == "sums" and dist.get_rank() == 1:  # of a window that has no end
+            with model.no_sync():
+                run_window(model, module, 2, 3, False)
+        last = [None if p.grad is None else (p.grad.clone(), acc.gradient(p)) for p in module.parameters()]
+    for p, before in zip(module.parameters(), last, strict=True):
+        assert (p.grad is None) == (before is None)
+        if before is not None:  # nothing of a rank that has joined is changed
+            assert torch.equal(p.grad, before[0])
+            assert torch.equal(acc.gradient(p), before[1])
+    errors = []
+    for window in range(4):
+        sums = own[window] if window < len(own) else [torch.zeros_like(total) for total in truth]
+        there = torch.tensor(float(window < len(own)), device=device())
+        dist.all_reduce(there)
+        divide_by = dist.get_world_size() if join.get("divide_by_initial_world_size", True) else int(there)
+        for total in sums:
+            dist.all_reduce(total)
+        if window < len(found):
+            grads = [torch.zeros_like(t) if g is None else g for g, t in zip(found[window], sums, strict=True)]
+            errors.append(relative_error(grads, [total / divide_by for total in sums]))
+    return errors
+
+
+@pytest.mark.parametrize("left", ["nothing", "means", "sums"])
+@pytest.mark.parametrize("join", [{}, {"divide_by_initial_world_size": False}], ids=["all ranks", "ranks there"])
+@pytest.mark.parametrize("way", [w for w in WAYS.values() if "static_graph" not in w], ids=str)
+def test_ranks_of_unequal_numbers_of_windows(
+    ranks: Ranks, way: dict[str, Any], join: dict[str, Any], left: str
+) -> None:
+    for errors in ranks.run(join_windows, way, join, left):
+        assert max(errors) < 1e-6, errors
+
+
+# ---- after detach() -----------------------------------------------------------------------------------------------
+
+
+def stock_after_detach(dtype: torch.dtype, way: dict[str, Any], ending: str) -> None:
+    results = []
+    for attached in (False, True):
+        module = net(dtype, way)
+        model = DistributedDataParallel(module, **way)
+        optimizer = torch.optim.SGD(module.parameters())
+        if attached:
+            acc = accumkern.attach(optimizer)
+            acc.reduce_in_fp32(model)
+        run_window(model, module, 0, 3, True)
+        optimizer.zero_grad()
+        if attached and ending == "detach":
+            acc.detach()
+        if attached and ending == "garbage":
+            del acc
+            optimizer = None
+            gc.collect()
+        run_window(model, module, 1, 5, True)
+        results.append([None if p.grad is None else p.grad.clone() for p in module.parameters()])
+        if attached and ending == "detach":
+            again = accumkern.attach(optimizer, "split32")
+            again.reduce_in_fp32(model)
+            optimizer.zero_grad()
+            truth = fp64_sums(module.parameters())
+            run_window(model, module, 2, 5, True)
+            for total in truth:
+                dist.all_reduce(total)
+            means = [total / dist.get_world_size() for total in truth]
+            found = [
+                torch.zeros_like(m) if p.grad is None else again.gradient(p)
+                for p, m in zip(module.parameters(), means, strict=True)
+            ]
+            assert relative_error(found, means) < 1e-6
+    for stock, ours in zip(*results, strict=True):
+        assert (stock is None) == (ours is None)
+        assert stock is None or torch.equal(stock, ours)
+
+
+@pytest.mark.parametrize("ending", ["detach", "garbage"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("way", [WAYS["default"], WAYS["find unused, bucket views"]], ids=["default", "views"])
+def test_a_detached_accumulator_leaves_the_bits_of_stock(
+    ranks: Ranks, dtype: torch.dtype, way: dict[str, Any], ending: str
+) -> None:
+    """With three ranks, because 1 / 3 rounds."""
+    ranks.run(stock_after_detach, dtype, way, ending, ranks=3)
+
+
+def other_hooks() -> None:
+    module = net(BF16, {})
+    model = DistributedDataParallel(module)
+    model.register_comm_hook(None, default_hooks.allreduce_hook)
+    acc = accumkern.attach(torch.optim.SGD(module.parameters()))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="model has a communication hook already"):
+            acc.reduce_in_fp32(model)
+    model = DistributedDataParallel(module)
+    acc.reduce_in_fp32(model)
+    models = weakref.ref(model)
+    del model
+    assert models() is None  # no circle
+
+
+def test_a_communication_hook_of_somebody_else_is_an_error(ranks: Ranks) -> None:
+    ranks.run(other_hooks)
 
 
 # ---- a rank that dies ---------------------------------------------------------------------------------------------
