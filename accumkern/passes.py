@@ -122,14 +122,16 @@ class BackwardPasses:
         squares = fold.squares
         if squares is not None:
             squares.arrive(param, is_first=running is None)
-        if self._lost_bits is not None:
-            self._lost_bits.add(param, new, fold.scale, running, slot.owns(running))
+        lost_bits = self._lost_bits
         if running is None:  # the first micro-batch of a window
             slot.forget()
             slot.last = weakref.ref(new)
+            if lost_bits is not None:
+                lost_bits.add(param, new, fold.scale)
             if not fold.is_scaled:
                 if squares is not None:
                     squares.keep(param, new)
+                self._measure(slot)
                 return
             running, start = new, Start.FROM_ZERO
             version = new._version
@@ -139,10 +141,13 @@ class BackwardPasses:
                 self._look_through_bucket(slot, running, version)
             is_ours = running is slot.written() and version == slot.version
             start = Start.CONTINUE if is_ours else Start.FROM_SUM
+            if lost_bits is not None:
+                lost_bits.add(param, new, fold.scale, running, slot.value if is_ours else None)
         # .grad.data may have been given another layout or dtype, which no version tells.
         plain = is_plain(new, slot.dtype) and (running is new or is_plain(running, slot.dtype))
         if not plain or _is_grad_enabled():  # create_graph=True
             fold.one(slot, running, new, start)
+            self._measure(slot)
             return
 
         param.grad = running
@@ -154,6 +159,16 @@ class BackwardPasses:
                 self._fold_waiting()
         else:
             fold.many([slot], [new], [running], start)
+            self._measure(slot)
+
+    def _measure(self, slot: Slot) -> None:
+        """Let the report look at the sum that was folded just now."""
+        if self._lost_bits is not None:
+            grad: Any = slot.param.grad
+            residual = slot.valid_residual(grad)
+            if residual is not None and not grad.is_contiguous():  # it lies in another order than it is looked at
+                grad, residual = slot.value(grad), None
+            self._lost_bits.folded(slot.param, grad, residual, slot.formats.get(grad.dtype))
 
     def renew_nodes(self, grad: Tensor, was_added: bool, only: Tensor | None = None) -> None:
         """Hook the new nodes of parameters that were moved or cast after attach: the first hook was not called.
@@ -195,7 +210,8 @@ class BackwardPasses:
                 return
             self.count += 1
             self._in_group = is_in_group()
-            self._may_wait = not self._in_group  # DistributedDataParallel sends .grad on right after the hook
+            # DistributedDataParallel sends .grad on right after the hook, and a report looks at it.
+            self._may_wait = not self._in_group and self._lost_bits is None
             self._versions.clear()
             if self._may_wait or self._fold.squares is not None:
                 queue_callback(self._end)
