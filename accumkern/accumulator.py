@@ -170,7 +170,9 @@ class GradAccumulator:
     def report(self) -> LostBitsReport:
         """Return how much stock accumulation would have lost in the last window; needs ``attach(..., report=True)``.
 
-        ``print(acc.report())`` shows it as plain text, ``rich.print`` as a table; its rows are plain data.
+        Both sums are taken right after the last micro-batch of this rank: what ``finish``, clipping, a mean over ranks
+        or ``zero_grad()`` make of ``.grad`` does not count. ``print(acc.report())`` shows it as plain text,
+        ``rich.print`` as a table; its rows are plain data.
 
         Raises:
             RuntimeError: ``report`` is off, or no 16-bit gradient has been accumulated yet.
@@ -179,7 +181,7 @@ class GradAccumulator:
         if self._rooms.lost_bits is None:
             raise RuntimeError("report() needs the samples that attach(..., report=True) takes")
         self._passes.complete()
-        return self._rooms.lost_bits.report(self._attachment.groups, self.gradient)
+        return self._rooms.lost_bits.report(self._attachment.groups)
 
     def gradient(self, param: Tensor) -> Tensor | None:
         """Return the accumulated gradient of ``param`` as a new FP32 tensor of its shape; None where ``.grad`` is None.

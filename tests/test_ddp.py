@@ -357,6 +357,37 @@ def test_reduction_of_other_parameters(ranks: Ranks) -> None:
     ranks.run(reduction_of_others)
 
 
+# ---- report -------------------------------------------------------------------------------------------------------
+
+
+def reports(way: dict[str, Any], in_fp32: bool, set_to_none: bool) -> None:
+    """The report is of this rank's sum, whatever DistributedDataParallel puts into ``.grad``."""
+    module = net(BF16, way)
+    alone = copy.deepcopy(module)
+    model = wrap(module, way) if not in_fp32 else DistributedDataParallel(module, **way)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.0) for m in (module, alone)]
+    acc, acc_alone = (accumkern.attach(optimizer, "split32", report=True) for optimizer in optimizers)
+    if in_fp32:
+        acc.reduce_in_fp32(model)
+        run_window(model, module, 0, 1, no_sync=False)
+    for window in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=set_to_none)
+        run_window(model, module, window, 9, True)
+        run_window(alone, alone, window, 9, False)
+        ours, theirs = acc.report(), acc_alone.report()
+        assert ours.error < 1e-6
+        assert [row.micro_batches for row in ours.parameters] == [row.micro_batches for row in theirs.parameters]
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("in_fp32", [False, True], ids=["bfloat16", "FP32"])
+@ways
+@set_to_none
+def test_report_is_of_this_ranks_sum(ranks: Ranks, way: dict[str, Any], in_fp32: bool, set_to_none: bool) -> None:
+    ranks.run(reports, way, in_fp32, set_to_none)
+
+
 # ---- ranks of unequal numbers of windows: join() ------------------------------------------------------------------
 
 
