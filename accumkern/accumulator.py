@@ -124,11 +124,13 @@ class GradAccumulator:
         sent, and one bucket at a time has a copy of 4 bytes per element. float32 gradients are reduced as always.
 
         Args:
-            model: the wrapped model, with no other communication hook. Its process group is used.
+            model: the wrapped model, with no other communication hook. Its process group is used. The hook stays when
+                this accumulator is detached or gone: then it does what stock PyTorch does, and waits for another one.
 
         Raises:
             TypeError: ``model`` is not a DistributedDataParallel.
-            RuntimeError: ``model`` has a communication hook already.
+            RuntimeError: ``model`` has a communication hook already, of somebody else or of an accumulator that is
+                attached still.
         """
         self._check_attached()
         if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
@@ -249,7 +251,10 @@ class GradAccumulator:
         state.load(entries, params, self._attachment.slots)
 
     def detach(self) -> None:
-        """Remove every hook: stock behaviour from now on. ``.grad`` stays as it is; calling it again does nothing."""
+        """Remove every hook: stock behaviour from now on. ``.grad`` stays as it is; calling it again does nothing.
+
+        A communication hook (:meth:`reduce_in_fp32`) cannot be removed, but does what stock PyTorch does without one.
+        """
         self._passes.complete()
         self._attachment.detach()
 
