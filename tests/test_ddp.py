@@ -18,6 +18,7 @@ from tiny import fp64_sums, relative_error
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import accumkern
 
@@ -355,6 +356,61 @@ def reduction_of_others() -> None:
 
 def test_reduction_of_other_parameters(ranks: Ranks) -> None:
     ranks.run(reduction_of_others)
+
+
+# ---- bucket views and a backward pass inside another --------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """Segments that are computed again in a backward pass of their own, inside the one that is under way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 24)
+        self.segments = nn.ModuleList(nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24)) for _ in range(3))
+        self.last = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        for segment in self.segments:
+            y = y + checkpoint(segment, y, use_reentrant=True)
+        return self.last(y)
+
+
+def checkpointed(way: dict[str, Any], in_fp32: bool) -> None:
+    torch.manual_seed(1)
+    module = Checkpointed().to(device(), BF16)
+    model = DistributedDataParallel(module, **way)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    acc = accumkern.attach(optimizer, "split32")
+    if in_fp32:
+        acc.reduce_in_fp32(model)
+    model(micro_batch(9, 0).to(BF16)).float().sum().backward()
+    truth = fp64_sums(module.parameters())
+    in_hook: dict[Tensor, Tensor] = {}  # this rank's sum, right before it is reduced
+    for p in module.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: in_hook.update({p: acc.gradient(p)}))
+    for window in range(3):
+        optimizer.zero_grad(set_to_none=False)  # .grad stays a view of the bucket
+        for total in truth:
+            total.zero_()
+        for n in range(6):
+            with model.no_sync() if n < 5 else nullcontext():
+                model(micro_batch(window, n).to(BF16)).float().sum().backward()
+            errors = [relative_error([in_hook[p]], [t]) for p, t in zip(module.parameters(), truth, strict=True)]
+            assert max(errors) < 1e-6, (window, n, errors)
+        if in_fp32:
+            for total in truth:
+                dist.all_reduce(total)
+                total /= dist.get_world_size()
+            assert relative_error([acc.gradient(p) for p in module.parameters()], truth) < 1e-6, window
+
+
+@pytest.mark.parametrize("in_fp32", [False, True], ids=["bfloat16", "FP32"])
+@pytest.mark.parametrize("static_graph", [False, True], ids=["", "static graph"])
+def test_bucket_views_and_reentrant_checkpointing(ranks: Ranks, in_fp32: bool, static_graph: bool) -> None:
+    way = {"gradient_as_bucket_view": True, "static_graph": static_graph}
+    ranks.run(checkpointed, way, in_fp32)
 
 
 # ---- report -------------------------------------------------------------------------------------------------------
