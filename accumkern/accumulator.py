@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accumkern import ops, state
+from accumkern import ddp, ops, state
 from accumkern.attachment import Attachment
-from accumkern.ddp import Fp32Reduction
 from accumkern.finish import Finished, finish
 from accumkern.fold import Fold
 from accumkern.lost_bits import LostBitsMeter, LostBitsReport
@@ -124,18 +123,18 @@ class GradAccumulator:
         sent, and one bucket at a time has a copy of 4 bytes per element. float32 gradients are reduced as always.
 
         Args:
-            model: the wrapped model, with no other communication hook. Its process group is used.
+            model: the wrapped model, with no other communication hook. Its process group is used. The hook stays when
+                this accumulator is detached or gone: then it does what stock PyTorch does, and waits for another one.
 
         Raises:
             TypeError: ``model`` is not a DistributedDataParallel.
-            RuntimeError: ``model`` has a communication hook already.
+            RuntimeError: ``model`` has a communication hook already, of somebody else or of an accumulator that is
+                attached still.
         """
         self._check_attached()
         if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
             raise TypeError(f"model is a {type(model).__name__}; it must be a DistributedDataParallel")
-        reduction = Fp32Reduction(self._attachment.slots, self.buffer, self._fold.kernels_on, model.process_group)
-        # A lambda, because DDP compares annotations, and takes none that are strings.
-        model.register_comm_hook(None, lambda state, bucket: reduction.start(bucket))
+        ddp.reduce_in_fp32(model, ddp.Fp32Reduction(self._attachment.slots, self.buffer, self._fold.kernels_on))
 
     def noise_scale(
         self,
@@ -172,7 +171,9 @@ class GradAccumulator:
     def report(self) -> LostBitsReport:
         """Return how much stock accumulation would have lost in the last window; needs ``attach(..., report=True)``.
 
-        ``print(acc.report())`` shows it as plain text, ``rich.print`` as a table; its rows are plain data.
+        Both sums are taken right after the last micro-batch of this rank: what ``finish``, clipping, a mean over ranks
+        or ``zero_grad()`` make of ``.grad`` does not count. ``print(acc.report())`` shows it as plain text,
+        ``rich.print`` as a table; its rows are plain data.
 
         Raises:
             RuntimeError: ``report`` is off, or no 16-bit gradient has been accumulated yet.
@@ -181,7 +182,7 @@ class GradAccumulator:
         if self._rooms.lost_bits is None:
             raise RuntimeError("report() needs the samples that attach(..., report=True) takes")
         self._passes.complete()
-        return self._rooms.lost_bits.report(self._attachment.groups, self.gradient)
+        return self._rooms.lost_bits.report(self._attachment.groups)
 
     def gradient(self, param: Tensor) -> Tensor | None:
         """Return the accumulated gradient of ``param`` as a new FP32 tensor of its shape; None where ``.grad`` is None.
@@ -250,9 +251,14 @@ class GradAccumulator:
         self._rooms.finished_at = -1
         if self._rooms.noise_scale is not None:
             self._rooms.noise_scale.squares.reset()
+        if self._rooms.lost_bits is not None:
+            self._rooms.lost_bits.reset()
 
     def detach(self) -> None:
-        """Remove every hook: stock behaviour from now on. ``.grad`` stays as it is; calling it again does nothing."""
+        """Remove every hook: stock behaviour from now on. ``.grad`` stays as it is; calling it again does nothing.
+
+        A communication hook (:meth:`reduce_in_fp32`) cannot be removed, but does what stock PyTorch does without one.
+        """
         self._passes.complete()
         self._attachment.detach()
 

@@ -33,6 +33,16 @@ def shard(grad: Any) -> Tensor:
     return wait_for(grad.to_local())
 
 
+def wait_for_copy(grad: Any) -> None:
+    """Wait until this rank's part of a DTensor has come into host memory, where it comes from an accelerator.
+
+    With its default CPUOffloadPolicy fully_shard copies a gradient into pinned memory, and waits at the end of the
+    backward pass. The copy is on the stream that is current while it calls the hooks.
+    """
+    if shard(grad).is_pinned():
+        torch.accelerator.current_stream().synchronize()
+
+
 @torch.no_grad()
 def with_shard(local: Tensor, like: Any) -> Any:
     """Return a DTensor laid out over ranks as ``like`` is, of which this rank holds ``local``."""

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accumkern.formats import Format, decode
+
 _SAMPLE_NUMEL = 1024
 
 
@@ -21,9 +23,9 @@ class LostBits:
     Attributes:
         name: the parameter's name where the optimizer has names, else its place in the optimizer.
         shape: of the parameter.
-        micro_batches: gradients accumulated.
+        micro_batches: gradients accumulated, since the window began or somebody has changed ``.grad``.
         stock_error: relative L2 error of accumulating in the parameter's dtype, against FP64.
-        error: the same of accumkern's sum; NaN once ``.grad`` is gone.
+        error: the same of accumkern's sum, right after the last of them was folded.
     """
 
     name: str
@@ -78,6 +80,16 @@ def _show(error: float) -> str:
     return "-" if math.isnan(error) else f"{error:.1e}"
 
 
+@dataclass
+class _Sums:
+    """What one parameter's sample adds up to: as stock PyTorch adds, in FP64, and in accumkern."""
+
+    stock: Tensor
+    truth: Tensor
+    micro_batches: int
+    ours: Tensor | None = None
+
+
 class _Sample:
     """Some elements of one parameter's gradient, in memory order."""
 
@@ -86,9 +98,8 @@ class _Sample:
         generator = torch.Generator().manual_seed(numel)  # leaves torch's own random numbers alone
         chosen = torch.randperm(numel, generator=generator)[:_SAMPLE_NUMEL].sort().values
         self.indices = chosen.to(grad.device)
-        self.stock: Tensor | None = None
-        self.truth: Tensor | None = None
-        self.micro_batches = 0
+        self.sums: _Sums | None = None
+        self.next: _Sums | None = None  # with a micro-gradient that is being folded
         self.first: tuple[Callable[[], Any], int] = (lambda: None), 0  # a window's first gradient, and its version
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -101,66 +112,94 @@ class LostBitsMeter:
     def __init__(self) -> None:
         self._samples: dict[Tensor, _Sample] = {}
 
-    def add(self, param: Tensor, grad: Tensor, scale: float | Tensor, running: Tensor | None, is_ours: bool) -> None:
-        """Add a micro-gradient to its sample.
+    def reset(self) -> None:
+        """Begin afresh: what is in ``.grad`` comes from elsewhere, such as a state that was loaded."""
+        self._samples.clear()
+
+    def add(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        scale: float | Tensor,
+        running: Tensor | None = None,
+        value: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Add a micro-gradient to its sample; :meth:`folded` has to follow, else it does not count.
 
         Args:
             param: whose gradient it is.
             grad: the micro-gradient.
             scale: its factor; stock accumulation gets it from the loss, so it is applied before the sum.
             running: ``.grad`` before; None begins a window.
-            is_ours: whether nobody changed ``running`` since the last fold. A change counts for stock PyTorch too.
+            value: of ``running``, with its residual, if nobody has changed it since the last fold. A change counts for
+                stock PyTorch too.
         """
-        if grad.dtype not in (torch.bfloat16, torch.float16) or grad.layout is not torch.strided or grad.numel() == 0:
+        if not _is_sampled(grad) or (running is not None and not _is_sampled(running)):
+            self._samples.pop(param, None)
             return
         sample = self._samples.get(param)
-        if sample is None:
+        if sample is None or sample.indices.device != grad.device:
             sample = self._samples[param] = _Sample(grad)
-        new = sample.of(grad)
-        exact = new.double() * scale
+        exact = sample.of(grad).double() * scale
         rounded = exact.to(grad.dtype)
-        continues = is_ours or (
-            running is not None and sample.first[0]() is running and sample.first[1] == running._version
-        )
         if running is None:
-            sample.stock, sample.truth, sample.micro_batches = rounded, exact, 1
+            sample.next = _Sums(rounded, exact, 1)
             sample.first = weakref.ref(grad), grad._version
             return
-        if not continues or sample.stock is None or sample.truth is None:
-            sample.stock = sample.of(running)
-            sample.truth, sample.micro_batches = sample.stock.double(), 0
-        sample.stock = sample.stock + rounded
-        sample.truth = sample.truth + exact
-        sample.micro_batches += 1
+        continues = value is not None or (sample.first[0]() is running and sample.first[1] == running._version)
+        sums = sample.sums if continues else None
+        if sums is None:
+            begun = running if value is None else value(running)
+            sums = _Sums(sample.of(running), sample.of(begun).double(), 0)
+        sample.next = _Sums(sums.stock + rounded, sums.truth + exact, sums.micro_batches + 1)
 
-    def report(self, groups: list[dict[str, Any]], gradient: Callable[[Tensor], Tensor | None]) -> LostBitsReport:
+    def folded(self, param: Tensor, total: Tensor, residual: Tensor | None, format_: Format | None) -> None:
+        """Look at accumkern's sum, now that a micro-gradient is folded.
+
+        Args:
+            param: whose gradient it is.
+            total: ``.grad``, or its value.
+            residual: what belongs to ``total``, whose elements it has in the same order, or None.
+            format_: how the two make one number.
+        """
+        sample = self._samples.get(param)
+        if sample is None or sample.next is None:
+            return
+        sample.sums, sample.next = sample.next, None
+        sample.sums.ours = sample.of(total)
+        if residual is not None and format_ is not None:
+            sample.sums.ours = decode(format_, sample.sums.ours, sample.of(residual))
+
+    def report(self, groups: list[dict[str, Any]]) -> LostBitsReport:
         """Return the errors of the last window.
 
         Args:
             groups: of the optimizer.
-            gradient: the accumulated gradient of a parameter, FP32.
         """
         rows, totals = [], [0.0, 0.0, 0.0]
         for g, group in enumerate(groups):
             names = group.get("param_names")
             for i, param in enumerate(group["params"]):
                 sample = self._samples.get(param)
-                if sample is None or sample.stock is None or sample.truth is None:
+                sums = None if sample is None else sample.sums
+                if sample is None or sums is None or sums.ours is None:
                     continue
+                truth = sums.truth
+                errors = [(found.double() - truth).square().sum().item() for found in (sums.stock, sums.ours)]
+                square = truth.square().sum().item()
                 stands_for = param.numel() / len(sample.indices)
-                found = gradient(param)
-                errors = [(sample.stock.double() - sample.truth).square().sum().item(), math.nan]
-                if found is not None:
-                    errors[1] = (sample.of(found).double() - sample.truth).square().sum().item()
-                square = sample.truth.square().sum().item()
                 for j, value in enumerate((*errors, square)):
                     totals[j] += value * stands_for
                 name = names[i] if names else f"group {g}, parameter {i}"
                 stock_error, error = (_relative(value, square) for value in errors)
-                rows.append(LostBits(name, tuple(param.shape), sample.micro_batches, stock_error, error))
+                rows.append(LostBits(name, tuple(param.shape), sums.micro_batches, stock_error, error))
         if not rows:
             raise RuntimeError("there is nothing to report: no bfloat16 or float16 gradient has been accumulated yet")
         return LostBitsReport(rows, _relative(totals[0], totals[2]), _relative(totals[1], totals[2]))
+
+
+def _is_sampled(grad: Tensor) -> bool:
+    return grad.dtype in (torch.bfloat16, torch.float16) and grad.layout is torch.strided and grad.numel() > 0
 
 
 def _relative(error: float, square: float) -> float:

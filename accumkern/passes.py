@@ -144,6 +144,17 @@ class BackwardPasses:
             if self._fold.squares is not None:
                 self._fold.squares.spoil()
             raise
+        if self._lost_bits is not None:
+            self._measure(slot)
+
+    def _measure(self, slot: Slot) -> None:
+        """Let the report look at the sum that was folded just now."""
+        grad: Any = slot.param.grad
+        residual = slot.valid_residual(grad)
+        if residual is not None and not grad.is_contiguous():  # it lies in another order than it is looked at
+            grad, residual = slot.value(grad), None
+        if self._lost_bits is not None:
+            self._lost_bits.folded(slot.param, grad, residual, slot.formats.get(grad.dtype))
 
     def _add(self, slot: Slot, param: Tensor, running: Any, new: Any) -> None:
         fold = self._fold
@@ -157,8 +168,11 @@ class BackwardPasses:
         squares = fold.squares
         if squares is not None:
             squares.arrive(param, running)
+        if self._in_group and running is not None:
+            self._look_through_bucket(slot, running)
+        continues = running is not None and slot.has_residual_of(running)
         if self._lost_bits is not None:
-            self._lost_bits.add(param, new, fold.scale, running, slot.owns(running))
+            self._lost_bits.add(param, new, fold.scale, running, slot.value if continues else None)
         if running is None:  # the first micro-batch of a window
             slot.forget()
             slot.last = weakref.ref(new)
@@ -170,9 +184,7 @@ class BackwardPasses:
                 return
             start = Start.FROM_ZERO
         else:
-            if self._in_group:
-                self._look_through_bucket(slot, running)
-            start = Start.CONTINUE if slot.has_residual_of(running) else Start.FROM_SUM
+            start = Start.CONTINUE if continues else Start.FROM_SUM
         # .grad.data may have been given another layout or dtype, which no version tells.
         dtype = new.dtype
         plain = is_plain(new, dtype) and (running is None or is_plain(running, dtype))

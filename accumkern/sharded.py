@@ -179,6 +179,7 @@ class ShardPasses:
         slot.is_fully_sharded = True
         slot.forget()
         if self._fold.is_scaled:
+            dtensor.wait_for_copy(grad)
             self._add(slot, None, grad, Start.FROM_ZERO)
         RunningShard.put_into(slot.param.grad, slot)
 

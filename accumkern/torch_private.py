@@ -133,6 +133,11 @@ def wait_for(local: Any) -> Tensor:
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
 
+def divides_by_all_ranks(model: Any) -> bool:
+    """Return whether a DistributedDataParallel divides by all its ranks, also by those that ``join()`` waits with."""
+    return getattr(model, "_divide_by_initial_world_size", True)
+
+
 # ---- planning ----------------------------------------------------------------------------------------------------
 
 tree_leaves = _find("utils._pytree.tree_leaves", "planning")

@@ -51,7 +51,7 @@ def attach(
         stats: take the squared norm of every micro-gradient inside the kernel, for
             :meth:`GradAccumulator.noise_scale`.
         report: accumulate a sample of each 16-bit gradient the way stock PyTorch does, for
-            :meth:`GradAccumulator.report`. Costs a few small operations per parameter and micro-batch.
+            :meth:`GradAccumulator.report`. Costs about a dozen small operations per parameter and micro-batch.
         backend: ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"eager"``; None takes the first that can run on the device of
             each gradient.
 

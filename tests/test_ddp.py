@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import re
+import weakref
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,6 +18,7 @@ from tiny import fp64_sums, relative_error
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import accumkern
 
@@ -302,6 +305,28 @@ def test_mean_in_fp32_of_another_layout(ranks: Ranks) -> None:
     ranks.run(mean_in_fp32_of_another_layout)
 
 
+def mean_in_fp32_of_channels_last(gradient_as_bucket_view: bool) -> None:
+    """A bucket holds a gradient in the memory order of its parameter."""
+    torch.manual_seed(1)
+    module = nn.Conv2d(3, 4, 3).to(device(), BF16, memory_format=torch.channels_last)
+    model = DistributedDataParallel(module, gradient_as_bucket_view=gradient_as_bucket_view)
+    acc = accumkern.attach(torch.optim.SGD(module.parameters()), "split32")
+    acc.reduce_in_fp32(model)
+    truth = fp64_sums(module.parameters())
+    for n in range(3):
+        generator = torch.Generator().manual_seed(10 * dist.get_rank() + n)
+        with model.no_sync() if n < 2 else nullcontext():
+            model(torch.randn(2, 3, 6, 6, generator=generator).to(device(), BF16)).float().sum().backward()
+    for p, total in zip(module.parameters(), truth, strict=True):
+        dist.all_reduce(total)
+        assert relative_error([acc.gradient(p) * dist.get_world_size()], [total]) < 1e-6
+
+
+@pytest.mark.parametrize("gradient_as_bucket_view", [False, True], ids=["buckets apart", "bucket views"])
+def test_mean_in_fp32_of_channels_last(ranks: Ranks, gradient_as_bucket_view: bool) -> None:
+    ranks.run(mean_in_fp32_of_channels_last, gradient_as_bucket_view)
+
+
 def reduction_of_others() -> None:
     """float32 parameters have the bits of stock, parameters of no accumulator are reduced too."""
     results = []
@@ -320,7 +345,7 @@ def reduction_of_others() -> None:
     with pytest.raises(TypeError, match="model is a Net; it must be a DistributedDataParallel"):
         acc.reduce_in_fp32(module)
     acc.reduce_in_fp32(model)
-    with pytest.raises(RuntimeError, match="comm_hook"):
+    with pytest.raises(RuntimeError, match=r"model has a communication hook already: reduce_in_fp32\(\) was called"):
         acc.reduce_in_fp32(model)
     truth = fp64_sums(module.parameters())
     run_window(model, module, 0, 2, True)
@@ -331,6 +356,220 @@ def reduction_of_others() -> None:
 
 def test_reduction_of_other_parameters(ranks: Ranks) -> None:
     ranks.run(reduction_of_others)
+
+
+# ---- bucket views and a backward pass inside another --------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """Segments that are computed again in a backward pass of their own, inside the one that is under way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 24)
+        self.segments = nn.ModuleList(nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24)) for _ in range(3))
+        self.last = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        for segment in self.segments:
+            y = y + checkpoint(segment, y, use_reentrant=True)
+        return self.last(y)
+
+
+def checkpointed(way: dict[str, Any], in_fp32: bool) -> None:
+    torch.manual_seed(1)
+    module = Checkpointed().to(device(), BF16)
+    model = DistributedDataParallel(module, **way)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    acc = accumkern.attach(optimizer, "split32")
+    if in_fp32:
+        acc.reduce_in_fp32(model)
+    model(micro_batch(9, 0).to(BF16)).float().sum().backward()
+    truth = fp64_sums(module.parameters())
+    in_hook: dict[Tensor, Tensor] = {}  # this rank's sum, right before it is reduced
+    for p in module.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: in_hook.update({p: acc.gradient(p)}))
+    for window in range(3):
+        optimizer.zero_grad(set_to_none=False)  # .grad stays a view of the bucket
+        for total in truth:
+            total.zero_()
+        for n in range(6):
+            with model.no_sync() if n < 5 else nullcontext():
+                model(micro_batch(window, n).to(BF16)).float().sum().backward()
+            errors = [relative_error([in_hook[p]], [t]) for p, t in zip(module.parameters(), truth, strict=True)]
+            assert max(errors) < 1e-6, (window, n, errors)
+        if in_fp32:
+            for total in truth:
+                dist.all_reduce(total)
+                total /= dist.get_world_size()
+            assert relative_error([acc.gradient(p) for p in module.parameters()], truth) < 1e-6, window
+
+
+@pytest.mark.parametrize("in_fp32", [False, True], ids=["bfloat16", "FP32"])
+@pytest.mark.parametrize("static_graph", [False, True], ids=["", "static graph"])
+def test_bucket_views_and_reentrant_checkpointing(ranks: Ranks, in_fp32: bool, static_graph: bool) -> None:
+    way = {"gradient_as_bucket_view": True, "static_graph": static_graph}
+    ranks.run(checkpointed, way, in_fp32)
+
+
+# ---- report -------------------------------------------------------------------------------------------------------
+
+
+def reports(way: dict[str, Any], in_fp32: bool, set_to_none: bool) -> None:
+    """The report is of this rank's sum, whatever DistributedDataParallel puts into ``.grad``."""
+    module = net(BF16, way)
+    alone = copy.deepcopy(module)
+    model = wrap(module, way) if not in_fp32 else DistributedDataParallel(module, **way)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.0) for m in (module, alone)]
+    acc, acc_alone = (accumkern.attach(optimizer, "split32", report=True) for optimizer in optimizers)
+    if in_fp32:
+        acc.reduce_in_fp32(model)
+        run_window(model, module, 0, 1, no_sync=False)
+    for window in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=set_to_none)
+        run_window(model, module, window, 9, True)
+        run_window(alone, alone, window, 9, False)
+        ours, theirs = acc.report(), acc_alone.report()
+        assert ours.error < 1e-6
+        assert [row.micro_batches for row in ours.parameters] == [row.micro_batches for row in theirs.parameters]
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("in_fp32", [False, True], ids=["bfloat16", "FP32"])
+@ways
+@set_to_none
+def test_report_is_of_this_ranks_sum(ranks: Ranks, way: dict[str, Any], in_fp32: bool, set_to_none: bool) -> None:
+    ranks.run(reports, way, in_fp32, set_to_none)
+
+
+# ---- ranks of unequal numbers of windows: join() ------------------------------------------------------------------
+
+
+def join_windows(way: dict[str, Any], join: dict[str, Any], left: str) -> list[float]:
+    """Return the error of each window's mean on this rank, of four windows on rank 0 and two on rank 1.
+
+    A rank that has joined contributes zeros to the windows of the other: not what it left in ``.grad``.
+    """
+    module = net(BF16, way)
+    model = DistributedDataParallel(module, **way)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    acc = accumkern.attach(optimizer, "split32")
+    acc.reduce_in_fp32(model)
+    truth = fp64_sums(module.parameters())
+    own, found = [], []
+    windows = 2 if dist.get_rank() == 1 else 4
+    with model.join(**join):
+        for window in range(windows):
+            run_window(model, module, window, 5 + window, True)
+            own.append([total.clone() for total in truth])
+            found.append([None if p.grad is None else acc.gradient(p) for p in module.parameters()])
+            for total in truth:
+                total.zero_()
+            if left != "means" or window < windows - 1:
+                optimizer.zero_grad()
+        if left == "sums" and dist.get_rank() == 1:  # of a window that has no end
+            with model.no_sync():
+                run_window(model, module, 2, 3, False)
+        last = [None if p.grad is None else (p.grad.clone(), acc.gradient(p)) for p in module.parameters()]
+    for p, before in zip(module.parameters(), last, strict=True):
+        assert (p.grad is None) == (before is None)
+        if before is not None:  # nothing of a rank that has joined is changed
+            assert torch.equal(p.grad, before[0])
+            assert torch.equal(acc.gradient(p), before[1])
+    errors = []
+    for window in range(4):
+        sums = own[window] if window < len(own) else [torch.zeros_like(total) for total in truth]
+        there = torch.tensor(float(window < len(own)), device=device())
+        dist.all_reduce(there)
+        divide_by = dist.get_world_size() if join.get("divide_by_initial_world_size", True) else int(there)
+        for total in sums:
+            dist.all_reduce(total)
+        if window < len(found):
+            grads = [torch.zeros_like(t) if g is None else g for g, t in zip(found[window], sums, strict=True)]
+            errors.append(relative_error(grads, [total / divide_by for total in sums]))
+    return errors
+
+
+@pytest.mark.parametrize("left", ["nothing", "means", "sums"])
+@pytest.mark.parametrize("join", [{}, {"divide_by_initial_world_size": False}], ids=["all ranks", "ranks there"])
+@pytest.mark.parametrize("way", [w for w in WAYS.values() if "static_graph" not in w], ids=str)
+def test_ranks_of_unequal_numbers_of_windows(
+    ranks: Ranks, way: dict[str, Any], join: dict[str, Any], left: str
+) -> None:
+    for errors in ranks.run(join_windows, way, join, left):
+        assert max(errors) < 1e-6, errors
+
+
+# ---- after detach() -----------------------------------------------------------------------------------------------
+
+
+def stock_after_detach(dtype: torch.dtype, way: dict[str, Any], ending: str) -> None:
+    results = []
+    for attached in (False, True):
+        module = net(dtype, way)
+        model = DistributedDataParallel(module, **way)
+        optimizer = torch.optim.SGD(module.parameters())
+        if attached:
+            acc = accumkern.attach(optimizer)
+            acc.reduce_in_fp32(model)
+        run_window(model, module, 0, 3, True)
+        optimizer.zero_grad()
+        if attached and ending == "detach":
+            acc.detach()
+        if attached and ending == "garbage":
+            del acc
+            optimizer = None
+            gc.collect()
+        run_window(model, module, 1, 5, True)
+        results.append([None if p.grad is None else p.grad.clone() for p in module.parameters()])
+        if attached and ending == "detach":
+            again = accumkern.attach(optimizer, "split32")
+            again.reduce_in_fp32(model)
+            optimizer.zero_grad()
+            truth = fp64_sums(module.parameters())
+            run_window(model, module, 2, 5, True)
+            for total in truth:
+                dist.all_reduce(total)
+            means = [total / dist.get_world_size() for total in truth]
+            found = [
+                torch.zeros_like(m) if p.grad is None else again.gradient(p)
+                for p, m in zip(module.parameters(), means, strict=True)
+            ]
+            assert relative_error(found, means) < 1e-6
+    for stock, ours in zip(*results, strict=True):
+        assert (stock is None) == (ours is None)
+        assert stock is None or torch.equal(stock, ours)
+
+
+@pytest.mark.parametrize("ending", ["detach", "garbage"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("way", [WAYS["default"], WAYS["find unused, bucket views"]], ids=["default", "views"])
+def test_a_detached_accumulator_leaves_the_bits_of_stock(
+    ranks: Ranks, dtype: torch.dtype, way: dict[str, Any], ending: str
+) -> None:
+    """With three ranks, because 1 / 3 rounds."""
+    ranks.run(stock_after_detach, dtype, way, ending, ranks=3)
+
+
+def other_hooks() -> None:
+    module = net(BF16, {})
+    model = DistributedDataParallel(module)
+    model.register_comm_hook(None, default_hooks.allreduce_hook)
+    acc = accumkern.attach(torch.optim.SGD(module.parameters()))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="model has a communication hook already"):
+            acc.reduce_in_fp32(model)
+    model = DistributedDataParallel(module)
+    acc.reduce_in_fp32(model)
+    models = weakref.ref(model)
+    del model
+    assert models() is None  # no circle
+
+
+def test_a_communication_hook_of_somebody_else_is_an_error(ranks: Ranks) -> None:
+    ranks.run(other_hooks)
 
 
 # ---- a rank that dies ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import types
 import weakref
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 import accumkern
+from accumkern.fold import Fold
 from accumkern.sharded import RunningShard
 
 pytestmark = pytest.mark.integration("fully_shard (FSDP2)")
@@ -124,7 +126,42 @@ def test_mixed_precision_policies(ranks: Ranks, dtype: torch.dtype, policy: tupl
 
 
 def test_parameters_on_the_cpu(ranks: Ranks) -> None:
+    """Without pinned memory, which needs a GPU; CPUOffloadPolicy's default is in test_gpu.py."""
     ranks.run(each_micro_batch, BF16, {}, "split24", True)
+
+
+def copies_waited_for(is_pinned: bool, average_over: float | None) -> list[str]:
+    """Return, in order, each fold of a first micro-batch and each wait for a copy from a GPU, which is not there."""
+    events: list[str] = []
+    stream = types.SimpleNamespace(synchronize=lambda: events.append("wait"))
+    many = Fold.many
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.accelerator, "current_stream", lambda *_: stream)
+        if is_pinned:  # as fully_shard's copies are, of a gradient that a GPU has made
+            patch.setattr(Tensor, "is_pinned", lambda *_: True)
+        patch.setattr(Fold, "many", lambda *args: (events.append(str(args[-1].name)), many(*args))[1])
+        model = sharded(net(BF16), offload_policy=CPUOffloadPolicy(pin_memory=False))
+        acc = accumkern.attach(torch.optim.SGD(model.parameters()), average_over=average_over)
+        run_window(model, BF16, 2)
+        acc.detach()
+    return events
+
+
+@pytest.mark.parametrize("is_pinned", [True, False], ids=["pinned", "pageable"])
+@pytest.mark.parametrize("average_over", [2, None], ids=["average", "sum"])
+def test_a_gradient_on_its_way_from_a_gpu_is_waited_for(
+    ranks: Ranks, is_pinned: bool, average_over: float | None
+) -> None:
+    """Under torch 2.10 and 2.11 the copy is under way when fully_shard calls the hooks."""
+    if ranks.backend != "gloo":
+        pytest.skip("gradients that are never on a GPU need gloo")
+    wait = ["wait"] if is_pinned else []
+    first = [*wait, "FROM_ZERO"] if average_over else []
+    second = ["CONTINUE" if average_over else "FROM_SUM"]
+    for events in ranks.run(copies_waited_for, is_pinned, average_over):
+        params = len(list(Net().parameters()))
+        assert sorted(events) == sorted((first + second) * params)
+        assert events[: len(first) * params] == first * params
 
 
 # ---- no sync: fully_shard accumulates whole gradients by itself ---------------------------------------------------

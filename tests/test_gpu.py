@@ -5,6 +5,7 @@ Run ``python -m pytest -m gpu``: what a kernel stores is compared with the refer
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 
@@ -19,8 +20,10 @@ from kernel_cases import (
     every_half,
     problem,
 )
-from tiny import check_gradients, fp64_sums
+from ranks import Ranks
+from tiny import check_gradients, fp64_sums, relative_error
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 import accumkern
 from accumkern import backends
@@ -280,6 +283,38 @@ def test_the_hook_never_waits_for_the_gpu(backend: str, buffer: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     window.check(scale=1 / 4)
+
+
+# ---- gradients in host memory --------------------------------------------------------------------------------------
+
+
+def offloaded_average() -> float:
+    """Return the error of an average whose first gradient is still being copied to the host when its hook is called."""
+    module = nn.Linear(4096, 4096, bias=False, dtype=torch.bfloat16, device=DEVICE)
+    alone = copy.deepcopy(module)
+    fully_shard(module, offload_policy=CPUOffloadPolicy())
+    acc = accumkern.attach(torch.optim.SGD(module.parameters()), "split32", average_over=4)
+    for _ in range(3):  # pinned memory is used again, with what an earlier window has left in it
+        module.zero_grad()
+        truth = torch.zeros(alone.weight.shape, dtype=torch.float64, device=DEVICE)
+        for _ in range(4):
+            x = torch.randn(64, 4096, dtype=torch.bfloat16, device=DEVICE)
+            y = module(x)
+            y.register_hook(lambda _: torch.cuda._sleep(SLEEP))
+            y.float().square().sum().backward()
+            truth += torch.autograd.grad(alone(x).float().square().sum(), alone.weight)[0]
+    gradient = acc.gradient(module.weight)
+    assert gradient is not None
+    assert gradient.device.type == "cpu"
+    return relative_error([gradient.to_local()], [truth.cpu() / 4])
+
+
+def test_a_gradient_on_its_way_to_the_host_is_waited_for() -> None:
+    processes = Ranks("nccl")
+    try:
+        assert processes.run(offloaded_average, ranks=1)[0] < 1e-6
+    finally:
+        processes.stop()
 
 
 # ---- graphs: last, because a capture that fails may trouble what comes after it ------------------------------------
