@@ -101,13 +101,11 @@ class Expected:
         self.value: Tensor | None = None
         self.bound = torch.zeros((), dtype=FP64)
         self.arrived: list[Tensor] = []  # in this backward pass
-        self.was_edited_unseen = False  # since the last fold
         param.register_hook(lambda grad: self.arrived.append(grad.to(FP64, copy=True)))
 
     def take(self, error: float = 0.0) -> None:
         """Take over a gradient that somebody set or changed."""
         grad = self.param.grad
-        self.was_edited_unseen = False
         self.value = None if grad is None else grad.detach().to(FP64, copy=True)
         self.bound = torch.zeros((), dtype=FP64) if self.value is None else error * self.value.abs()
 
@@ -116,7 +114,6 @@ class Expected:
         # The kernels take the scale in FP32; torch multiplies a float64 gradient by the number.
         factor = float(scale) if self.param.dtype is FP64 else float(torch.as_tensor(scale, dtype=FP32))
         term = grad * factor
-        self.was_edited_unseen = False
         if self.value is None and factor == 1:  # kept as it came
             self.value, self.bound = term, torch.zeros((), dtype=FP64)
             return
@@ -306,7 +303,6 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
             self.of(param).take(error=GRAD_ERROR[param.dtype] if param.dtype in (BF16, FP16) else 0.0)
             if param.dtype is FP16:
                 self.of(param).bound = self.of(param).bound + GRAD_TINY[FP16]
-            self.of(param).was_edited_unseen = True
 
     @stateful.rule(place=st.integers(0, 99), frozen=st.booleans())
     def freeze(self, place: int, frozen: bool) -> None:
@@ -321,8 +317,8 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
     )
     def finish_and_step(self, divide_by: float, max_norm: float | None, style: str) -> None:
         entries = [entry for entry in self.watched() if entry.value is not None]
-        if not entries or not self.unfinished or any(entry.was_edited_unseen for entry in entries):
-            return  # the norm is that of the last fold, as the README says
+        if not entries or not self.unfinished:
+            return
         finished = self.accumulator.finish(divide_by=torch.tensor(divide_by), max_norm=max_norm)
         values = [entry.value / divide_by for entry in entries if entry.value is not None]
         bounds = [(entry.bound / divide_by).expand_as(value) for entry, value in zip(entries, values, strict=True)]
