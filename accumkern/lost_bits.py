@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accumkern.formats import to_fp64
+
 _SAMPLE_NUMEL = 1024
 
 
@@ -117,8 +119,8 @@ class LostBitsMeter:
         if sample is None:
             sample = self._samples[param] = _Sample(grad)
         new = sample.of(grad)
-        exact = new.double() * scale
-        rounded = exact.to(grad.dtype)
+        exact = to_fp64(new) * (to_fp64(scale.to(new.device)) if isinstance(scale, Tensor) else scale)
+        rounded = exact.to(grad.dtype).to(new.device)
         continues = is_ours or (
             running is not None and sample.first[0]() is running and sample.first[1] == running._version
         )
@@ -128,7 +130,7 @@ class LostBitsMeter:
             return
         if not continues or sample.stock is None or sample.truth is None:
             sample.stock = sample.of(running)
-            sample.truth, sample.micro_batches = sample.stock.double(), 0
+            sample.truth, sample.micro_batches = to_fp64(sample.stock), 0
         sample.stock = sample.stock + rounded
         sample.truth = sample.truth + exact
         sample.micro_batches += 1
@@ -149,9 +151,9 @@ class LostBitsMeter:
                     continue
                 stands_for = param.numel() / len(sample.indices)
                 found = gradient(param)
-                errors = [(sample.stock.double() - sample.truth).square().sum().item(), math.nan]
+                errors = [(to_fp64(sample.stock) - sample.truth).square().sum().item(), math.nan]
                 if found is not None:
-                    errors[1] = (sample.of(found).double() - sample.truth).square().sum().item()
+                    errors[1] = (to_fp64(sample.of(found)) - sample.truth).square().sum().item()
                 square = sample.truth.square().sum().item()
                 for j, value in enumerate((*errors, square)):
                     totals[j] += value * stands_for
