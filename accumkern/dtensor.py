@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from accumkern.formats import to_fp64
 from accumkern.torch_private import is_wrapper_subclass, wait_for
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def norm_over(groups: tuple[ProcessGroup, ...], norm: Tensor, norm_type: float) 
         for group in groups:
             torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=group)
         return torch.where(both[1] > 0, torch.nan, both[0])
-    power = norm.double() ** norm_type
+    power = to_fp64(norm) ** norm_type
     for group in groups:
         torch.distributed.all_reduce(power, group=group)
-    return (power ** (1 / norm_type)).to(norm.dtype)
+    return (power ** (1 / norm_type)).to(norm.dtype).to(norm.device)

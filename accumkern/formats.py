@@ -154,6 +154,11 @@ def fp32_scalar(number: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((), number, dtype=torch.float32, device=device)
 
 
+def to_fp64(x: Tensor) -> Tensor:
+    """Return ``x`` in FP64: on its device, or on the CPU where that has no FP64, as MPS."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def fma(scale: float | Tensor, grads: Tensor, x: Tensor) -> Tensor:
     """Return ``scale * grads + x`` in FP32 with one rounding.
 
@@ -166,15 +171,15 @@ def fma(scale: float | Tensor, grads: Tensor, x: Tensor) -> Tensor:
         grads: any shape, any floating dtype whose values FP32 holds.
         x: the shape of ``grads``, FP32.
     """
-    a = torch.as_tensor(scale, dtype=torch.float32, device=grads.device).double() * grads.double()
-    b = x.double()
+    a = to_fp64(torch.as_tensor(scale, dtype=torch.float32, device=grads.device)) * to_fp64(grads)
+    b = to_fp64(x)
     total = a + b
     b_part = total - a
     error = (a - (total - b_part)) + (b - b_part)
     away = torch.where((error > 0) == (total > 0), 1, -1)
     even = total.view(torch.int64) & 1 == 0
     odd = (total.view(torch.int64) + torch.where(even & (error != 0) & error.isfinite(), away, 0)).view(torch.float64)
-    return odd.to(torch.float32)
+    return odd.to(torch.float32).to(x.device)
 
 
 def _canonical(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accumkern.formats import Format, decode
+from accumkern.formats import Format, decode, to_fp64
 
 _SAMPLE_NUMEL = 1024
 
@@ -140,8 +140,9 @@ class LostBitsMeter:
         sample = self._samples.get(param)
         if sample is None or sample.indices.device != grad.device:
             sample = self._samples[param] = _Sample(grad)
-        exact = sample.of(grad).double() * scale
-        rounded = exact.to(grad.dtype)
+        new = sample.of(grad)
+        exact = to_fp64(new) * (to_fp64(scale.to(new.device)) if isinstance(scale, Tensor) else scale)
+        rounded = exact.to(grad.dtype).to(new.device)
         if running is None:
             sample.next = _Sums(rounded, exact, 1)
             sample.first = weakref.ref(grad), grad._version
@@ -150,7 +151,7 @@ class LostBitsMeter:
         sums = sample.sums if continues else None
         if sums is None:
             begun = running if value is None else value(running)
-            sums = _Sums(sample.of(running), sample.of(begun).double(), 0)
+            sums = _Sums(sample.of(running), to_fp64(sample.of(begun)), 0)
         sample.next = _Sums(sums.stock + rounded, sums.truth + exact, sums.micro_batches + 1)
 
     def folded(self, param: Tensor, total: Tensor, residual: Tensor | None, format_: Format | None) -> None:
@@ -185,7 +186,7 @@ class LostBitsMeter:
                 if sample is None or sums is None or sums.ours is None:
                     continue
                 truth = sums.truth
-                errors = [(found.double() - truth).square().sum().item() for found in (sums.stock, sums.ours)]
+                errors = [(to_fp64(found) - truth).square().sum().item() for found in (sums.stock, sums.ours)]
                 square = truth.square().sum().item()
                 stands_for = param.numel() / len(sample.indices)
                 for j, value in enumerate((*errors, square)):

@@ -5,11 +5,18 @@ import shutil
 import subprocess
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from accumkern.dtensor import norm_over
 from accumkern.formats import BUFFERS, FORMAT_OF_DTYPES, Format, decode, encode, fma, partial_rows, round_to
+from accumkern.lost_bits import LostBitsMeter
 
 SPLITS = [Format.SPLIT24, Format.SPLIT32]
 WITH_RESIDUAL = [format_ for format_ in Format if format_ is not Format.PLAIN32]
@@ -156,3 +163,34 @@ def test_dtypes_name_their_format() -> None:
 
 def test_partial_rows_cover_every_element() -> None:
     assert [partial_rows(n) for n in (0, 1, 4095, 4096, 4097, 8192)] == [0, 1, 1, 1, 2, 2]
+
+
+# ---- a device without FP64 ---------------------------------------------------------------------------------------
+
+
+class NoFp64OnMps(TorchDispatchMode):
+    """As on MPS: no tensor of FP64 can be there, and tensors of two devices do not mix."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                assert (tensor.device.type, tensor.dtype) != ("mps", torch.float64), func
+        return result
+
+
+def test_nothing_is_of_fp64_on_a_device_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    group: Any = object()
+    with FakeTensorMode(), NoFp64OnMps():
+        grad = torch.ones(5, dtype=torch.bfloat16, device="mps")
+        assert fma(2.0, grad, grad.float()).device.type == "mps"
+        norm = norm_over((group,), grad.float().norm(), 2.0)
+        assert (norm.device.type, norm.dtype) == ("mps", torch.float32)
+        meter = LostBitsMeter()
+        for scale in (0.5, torch.tensor(0.5, device="mps")):
+            meter.add(grad, grad, scale, None, True)
+            meter.add(grad, grad, scale, grad, True)
+            meter.add(grad, grad, scale, grad, False)
+        monkeypatch.setattr(Tensor, "item", lambda tensor: 1.0)  # a fake tensor has no value
+        assert meter.report([{"params": [grad]}], lambda param: param.float()).error == 1
