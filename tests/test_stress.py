@@ -8,6 +8,7 @@ gradients that are made up.
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import accumkern
+from accumkern import passes
+from accumkern.noise_scale import estimate
 
 hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
@@ -139,6 +142,25 @@ class Expected:
         return bool(((grad.double() - self.value).abs() <= bound).all())
 
 
+class Noise:
+    """The squares that the noise scale of a window is made of, in FP64."""
+
+    def __init__(self) -> None:
+        self.is_known = True
+        self.squares: list[float] = []
+        self.sums: dict[nn.Parameter, Tensor] = {}
+
+    def add(self, entries: list[Expected], scale: float) -> None:
+        """Add what arrived in a backward pass."""
+        arrived = [entry for entry in entries if entry.arrived]
+        # Parts of a gradient that come one by one have no square that a fold could take.
+        self.is_known &= all(len(entry.arrived) == 1 for entry in arrived)
+        if arrived and self.is_known:
+            self.squares.append(sum(float((entry.arrived[0] * scale).square().sum()) for entry in arrived))
+            for entry in arrived:
+                self.sums[entry.param] = self.sums.get(entry.param, 0) + entry.arrived[0] * scale
+
+
 EDITS: dict[str, Callable[[nn.Parameter], Any]] = {
     "mul_": lambda p: p.grad.mul_(0.7),
     "fill_": lambda p: p.grad.fill_(1.25),
@@ -166,7 +188,7 @@ def zero(style: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 zero_styles = st.sampled_from(["optimizer, None", "optimizer, zeros", "model", "model, zeros", "by hand"])
 seeds = st.integers(0, 2**16)
-counted = {"windows": 0, "folds": 0}
+counted = {"windows": 0, "folds": 0, "noise scales": 0}
 
 
 class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
@@ -187,18 +209,32 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
             ]
         ),
         average_over=st.sampled_from([None, None, 4, 3]),
+        stats=st.booleans(),
+        waits=st.booleans(),
         seed=seeds,
     )
-    def build(self, width: int, layers: list[str], setup: Any, average_over: int | None, seed: int) -> None:
+    def build(
+        self,
+        width: int,
+        layers: list[str],
+        setup: Any,
+        average_over: int | None,
+        stats: bool,
+        waits: bool,
+        seed: int,
+    ) -> None:
         torch.manual_seed(seed)
+        passes.WAITING_DEVICE_TYPES = frozenset({"cpu", "cuda"} if waits else {"cuda"})
         self.buffer, dtypes = setup
         self.model = Network(width, layers, dtypes)
         self.params = list(self.model.parameters())
         self.expected = [Expected(param, self.buffer) for param in self.params]
         self.late = self.params.pop() if len(self.params) > 1 and seed % 2 else None  # for add_param_group
         self.optimizer = torch.optim.SGD(self.params, lr=0.02, momentum=0.5)
-        self.accumulator = accumkern.attach(self.optimizer, self.buffer, average_over=average_over)
+        self.stats = stats
+        self.accumulator = accumkern.attach(self.optimizer, self.buffer, average_over=average_over, stats=stats)
         self.unfinished = False
+        self.noise = Noise()
 
     # ---- rules -------------------------------------------------------------------------------------------------
 
@@ -260,6 +296,7 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
             self.model.fails_before = None
             if handle is not None:
                 handle.remove()
+        self.noise.is_known = False
         # Each gradient counts or does not: what arrived before the failure may be in, but never half of it.
         for entry in self.watched():
             gradient = self.accumulator.gradient(entry.param)
@@ -287,6 +324,7 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
         for entry in self.expected:
             entry.take()
             assert entry.value is None or not entry.value.any() or entry.param is self.late
+        self.noise = Noise()
 
     @stateful.rule(place=st.integers(0, 99), how=st.sampled_from(list(EDITS)))
     def edit(self, place: int, how: str) -> None:
@@ -294,12 +332,14 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
         if param.grad is not None:
             EDITS[how](param)
             self.of(param).take()
+            self.noise.is_known = False
 
     @stateful.rule(place=st.integers(0, 99), factor=st.sampled_from([0.0, 0.7, -3.0]))
     def edit_that_leaves_no_trace(self, place: int, factor: float) -> None:
         param = self.params[place % len(self.params)]
         if param.grad is not None:
             param.grad.data.mul_(factor)
+            self.noise.is_known = False
             self.of(param).take(error=GRAD_ERROR[param.dtype] if param.dtype in (BF16, FP16) else 0.0)
             if param.dtype is FP16:
                 self.of(param).bound = self.of(param).bound + GRAD_TINY[FP16]
@@ -320,6 +360,7 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
         if not entries or not self.unfinished:
             return
         finished = self.accumulator.finish(divide_by=torch.tensor(divide_by), max_norm=max_norm)
+        self.noise.is_known = False
         values = [entry.value / divide_by for entry in entries if entry.value is not None]
         bounds = [(entry.bound / divide_by).expand_as(value) for entry, value in zip(entries, values, strict=True)]
         norm = float(torch.cat([value.flatten() for value in values]).norm())
@@ -352,7 +393,8 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
         groups = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer = torch.optim.SGD(groups, lr=0.02, momentum=0.5)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.accumulator = accumkern.attach(self.optimizer, self.buffer)
+        self.accumulator = accumkern.attach(self.optimizer, self.buffer, stats=self.stats)
+        self.noise.is_known = False
         self.accumulator.load_state_dict(state["accumulator"])
         self.accumulator.scale = scale
         for param, gradient, grad in zip(self.params, before, grads, strict=True):
@@ -363,15 +405,91 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
     def detach_and_attach(self) -> None:
         scale = self.accumulator.scale
         self.accumulator.detach()
-        self.accumulator = accumkern.attach(self.optimizer, self.buffer)
+        self.accumulator = accumkern.attach(self.optimizer, self.buffer, stats=self.stats)
+        self.noise.is_known = False
         self.accumulator.scale = scale
         for entry in self.watched():
             entry.take()  # the residuals are gone
 
+    @stateful.rule(seed=seeds)
+    def roll_back(self, seed: int) -> None:
+        """A state is loaded into the accumulator that saved it, after a micro-batch that does not count."""
+        file = io.BytesIO()
+        torch.save(self.accumulator.state_dict(), file)
+        file.seek(0)
+        before = [self.accumulator.gradient(param) for param in self.params]
+        self.loss(seed).backward()
+        self.forget_arrivals()
+        with torch.inference_mode(seed % 2 == 0):
+            self.accumulator.load_state_dict(torch.load(file, weights_only=True))
+        for param, gradient in zip(self.params, before, strict=True):
+            assert_same_bits(self.accumulator.gradient(param), gradient)
+        self.noise.is_known = False
+
+    @stateful.precondition(lambda self: self.stats)
+    @stateful.rule(place=st.integers(0, 99))
+    def noise_scale(self, place: int) -> None:
+        if not self.noise.is_known or len(self.noise.squares) < 2:
+            with contextlib.suppress(RuntimeError):
+                self.accumulator.noise_scale()
+            self.noise.is_known = False
+            return
+        squares, sums = self.noise.squares, self.noise.sums.values()
+        wanted = estimate(squares, sum(float(total.square().sum()) for total in sums), [1.0] * len(squares))
+        found = self.accumulator.noise_scale()
+        assert found.micro_batches == len(squares)
+        slack = 1e-3 * max(squares) + SUM_TINY
+        assert abs(found.window.trace - wanted.trace) <= slack
+        assert abs(found.window.squared_gradient - wanted.squared_gradient) <= slack
+        counted["noise scales"] += 1
+        self.noise.is_known = False
+
+    @stateful.rule(
+        style=zero_styles, place=st.integers(0, 99), shape=st.sampled_from([(257, 256), (3, 5), (1,), (0, 4)])
+    )
+    def another_shape(self, style: str, place: int, shape: tuple[int, ...]) -> None:
+        self.zero_grad(style)
+        large = [layer[0] for kind, layer in zip(self.model.kinds, self.model.layers, strict=True) if kind == "large"]
+        if large:
+            param = large[place % len(large)]
+            param.grad = None
+            param.data = torch.ones(shape, dtype=param.dtype)
+            self.optimizer.state.pop(param, None)
+            self.of(param).take()
+
+    @stateful.rule(style=zero_styles)
+    def swap_out_and_back(self, style: str) -> None:
+        """As for an evaluation with averaged weights."""
+        self.zero_grad(style)
+        others = [nn.Parameter(param.detach().clone()) for param in self.params]
+        for _ in range(2):
+            for param, other in zip(self.params, others, strict=True):
+                torch.utils.swap_tensors(param, other)
+
+    @stateful.precondition(lambda self: self.late is None and len(self.params) > 1)
+    @stateful.rule(place=st.integers(0, 99))
+    def leave_its_group(self, place: int) -> None:
+        self.late = self.params.pop(place % len(self.params))
+        for group in self.optimizer.param_groups:
+            group["params"] = [param for param in group["params"] if param is not self.late]
+        self.optimizer.state.pop(self.late, None)
+        accumkern.accumulator_of(self.optimizer)
+        self.noise.is_known = False
+
     @stateful.precondition(lambda self: self.late is not None)
-    @stateful.rule()
-    def add_param_group(self) -> None:
-        self.optimizer.add_param_group({"params": [self.late]})
+    @stateful.rule(how=st.sampled_from(["add_param_group", "append", "the class"]))
+    def add_param_group(self, how: str) -> None:
+        if self.late.grad is not None:
+            self.noise.is_known = False
+        if how == "add_param_group":
+            self.optimizer.add_param_group({"params": [self.late]})
+        else:
+            self.late.grad = None
+            if how == "append":
+                self.optimizer.param_groups[0]["params"].append(self.late)
+            else:
+                torch.optim.Optimizer.add_param_group(self.optimizer, {"params": [self.late]})
+            assert accumkern.accumulator_of(self.optimizer) is self.accumulator
         self.params.append(self.late)
         self.of(self.late).take()
         self.late = None
@@ -398,6 +516,7 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
 
     def backward(self, loss: Tensor, **options: Any) -> None:
         loss.backward(**options)
+        self.noise.add(self.watched(), float(self.accumulator.scale))
         for entry in self.watched():
             for grad in entry.arrived:
                 self.unfinished = True
@@ -419,7 +538,7 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
 
 def test_any_sequence_of_events_keeps_the_sums(tmp_path: Any) -> None:
     hypothesis.configuration.set_hypothesis_home_dir(tmp_path)
-    threads = torch.get_num_threads()
+    threads, waiting = torch.get_num_threads(), passes.WAITING_DEVICE_TYPES
     torch.set_num_threads(1)
     try:
         stateful.run_state_machine_as_test(
@@ -436,5 +555,7 @@ def test_any_sequence_of_events_keeps_the_sums(tmp_path: Any) -> None:
         )
     finally:
         torch.set_num_threads(threads)
+        passes.WAITING_DEVICE_TYPES = waiting
     assert counted["windows"] >= 3000
     assert counted["folds"] >= 50_000
+    assert counted["noise scales"] >= 100
