@@ -23,7 +23,7 @@ class Parts(NamedTuple):
     """An accumulated gradient as it is stored; of a DTensor, what this rank holds of it.
 
     Attributes:
-        sum: ``.grad``, the accumulated value rounded to the parameter's dtype.
+        sum: ``.grad``, the accumulated value rounded to the parameter's dtype; ties away from zero in split formats.
         residual: what the sum lacks, of its shape and strides, in ``format.residual_dtype``; None counts as zero.
         format: how the two make one number (:mod:`accumkern.formats`); None where torch adds by itself (sparse,
             complex, float64, or holes in memory).
