@@ -84,6 +84,8 @@ class GradAccumulator:
             norm  = ||x / divide_by||                           # of all gradients together
             grad  = round((x / divide_by) * min(1, max_norm / (norm + 1e-6)))
 
+        Ties are rounded to even, also where the folds of a split buffer have rounded them away from zero.
+
         The 2-norm comes from sums that the folds leave behind (from the second window on; other gradients and other
         norms cost a pass). Nothing waits for the device, so it can be captured in a CUDA graph.
 

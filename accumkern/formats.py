@@ -1,8 +1,9 @@
 """The storage formats, bit by bit, in plain torch: the reference that every backend is compared with.
 
-An accumulated FP32 value ``x`` is stored as ``sum``, the element of ``.grad`` (``x`` rounded to the parameter's dtype),
-and ``residual``, what is missing of ``x``. With ``u16(h)`` the bits of a bfloat16 and all arithmetic in IEEE binary32,
-round to nearest even, subnormals kept::
+An accumulated FP32 value ``x`` is stored as ``sum``, the element of ``.grad`` (``x`` rounded to the parameter's dtype,
+ties away from zero in the split formats and to even in the others), and ``residual``, what is missing of ``x``. split24
+first rounds ``x`` to 16 significant bits, to even. With ``u16(h)`` the bits of a bfloat16 and all arithmetic in IEEE
+binary32, round to nearest even, subnormals kept::
 
     split24    decode(h, l) = float((u16(h) << 16) + (int32(l) << 8))      l: int8
     split32    decode(h, l) = float((u16(h) << 16) +  int32(l))            l: int16
@@ -104,7 +105,11 @@ def decode(format_: Format, sums: Tensor, residuals: Tensor | None) -> Tensor:
 
 
 def encode(format_: Format, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return ``(sums, residuals)``, the stored form of the FP32 tensor ``x``; residuals is None for PLAIN32."""
+    """Return ``(sums, residuals)``, the stored form of the FP32 tensor ``x``; residuals is None for PLAIN32.
+
+    Sums of the split formats have their ties rounded away from zero: half a unit in the last place is the residual's
+    least value, and it has no room for it as a greatest one.
+    """
     x = _canonical(x)
     if format_ is Format.PLAIN32:
         return x, None
