@@ -82,6 +82,8 @@ class GradAccumulator:
             norm  = ||x / divide_by||                           # of all gradients together
             grad  = round((x / divide_by) * min(1, max_norm / (norm + 1e-6)))
 
+        Ties are rounded to even, also where the folds of a split buffer have rounded them away from zero.
+
         The norm is always that of what is in memory, whoever wrote it: a pass that reads ``.grad`` and residuals before
         the one that writes. Nothing waits for the device, so it can be captured in a CUDA graph.
 
@@ -109,8 +111,6 @@ class GradAccumulator:
         if self._rooms.finished_at == self._passes.count:
             raise RuntimeError("finish() was called already since the last backward pass; call it once per window")
         finished = finish(gradients, divide_by, max_norm, norm_type, error_if_nonfinite, self._fold.kernels_on)
-        if self._rooms.noise_scale is not None:
-            self._rooms.noise_scale.squares.reduce()
         self._rooms.finished_at = self._passes.count
         return finished
 

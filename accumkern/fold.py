@@ -21,7 +21,7 @@ _numel = Tensor.numel
 
 def is_plain(grad: Tensor, dtype: torch.dtype) -> bool:
     """Return whether the kernels take a gradient of a dtype as it is; sparse tensors are not contiguous."""
-    return grad.dtype is dtype and dtype in FOLDED_DTYPES and grad.is_contiguous() and not grad.is_neg()
+    return grad.dtype is dtype and grad.is_contiguous() and not grad.is_neg()
 
 
 class Fold:
@@ -90,8 +90,8 @@ class Fold:
     def many(self, slots: list[Slot], grads: list[Tensor], sums: list[Any], start: Start) -> None:
         """Fold gradients of one device and dtype into their sums, which are laid out alike.
 
-        From zero there are no sums. The gradients may share memory with tensors of somebody else, so what is written
-        goes into memory of its own.
+        To continue, each slot has just said that it has the residual of the sum. From zero there are no sums. The
+        gradients may share memory with tensors of somebody else, so what is written goes into memory of its own.
 
         Raises:
             TypeError: the buffer cannot hold the gradients' dtype.
@@ -111,7 +111,10 @@ class Fold:
             raise ValueError("the .data of a .grad was given another size in the middle of a window")
         dtype, scale, residuals, partials = format_.residual_dtype, self.scale, None, None
         if dtype is not None:
-            residuals = [slot.residual_for(total, dtype) for slot, total in zip(slots, sums, strict=True)]
+            if start is Start.CONTINUE:
+                residuals = [slot.residual for slot in slots]
+            else:
+                residuals = [slot.residual_for(total, dtype) for slot, total in zip(slots, sums, strict=True)]
         if isinstance(scale, Tensor):
             scale = scale.to(new.device)
         squares = self.squares

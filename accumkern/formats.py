@@ -1,8 +1,9 @@
 """The storage formats, bit by bit, in plain torch: the reference that every backend is compared with.
 
-An accumulated FP32 value ``x`` is stored as ``sum``, the element of ``.grad`` (``x`` rounded to the parameter's dtype),
-and ``residual``, what is missing of ``x``. With ``u16(h)`` the bits of a bfloat16 and all arithmetic in IEEE binary32,
-round to nearest even, subnormals kept::
+An accumulated FP32 value ``x`` is stored as ``sum``, the element of ``.grad`` (``x`` rounded to the parameter's dtype,
+ties away from zero in the split formats and to even in the others), and ``residual``, what is missing of ``x``. split24
+first rounds ``x`` to 16 significant bits, to even. With ``u16(h)`` the bits of a bfloat16 and all arithmetic in IEEE
+binary32, round to nearest even, subnormals kept::
 
     split24    decode(h, l) = float((u16(h) << 16) + (int32(l) << 8))      l: int8
     split32    decode(h, l) = float((u16(h) << 16) +  int32(l))            l: int16
@@ -22,23 +23,28 @@ from torch import Tensor
 
 
 class Format(IntEnum):
-    """How an accumulated value lies in memory. The numbers are shared with csrc/accumulate.h."""
+    """How an accumulated value lies in memory. The numbers are shared with csrc/accumulate.h.
 
-    SPLIT24 = 0
-    SPLIT32 = 1
-    MAIN_GRAD_BFLOAT16 = 2
-    MAIN_GRAD_FLOAT16 = 3
-    PLAIN32 = 4
+    Attributes:
+        sum_dtype: of ``.grad`` and of each micro-gradient.
+        residual_dtype: of the residual, or None where the sum is complete in itself.
+    """
 
-    @property
-    def sum_dtype(self) -> torch.dtype:
-        """Dtype of ``.grad`` and of each micro-gradient."""
-        return _DTYPES[self][0]
+    SPLIT24 = 0, torch.bfloat16, torch.int8
+    SPLIT32 = 1, torch.bfloat16, torch.int16
+    MAIN_GRAD_BFLOAT16 = 2, torch.bfloat16, torch.float32
+    MAIN_GRAD_FLOAT16 = 3, torch.float16, torch.float32
+    PLAIN32 = 4, torch.float32, None
 
-    @property
-    def residual_dtype(self) -> torch.dtype | None:
-        """Dtype of the residual, or None where the sum is complete in itself."""
-        return _DTYPES[self][1]
+    sum_dtype: torch.dtype
+    residual_dtype: torch.dtype | None
+
+    def __new__(cls, number: int, sum_dtype: torch.dtype, residual_dtype: torch.dtype | None) -> Format:
+        """Make a member that knows its dtypes."""
+        member = int.__new__(cls, number)
+        member._value_ = number
+        member.sum_dtype, member.residual_dtype = sum_dtype, residual_dtype
+        return member
 
 
 class Start(IntEnum):
@@ -49,16 +55,8 @@ class Start(IntEnum):
     FROM_ZERO = 2  # nothing: sum and residual are only written, and the sum may be the gradient itself
 
 
-_DTYPES: dict[Format, tuple[torch.dtype, torch.dtype | None]] = {
-    Format.SPLIT24: (torch.bfloat16, torch.int8),
-    Format.SPLIT32: (torch.bfloat16, torch.int16),
-    Format.MAIN_GRAD_BFLOAT16: (torch.bfloat16, torch.float32),
-    Format.MAIN_GRAD_FLOAT16: (torch.float16, torch.float32),
-    Format.PLAIN32: (torch.float32, None),
-}
-
 #: The format of a (sum dtype, residual dtype) pair.
-FORMAT_OF_DTYPES = {dtypes: format_ for format_, dtypes in _DTYPES.items()}
+FORMAT_OF_DTYPES = {(format_.sum_dtype, format_.residual_dtype): format_ for format_ in Format}
 
 #: ``buffer`` argument of :func:`accumkern.attach` -> dtype of ``.grad`` -> format.
 BUFFERS: dict[str, dict[torch.dtype, Format]] = {
@@ -109,7 +107,11 @@ def decode(format_: Format, sums: Tensor, residuals: Tensor | None) -> Tensor:
 
 
 def encode(format_: Format, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return ``(sums, residuals)``, the stored form of the FP32 tensor ``x``; residuals is None for PLAIN32."""
+    """Return ``(sums, residuals)``, the stored form of the FP32 tensor ``x``; residuals is None for PLAIN32.
+
+    Sums of the split formats have their ties rounded away from zero: half a unit in the last place is the residual's
+    least value, and it has no room for it as a greatest one.
+    """
     x = _canonical(x)
     if format_ is Format.PLAIN32:
         return x, None

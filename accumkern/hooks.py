@@ -119,7 +119,7 @@ def _before(reference: Callable[[], Any], set_aside: Callable[[Any], None]) -> C
             if node.variable is not param:  # torch.utils.swap_tensors has given the hooks to another tensor
                 return
             all_hooks = tensor_hooks(param)
-            is_last = not all_hooks or all_hooks[next(reversed(all_hooks))] is before
+            is_last = len(all_hooks) == 1 or all_hooks[next(reversed(all_hooks))] is before
             if not accumulates or not is_last:  # a backward pass from the parameter itself; others are still to look
                 handle: RemovableHandle = node.register_prehook(lambda _: last(param, handle))
                 return

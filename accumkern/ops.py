@@ -26,7 +26,7 @@ def accumulate_(
     For every element of every tensor, with one rounding in the addition::
 
         x = scale * grad + decode(sum, residual)        # FP32, fused multiply-add
-        sum, residual = encode(x)                       # sum is x rounded to its own dtype
+        sum, residual = encode(x)                       # sum is x rounded to its own dtype (ties: see formats)
 
     The dtype of a residual chooses the format. bfloat16 sums take int8 (split24: 16-bit significand), int16 (split32:
     exactly FP32) or float32 (the FP32 value itself); float16 sums take float32; float32 sums take no residual. Start

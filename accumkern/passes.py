@@ -25,7 +25,7 @@ from accumkern.dtensor import is_in_group
 from accumkern.fold import Fold, is_plain
 from accumkern.formats import Start
 from accumkern.lost_bits import LostBitsMeter
-from accumkern.slot import NOT_SET_ASIDE, Slot
+from accumkern.slot import FOLDED_DTYPES, NOT_SET_ASIDE, Slot
 from accumkern.torch_private import (
     NO_BACKWARD,
     compiled_autograd,
@@ -187,7 +187,7 @@ class BackwardPasses:
             start = Start.CONTINUE if continues else Start.FROM_SUM
         # .grad.data may have been given another layout or dtype, which no version tells.
         dtype = new.dtype
-        plain = is_plain(new, dtype) and (running is None or is_plain(running, dtype))
+        plain = dtype in FOLDED_DTYPES and is_plain(new, dtype) and (running is None or is_plain(running, dtype))
         if not plain or _is_grad_enabled():  # create_graph=True
             fold.one(slot, running, new, start)
         elif self._may_wait and self._waits(slot, param, running, new):
@@ -265,7 +265,11 @@ class BackwardPasses:
                 self.count += 1
                 self._in_group = is_in_group()
                 # DistributedDataParallel sends .grad on right after the hook, and a report looks at it.
-                self._may_wait = not self._in_group and self._lost_bits is None
+                self._may_wait = (
+                    not self._in_group
+                    and self._lost_bits is None
+                    and (torch.cuda.is_initialized() or "cpu" in WAITING_DEVICE_TYPES)
+                )
                 if number != NO_BACKWARD:
                     self._under_way[number] = this = _Pass(number, self._end)
                     queue_callback(this)

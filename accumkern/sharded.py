@@ -14,7 +14,7 @@ from accumkern import dtensor
 from accumkern.fold import Fold, is_plain
 from accumkern.formats import Format, Start
 from accumkern.passes import BackwardPasses
-from accumkern.slot import NOT_SET_ASIDE, Slot, Stored
+from accumkern.slot import FOLDED_DTYPES, NOT_SET_ASIDE, Slot, Stored
 from accumkern.torch_private import NO_BACKWARD, current_graph_task_id, disabled_torch_function, set_local_tensor
 
 
@@ -149,7 +149,7 @@ class ShardPasses:
             return
         self._passes.enter()
         slot.is_folded = True
-        if not is_plain(new, new.dtype) or not is_plain(total, new.dtype) or new.shape != total.shape:
+        if not _are_plain(new, total):
             slot.forget()
             total.add_(new * fold.scale if fold.is_scaled else new)
             return
@@ -196,9 +196,8 @@ class ShardPasses:
             alike &= running.placements == new.placements
         local = dtensor.shard(new)
         total = local if running is None else dtensor.shard(running)
-        plain = is_plain(local, local.dtype) and is_plain(total, local.dtype)
         try:
-            if not alike or not plain or local.shape != total.shape or torch.is_grad_enabled():
+            if not alike or not _are_plain(local, total) or torch.is_grad_enabled():
                 self._fold.as_torch_does(slot, running, new)
             else:
                 slot.param.grad = new if running is None else running
@@ -206,3 +205,9 @@ class ShardPasses:
         except BaseException:
             slot.param.grad = running
             raise
+
+
+def _are_plain(new: Tensor, total: Tensor) -> bool:
+    """Return whether the kernels fold one shard into another as they are."""
+    dtype = new.dtype
+    return dtype in FOLDED_DTYPES and is_plain(new, dtype) and is_plain(total, dtype) and new.shape == total.shape

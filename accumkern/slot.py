@@ -20,7 +20,7 @@ class Parts(NamedTuple):
     """An accumulated gradient as it is stored; of a DTensor, what this rank holds of it.
 
     Attributes:
-        sum: ``.grad``, the accumulated value rounded to the parameter's dtype.
+        sum: ``.grad``, the accumulated value rounded to the parameter's dtype; ties away from zero in split formats.
         residual: what the sum lacks, of its shape and strides, in ``format.residual_dtype``; None counts as zero.
         format: how the two make one number (:mod:`accumkern.formats`); None where torch adds by itself (sparse,
             complex, float64, or holes in memory).
@@ -133,11 +133,10 @@ class Slot:
 
     def has_residual_of(self, grad: Tensor) -> bool:
         """Return whether a fold into ``grad`` goes on from its residual, or from it alone where none is needed."""
-        if not self.owns(grad):
+        if self.written() is not grad or self.version_of(grad) != self.version:
             return False
-        # .grad.data may be anything
         total = self.local(grad)
-        format_ = self.formats.get(total.dtype)
+        format_ = self.formats.get(total.dtype)  # .grad.data may be anything
         return format_ is not None and (format_.residual_dtype is None or self._fits(total, format_.residual_dtype))
 
     def valid_residual(self, grad: Tensor) -> Tensor | None:

@@ -38,6 +38,7 @@ def attach(
 
     The training loop stays as it is: call ``loss.backward()`` for each micro-batch, then ``optimizer.step()`` and
     ``zero_grad()``. Parameters that are frozen now, or added later by ``optimizer.add_param_group``, are included.
+    ``.grad`` is always the sum so far, rounded once: ties away from zero with a split buffer, to even with ``"fp32"``.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``, or an object with its ``param_groups``.

@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import accumkern
 from accumkern.dtensor import norm_over
 from accumkern.formats import BUFFERS, FORMAT_OF_DTYPES, Format, decode, encode, fma, partial_rows, round_to
 from accumkern.lost_bits import LostBitsMeter
@@ -194,3 +195,45 @@ def test_nothing_is_of_fp64_on_a_device_that_has_none(monkeypatch: pytest.Monkey
             meter.add(grad, grad, scale, grad, False)
         monkeypatch.setattr(Tensor, "item", lambda tensor: 1.0)  # a fake tensor has no value
         assert meter.report([{"params": [grad]}], lambda param: param.float()).error == 1
+
+
+# ---- ties --------------------------------------------------------------------------------------------------------
+
+
+def ties() -> torch.Tensor:
+    """Every finite value that lies in the middle between two normal bfloat16 numbers."""
+    upper = torch.arange(0x0080, 0x7F7F, dtype=torch.int32)
+    return torch.cat([upper, upper | 0x8000]).mul(0x10000).add(0x8000).view(torch.float32)
+
+
+@pytest.mark.parametrize("format_", SPLITS, ids=lambda f: f.name.lower())
+def test_split_formats_round_ties_away_from_zero(format_: Format) -> None:
+    x = ties()
+    sums, residuals = encode(format_, x)
+    assert (sums.double().abs() > x.double().abs()).all()
+    assert torch.equal(decode(format_, sums, residuals), x)
+
+
+def test_fp32_rounds_ties_to_even_as_torch_does() -> None:
+    sums, _ = encode(Format.MAIN_GRAD_BFLOAT16, ties())
+    assert (sums.view(torch.int16) & 1 == 0).all()
+    assert torch.equal(sums, ties().bfloat16())
+
+
+@pytest.mark.parametrize("buffer", BUFFERS)
+def test_grad_has_ties_away_from_zero_until_finish_rounds_them_to_even(buffer: str) -> None:
+    x = ties()
+    param = torch.nn.Parameter(torch.zeros_like(x, dtype=torch.bfloat16))
+    accumulator = accumkern.attach(torch.optim.SGD([param]), buffer)
+    upper = (x.view(torch.int32) & ~0xFFFF).view(torch.float32)
+    for grad in (upper, x - upper):
+        param.backward(grad.bfloat16())
+    assert param.grad is not None
+    is_tie = accumulator.gradient(param) == x  # not of subnormal halves
+    assert is_tie.float().mean() > 0.9
+    if buffer == "fp32":
+        assert torch.equal(param.grad[is_tie], x.bfloat16()[is_tie])
+    else:
+        assert (param.grad.double().abs() > x.double().abs())[is_tie].all()
+    accumulator.finish(2.0)
+    assert torch.equal(param.grad[is_tie], (x / 2).bfloat16()[is_tie])
