@@ -110,8 +110,8 @@ def _before(reference: Callable[[], Any], set_aside: Callable[[Any], None]) -> C
             return
         param = hooks.param
         grad = param.grad
-        if grad is not None:
-            node = current_node()
+        node = None if grad is None else current_node()  # of compiled autograd, which is refused, there is none
+        if node is not None:
             try:
                 accumulates = will_evaluate(node)
             except RuntimeError:  # torch.autograd.grad

@@ -39,8 +39,10 @@ def run(code: str, folder: Path = ROOT, **environment: str) -> str:
 OUT_OF_MEMORY = """
 import resource, torch, accumkern
 
-def run(small, before, average_over):
-    accumkern.slot.SMALL_NUMEL, accumkern.passes.MAX_WAITING_NUMEL = small, 2**30
+def run(waits, before, average_over):
+    if waits:
+        accumkern.passes.WAITING_DEVICE_TYPES = frozenset({"cpu"})
+    accumkern.passes.SMALL_NUMEL = accumkern.passes.MAX_WAITING_NUMEL = 2**30
     params = [torch.nn.Parameter(torch.zeros(2**23, dtype=torch.bfloat16)) for _ in range(2)]
     optimizer = torch.optim.SGD(params, lr=1.0)
     accumulator = accumkern.attach(optimizer, average_over=average_over)
@@ -84,10 +86,11 @@ for case in CASES:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits its address space as Linux does")
 def test_out_of_memory_in_a_fold_leaves_the_gradient_as_it_was() -> None:
     """The allocation of a residual, or of the first sum, really fails: the address space is limited in between."""
-    cases = {  # (small, micro-batches before, average_over) -> what is left
-        (0, 1, None): "[1.0, 4.0]",  # the first was folded when memory was there
-        (2**30, 1, None): "[1.0, 1.0]",  # both wait for the end of the backward pass
-        (2**30, 0, 4): "[None, None]",
+    cases = {  # (waits, micro-batches before, average_over) -> what is left
+        (False, 1, None): "[1.0, 4.0]",  # the first was folded when memory was there
+        (False, 0, 4): "[0.75, None]",
+        (True, 1, None): "[1.0, 1.0]",  # both wait for the end of the backward pass
+        (True, 0, 4): "[None, None]",
     }
     # Every allocation comes from the system and goes back to it: none is served from what was freed before.
     found = run(f"CASES = {list(cases)}" + OUT_OF_MEMORY, MALLOC_MMAP_THRESHOLD_="65536")
@@ -113,7 +116,8 @@ def test_failure_between_the_two_hooks_of_a_parameter_is_repaired_by_zero_grad(s
 
     backward()
     backward()
-    handle = torch.autograd.graph.get_gradient_edge(params[0]).node.register_prehook(fail)
+    node = torch.autograd.graph.get_gradient_edge(params[0]).node  # its hooks live as long as somebody holds it
+    handle = node.register_prehook(fail)
     with pytest.raises(ArithmeticError):
         backward()
     handle.remove()

@@ -190,11 +190,11 @@ def test_nothing_is_of_fp64_on_a_device_that_has_none(monkeypatch: pytest.Monkey
         assert (norm.device.type, norm.dtype) == ("mps", torch.float32)
         meter = LostBitsMeter()
         for scale in (0.5, torch.tensor(0.5, device="mps")):
-            meter.add(grad, grad, scale, None, True)
-            meter.add(grad, grad, scale, grad, True)
-            meter.add(grad, grad, scale, grad, False)
+            for more in ((), (grad, Tensor.float), (grad,)):
+                meter.add(grad, grad, scale, *more)
+                meter.folded(grad, grad, None, None)
         monkeypatch.setattr(Tensor, "item", lambda tensor: 1.0)  # a fake tensor has no value
-        assert meter.report([{"params": [grad]}], lambda param: param.float()).error == 1
+        assert meter.report([{"params": [grad]}]).error == 1
 
 
 # ---- ties --------------------------------------------------------------------------------------------------------
