@@ -289,6 +289,8 @@ class GradAccumulator:
     def _slot_of(self, param: Tensor) -> Slot:
         self._check_attached()
         self._passes.complete()
+        if not isinstance(param, Tensor) or param not in self._attachment.slots:
+            self._check_parameters()  # it may have come by hand
         slot = self._attachment.slots.get(param) if isinstance(param, Tensor) else None
         if slot is None:
             raise ValueError("param is not a parameter of the attached optimizer")

@@ -61,6 +61,7 @@ class Attachment:
         self._optimizer: Callable[[], Any] = weakref.ref(optimizer) if is_torchs else lambda: optimizer
         self._groups: list[dict[str, Any]] = optimizer.param_groups
         self._known: list[Tensor] = []  # the optimizer's parameters when they were compared last
+        self._missed: dict[Tensor, tuple[Any, int]] = {}  # whose gradient is torch's: that, and its version
         self._left_out: list[Tensor] = []  # of these, frozen ones that cannot be hooked, and integers
 
     def __del__(self) -> None:
@@ -116,7 +117,7 @@ class Attachment:
         the groups are let go.
 
         Raises:
-            RuntimeError: torch has accumulated the gradient of one of them by itself.
+            RuntimeError: torch has accumulated the gradient of one of them by itself, and it was not zeroed since.
             TypeError, ValueError: a parameter that has come cannot be hooked.
         """
         if torch.compiler.is_compiling():  # of the optimizer's step
@@ -137,10 +138,17 @@ class Attachment:
             self.slots.clear()
             self.slots.update(slots)  # in the order of the optimizer
             self._note_known()
-        missed = [param for param in hooked if param.grad is not None]
-        if missed and (self._needs_all() or any(param.dtype in _SHORT_DTYPES for param in missed)):
+        for param in hooked:
+            if param.grad is not None and (self._needs_all() or param.dtype in _SHORT_DTYPES):
+                self._missed[param] = weakref.ref(param.grad), param.grad._version
+        for param, (reference, version) in list(self._missed.items()):
+            grad = param.grad
+            if grad is None or grad is not reference() or grad._version != version:  # zero_grad() was called
+                del self._missed[param]
+        if self._missed:
+            shape = tuple(next(iter(self._missed)).shape)
             raise RuntimeError(
-                f"{len(missed)} parameters, the first of shape {tuple(missed[0].shape)}, had no hooks, and torch has "
+                f"{len(self._missed)} parameters, the first of shape {shape}, had no hooks, and torch has "
                 "accumulated their gradients by itself: they came into the optimizer's groups without its "
                 "add_param_group() (call accumkern.accumulator_of(optimizer) after that), or module.to() has put other "
                 "tensors into them (torch.utils.swap_tensors, which it uses for DTensors), or their _backward_hooks "

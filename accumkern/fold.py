@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -98,16 +99,15 @@ class Fold:
             ValueError: a sum has another size than its gradient. Nothing is written then.
         """
         new = grads[0]
-        for grad in grads:
-            if type(grad) is not Tensor:
-                _check_memory("a gradient", grad)
-        format_ = BUFFERS[self.buffer].get(new.dtype)
+        if type(new) is not Tensor:
+            _check_memory("a gradient", new)
+        format_ = slots[0].formats.get(new.dtype)
         if format_ is None:
             raise TypeError(f".grad is {new.dtype}, which buffer={self.buffer!r} cannot hold; use buffer='fp32'")
         if start is Start.FROM_ZERO:
             sums = [torch.empty_like(grad) for grad in grads]
         # Whoever gives .grad another size through .data leaves no trace in its version.
-        elif list(map(_numel, grads)) != list(map(_numel, sums)):
+        elif any(map(operator.ne, map(_numel, grads), map(_numel, sums))):
             raise ValueError("the .data of a .grad was given another size in the middle of a window")
         dtype, scale, residuals, partials = format_.residual_dtype, self.scale, None, None
         if dtype is not None:

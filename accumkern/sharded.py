@@ -52,6 +52,10 @@ class ShardSlot(Slot):
         """Return a number that grows with every change. A DTensor and its shard count their own."""
         return grad._version + dtensor.shard(grad)._version
 
+    def has_residual_of(self, grad: Any) -> bool:
+        """Return whether a fold into the shard of ``grad`` goes on from its residual, if it needs one."""
+        return self.owns(grad) and self._fits_format(dtensor.shard(grad))
+
     def stored(self) -> Stored:
         """Return the shard of ``.grad`` as it lies in memory."""
         grad: Any = self.param.grad

@@ -131,13 +131,9 @@ class Slot:
         """Return whether ``grad`` is what was written last, unchanged since: the residual belongs to it."""
         return grad is not None and self.written() is grad and self.version_of(grad) == self.version
 
-    def has_residual_of(self, grad: Tensor) -> bool:
+    def has_residual_of(self, grad: Any) -> bool:
         """Return whether a fold into ``grad`` goes on from its residual, or from it alone where none is needed."""
-        if self.written() is not grad or self.version_of(grad) != self.version:
-            return False
-        total = self.local(grad)
-        format_ = self.formats.get(total.dtype)  # .grad.data may be anything
-        return format_ is not None and (format_.residual_dtype is None or self._fits(total, format_.residual_dtype))
+        return self.written() is grad and grad._version == self.version and self._fits_format(grad)
 
     def valid_residual(self, grad: Tensor) -> Tensor | None:
         """Return the residual that belongs to ``grad``, flat in its memory order, if there is one."""
@@ -157,6 +153,14 @@ class Slot:
         if partials is None or len(partials) != rows or partials.device != total.device:
             self.partials = torch.empty((rows, PARTIALS), dtype=torch.float32, device=total.device)
         return self.partials  # type: ignore[return-value]
+
+    def _fits_format(self, total: Tensor) -> bool:
+        """Return whether the residual is of the kind and size that a sum has: .grad.data may be anything."""
+        format_ = self.formats.get(total.dtype)
+        if format_ is None:
+            return False
+        dtype = format_.residual_dtype
+        return dtype is None or self._fits(total, dtype)
 
     def _fits(self, total: Tensor, dtype: torch.dtype) -> bool:
         residual = self.residual

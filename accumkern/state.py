@@ -96,6 +96,11 @@ def checked(state_dict: object, parameters: list[Tensor], buffer: str) -> list[t
         for key, tensor in (("sums", total), ("residuals", residual)):
             if tensor is not None and tensor.is_meta:
                 raise ValueError(f"{key}[{i}] of state_dict is on the meta device, without values; load it elsewhere")
+            if tensor is not None and (
+                tensor.is_nested or (residual is not None and tensor.layout is not torch.strided)
+            ):
+                kind = "a nested tensor" if tensor.is_nested else f"of layout {tensor.layout} beside a residual"
+                raise TypeError(f"{key}[{i}] of state_dict is {kind}; it must be a dense tensor")
             if tensor is not None:
                 check_layout(f"{key}[{i}] of state_dict", tensor, f"parameter {i}", param)
         if total.shape != param.shape:

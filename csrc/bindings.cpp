@@ -18,27 +18,25 @@ using namespace accumkern;
 
 namespace {
 
-using Addresses = std::vector<uintptr_t>;
-using Numels = std::vector<int64_t>;
+// Tensors cross as one list of numbers, column after column: the addresses of what a FoldTensor has, kAbsent in a column
+// that the kernel does not use, and the numbers of elements.
+constexpr size_t kColumns = 5;
+constexpr int64_t kAbsent = -1;
 
-// One column per argument, one entry per tensor; every column but sums may be empty.
-std::vector<FoldTensor> gather(const Addresses& grads, const Addresses& sums, const Addresses& residuals,
-                               const Addresses& partials, const Numels& numels) {
-  const size_t count = sums.size();
-  for (const Addresses* column : {&grads, &residuals, &partials}) {
-    if (!column->empty() && column->size() != count) throw std::invalid_argument("accumkern.backends._C: lists differ in length");
-  }
-  if (numels.size() != count) throw std::invalid_argument("accumkern.backends._C: lists differ in length");
+std::vector<FoldTensor> tensors_of(const std::vector<int64_t>& table) {
+  if (table.size() % kColumns != 0) throw std::invalid_argument("accumkern.backends._C: columns differ in length");
+  const size_t count = table.size() / kColumns;
   std::vector<FoldTensor> tensors(count);
   for (size_t i = 0; i < count; ++i) {
-    for (const Addresses* column : {&grads, &sums, &residuals}) {
-      if (numels[i] > 0 && !column->empty() && (*column)[i] == 0) {
+    const int64_t numel = table[4 * count + i];
+    const auto pointer = [&](size_t column) -> void* {
+      const int64_t address = table[column * count + i];
+      if (address == 0 && numel > 0) {
         throw std::runtime_error("accumkern: a tensor has no memory, as torch's immutable ZeroTensors; clone() it first");
       }
-    }
-    tensors[i] = {grads.empty() ? nullptr : reinterpret_cast<const void*>(grads[i]), reinterpret_cast<void*>(sums[i]),
-                  residuals.empty() ? nullptr : reinterpret_cast<void*>(residuals[i]),
-                  partials.empty() ? nullptr : reinterpret_cast<float*>(partials[i]), numels[i]};
+      return address == kAbsent ? nullptr : reinterpret_cast<void*>(address);
+    };
+    tensors[i] = {pointer(0), pointer(1), pointer(2), static_cast<float*>(pointer(3)), numel};
   }
   return tensors;
 }
@@ -91,61 +89,20 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_instruction_set", &cpu_instruction_set);
   module.def("is_writable", &is_writable, py::arg("address"), py::arg("bytes"));
 
-  // Arguments in the order of every backend, then the tensors' sizes and where they are.
+  for (const auto& [name, kernel] : {std::pair{"FOLD", Kernel::kFold}, {"FINISH", Kernel::kFinish}, {"DECODE", Kernel::kDecode},
+                                     {"ENCODE", Kernel::kEncode}, {"SQUARES", Kernel::kSquares}}) {
+    module.attr(name) = static_cast<int>(kernel);
+  }
   module.def(
-      "fold",
-      [](int format, int start, const Addresses& grads, const Addresses& sums, const Addresses& residuals,
-         ScalarPair scale, const Addresses& partials, const Numels& numels, int device, uintptr_t threads_or_stream) {
-        run({Kernel::kFold, static_cast<Format>(format), static_cast<Start>(start),
-             gather(grads, sums, residuals, partials, numels), scalar_of(scale)},
-            device, threads_or_stream);
-      },
-      py::arg("format"), py::arg("start"), py::arg("grads"), py::arg("sums"), py::arg("residuals"), py::arg("scale"),
-      py::arg("partials"), py::arg("numels"), py::arg("device"), py::arg("threads_or_stream"));
-
-  module.def(
-      "finish",
-      [](int format, int start, const Addresses& sums, const Addresses& residuals, ScalarPair divisor,
-         ScalarPair factor, const Numels& numels, int device, uintptr_t threads_or_stream) {
-        run({Kernel::kFinish, static_cast<Format>(format), static_cast<Start>(start),
-             gather({}, sums, residuals, {}, numels), scalar_of(divisor), scalar_of(factor)},
-            device, threads_or_stream);
-      },
-      py::arg("format"), py::arg("start"), py::arg("sums"), py::arg("residuals"), py::arg("divisor"),
-      py::arg("factor"), py::arg("numels"), py::arg("device"), py::arg("threads_or_stream"));
-
-  module.def(
-      "decode",
-      [](int format, const Addresses& sums, const Addresses& residuals, const Addresses& values, const Numels& numels,
+      "run",
+      [](int kernel, int format, int start, const std::vector<int64_t>& table, ScalarPair scalar, ScalarPair factor,
          int device, uintptr_t threads_or_stream) {
-        run({Kernel::kDecode, static_cast<Format>(format), Start::kContinue,
-             gather(sums, values, residuals, {}, numels)},
+        run({static_cast<Kernel>(kernel), static_cast<Format>(format), static_cast<Start>(start), tensors_of(table), scalar_of(scalar),
+             scalar_of(factor)},
             device, threads_or_stream);
       },
-      py::arg("format"), py::arg("sums"), py::arg("residuals"), py::arg("values"), py::arg("numels"),
+      py::arg("kernel"), py::arg("format"), py::arg("start"), py::arg("table"), py::arg("scalar"), py::arg("factor"),
       py::arg("device"), py::arg("threads_or_stream"));
-
-  module.def(
-      "encode",
-      [](int format, const Addresses& values, ScalarPair divisor, const Addresses& sums, const Addresses& residuals,
-         const Numels& numels, int device, uintptr_t threads_or_stream) {
-        run({Kernel::kEncode, static_cast<Format>(format), Start::kContinue,
-             gather(values, sums, residuals, {}, numels), scalar_of(divisor)},
-            device, threads_or_stream);
-      },
-      py::arg("format"), py::arg("values"), py::arg("divisor"), py::arg("sums"), py::arg("residuals"),
-      py::arg("numels"), py::arg("device"), py::arg("threads_or_stream"));
-
-  module.def(
-      "squares",
-      [](int format, int start, const Addresses& sums, const Addresses& residuals, const Addresses& partials,
-         const Numels& numels, int device, uintptr_t threads_or_stream) {
-        run({Kernel::kSquares, static_cast<Format>(format), static_cast<Start>(start),
-             gather({}, sums, residuals, partials, numels)},
-            device, threads_or_stream);
-      },
-      py::arg("format"), py::arg("start"), py::arg("sums"), py::arg("residuals"), py::arg("partials"),
-      py::arg("numels"), py::arg("device"), py::arg("threads_or_stream"));
 
 #if defined(ACCUMKERN_CUDA_TARGETS)
   module.attr("cuda_targets") = ACCUMKERN_CUDA_TARGETS;

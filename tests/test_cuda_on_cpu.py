@@ -13,9 +13,10 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -101,11 +102,11 @@ def backend(extension: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     """The cuda backend over that extension, told device 0 and its default stream where CPU tensors name the CPU."""
     from accumkern.backends import native
 
-    def on_device(name: str) -> Callable[..., None]:
-        return lambda *arguments: getattr(extension, name)(*arguments[:-2], 0, 0)
+    def run(*arguments: Any) -> None:
+        extension.run(*arguments[:-2], 0, 0)
 
-    functions = {name: on_device(name) for name in backends.Kernels._fields}
-    monkeypatch.setattr(native, "_C", SimpleNamespace(**functions))
+    kernels = {name.upper(): getattr(extension, name.upper()) for name in backends.Kernels._fields}
+    monkeypatch.setattr(native, "_C", SimpleNamespace(run=run, **kernels))
     yield "cuda"
     assert "runtime error" not in capfd.readouterr().err
 

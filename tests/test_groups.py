@@ -75,10 +75,12 @@ def test_what_has_come_is_hooked_by_whoever_asks_for_the_accumulator(change: Cha
 
 
 @pytest.mark.parametrize("change", BY_HAND)
-@pytest.mark.parametrize("ask", ["step", "finish", "state_dict", "scale", "noise_scale"])
-def test_what_has_come_unseen_is_an_error_and_hooked_from_then_on(change: Change, ask: str) -> None:
+@pytest.mark.parametrize("ask", ["step", "finish", "state_dict", "scale", "noise_scale", "gradient"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_what_has_come_unseen_is_an_error_and_hooked_from_then_on(change: Change, ask: str, set_to_none: bool) -> None:
     *_, optimizer, acc = attached(4, stats=True)
-    change(optimizer, parameter(8))
+    new = parameter(8)
+    change(optimizer, new)
     window(optimizer)
     asked: dict[str, Callable[[], Any]] = {
         "step": optimizer.step,
@@ -86,10 +88,15 @@ def test_what_has_come_unseen_is_an_error_and_hooked_from_then_on(change: Change
         "state_dict": acc.state_dict,
         "scale": lambda: setattr(acc, "scale", 0.5),
         "noise_scale": acc.noise_scale,
+        "gradient": lambda: acc.gradient(new),
     }
+    for _ in range(1 if ask == "gradient" else 2):  # whoever looks at one gradient finds it hooked then
+        with pytest.raises(RuntimeError, match=r"1 parameters, the first of shape \(8,\), had no hooks, and torch has"):
+            asked[ask]()
+    window(optimizer)
     with pytest.raises(RuntimeError, match=r"1 parameters, the first of shape \(8,\), had no hooks, and torch has"):
-        asked[ask]()
-    optimizer.zero_grad()
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=set_to_none)
     for param, grads in window(optimizer).items():
         assert_fp32_sum(acc, param, grads[-5:], 1 / 4)
     optimizer.step()

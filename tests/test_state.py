@@ -306,6 +306,22 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], type[Exception],
         TypeError,
         r"residuals\[1\] of state_dict is torch.int16, .*'split24'",
     ),
+    "a sparse sum beside a residual": (
+        lambda s: s | {"sums": s["sums"] | {"1": s["sums"]["1"].to_sparse()}},
+        TypeError,
+        r"sums\[1\] of state_dict is of layout torch.sparse_coo beside a residual; it must be a dense tensor",
+    ),
+    "a nested tensor": (
+        lambda s: (
+            s
+            | {
+                "sums": s["sums"]
+                | {"1": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged)}
+            }
+        ),
+        TypeError,
+        r"sums\[1\] of state_dict is a nested tensor; it must be a dense tensor",
+    ),
     "residual of another shape": (
         lambda s: s | {"residuals": s["residuals"] | {"1": s["residuals"]["1"][1:]}},
         ValueError,

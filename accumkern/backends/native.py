@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import torch
 from torch import Tensor
 
 from accumkern.backends import _C  # type: ignore[attr-defined]
 from accumkern.formats import Format, Start
+
+_Column = list[Tensor] | None
 
 
 def fold(
@@ -19,20 +23,7 @@ def fold(
     partials: list[Tensor] | None,
 ) -> None:
     """Fold each gradient into its sum; see :class:`accumkern.backends.Kernels`."""
-    scale_pair, _held = _scalar(scale)
-    device, threads_or_stream = _place(sums)
-    _C.fold(
-        format_,
-        start,
-        _addresses(grads),
-        _addresses(sums),
-        _addresses(residuals),
-        scale_pair,
-        _addresses(partials),
-        list(map(Tensor.numel, sums)),
-        device,
-        threads_or_stream,
-    )
+    _run(_C.FOLD, format_, start, grads, sums, residuals, partials, scale)
 
 
 def finish(
@@ -44,34 +35,12 @@ def finish(
     factor: float | Tensor,
 ) -> None:
     """Divide, multiply and round each sum; see :class:`accumkern.backends.Kernels`."""
-    divisor_pair, _held = _scalar(divisor)
-    factor_pair, _held_too = _scalar(factor)
-    device, threads_or_stream = _place(sums)
-    _C.finish(
-        format_,
-        start,
-        _addresses(sums),
-        _addresses(residuals),
-        divisor_pair,
-        factor_pair,
-        list(map(Tensor.numel, sums)),
-        device,
-        threads_or_stream,
-    )
+    _run(_C.FINISH, format_, start, None, sums, residuals, None, divisor, factor)
 
 
 def decode(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
     """Write the FP32 values of each sum; see :class:`accumkern.backends.Kernels`."""
-    device, threads_or_stream = _place(sums)
-    _C.decode(
-        format_,
-        _addresses(sums),
-        _addresses(residuals),
-        _addresses(values),
-        list(map(Tensor.numel, sums)),
-        device,
-        threads_or_stream,
-    )
+    _run(_C.DECODE, format_, Start.CONTINUE, sums, values, residuals, None)
 
 
 def encode(
@@ -82,50 +51,54 @@ def encode(
     residuals: list[Tensor] | None,
 ) -> None:
     """Divide FP32 values and store them; see :class:`accumkern.backends.Kernels`."""
-    divisor_pair, _held = _scalar(divisor)
-    device, threads_or_stream = _place(sums)
-    _C.encode(
-        format_,
-        _addresses(values),
-        divisor_pair,
-        _addresses(sums),
-        _addresses(residuals),
-        list(map(Tensor.numel, sums)),
-        device,
-        threads_or_stream,
-    )
+    _run(_C.ENCODE, format_, Start.CONTINUE, values, sums, residuals, None, divisor)
 
 
 def squares(
     format_: Format, start: Start, sums: list[Tensor], residuals: list[Tensor] | None, partials: list[Tensor]
 ) -> None:
     """Write the sums of squares of each block; see :class:`accumkern.backends.Kernels`."""
-    device, threads_or_stream = _place(sums)
-    _C.squares(
-        format_,
-        start,
-        _addresses(sums),
-        _addresses(residuals),
-        _addresses(partials),
-        list(map(Tensor.numel, sums)),
-        device,
-        threads_or_stream,
-    )
+    _run(_C.SQUARES, format_, start, None, sums, residuals, partials)
 
 
-def _addresses(tensors: list[Tensor] | None) -> list[int]:
-    return [] if tensors is None else list(map(Tensor.data_ptr, tensors))  # faster than a comprehension
+_address, _numel = Tensor.data_ptr, Tensor.numel
+_ABSENT = -1
 
 
-def _scalar(factor: float | Tensor) -> tuple[tuple[float, int], Tensor | None]:
-    """Return a factor as the extension takes it, (value, address), and an FP32 tensor to keep until the launch."""
+def _run(
+    kernel: int,
+    format_: Format,
+    start: Start,
+    grads: _Column,
+    sums: list[Tensor],
+    residuals: _Column,
+    partials: _Column,
+    scalar: float | Tensor = 1.0,
+    factor: float | Tensor = 1.0,
+) -> None:
+    """Run a kernel on the columns of a FoldTensor (csrc/accumulate.h), those that it does not use None."""
+    if len(sums) == 1:  # written out, because it comes for every gradient that does not wait
+        total = sums[0]
+        table = [
+            grads[0].data_ptr() if grads else _ABSENT,
+            total.data_ptr(),
+            residuals[0].data_ptr() if residuals else _ABSENT,
+            partials[0].data_ptr() if partials else _ABSENT,
+            total.numel(),
+        ]
+    else:
+        table = []
+        for column in (grads, sums, residuals, partials):
+            table += map(_address, column) if column is not None else repeat(_ABSENT, len(sums))
+        table += map(_numel, sums)
+    # A factor crosses as (value, address). An FP32 copy of a tensor is kept until the launch.
+    scalar_pair, factor_pair = (scalar, 0), (factor, 0)
+    if isinstance(scalar, Tensor):
+        scalar = scalar.detach().to(torch.float32)
+        scalar_pair = 1.0, scalar.data_ptr()
     if isinstance(factor, Tensor):
-        held = factor.detach().to(torch.float32)
-        return (1.0, held.data_ptr()), held
-    return (factor, 0), None
-
-
-def _place(sums: list[Tensor]) -> tuple[int, int]:
-    """Return where the kernels run, as the extension takes it: (device, stream), or (-1, threads) for the CPU."""
+        factor = factor.detach().to(torch.float32)
+        factor_pair = 1.0, factor.data_ptr()
     device = sums[0].get_device()
-    return device, torch.get_num_threads() if device < 0 else torch.cuda.current_stream(device).cuda_stream
+    where = torch.get_num_threads() if device < 0 else torch.cuda.current_stream(device).cuda_stream
+    _C.run(kernel, format_, start, table, scalar_pair, factor_pair, device, where)
