@@ -199,11 +199,12 @@ class WindowSquares:
         self._is_inside = False  # whether the pass is inside another, which may have brought no gradient yet
         self._begin_window()
 
-    def _begin_window(self) -> None:
+    def _begin_window(self, if_not_zero: str = _CHANGED) -> None:
         self.window += 1
         self._index = -1  # of the micro-batch
         self._closed = False
         self._spoilt = ""  # why the window's noise scale is unknown
+        self._if_not_zero = if_not_zero  # why it is if the gradients were not zero when it began
         self._witness: tuple[Tensor, weakref.ref[Tensor], int] | None = None  # a gradient that shows whether it is over
         self._squares: dict[tuple[int, int, torch.device], Tensor] = {}  # by micro-batch and group
         self._zeros: dict[torch.device, Tensor] = {}  # squares of what should have been zero
@@ -214,10 +215,8 @@ class WindowSquares:
     def begin_pass(self, is_inside_another: bool) -> None:
         """Begin a micro-batch, unless the pass is inside another: then a parameter's second gradient will."""
         has_failed, self._pass_is_under_way = self._pass_is_under_way, True
-        if self._closed or self._is_over():
-            self._begin_window()
-        elif has_failed:
-            self.spoil()
+        if self._closed or has_failed or self._is_over():
+            self._begin_window(_FAILED if has_failed else _CHANGED)
         self._is_inside = is_inside_another
         if not is_inside_another or self._index < 0:
             self._index += 1
@@ -269,7 +268,7 @@ class WindowSquares:
         else:
             is_right = start is Start.CONTINUE
         if not is_right:
-            self._spoilt = self._spoilt or _CHANGED
+            self._spoilt = self._spoilt or (self._if_not_zero if of.is_fresh else _CHANGED)
         of.is_fresh, of.unfolded, of.partials = False, None, partials
         with self._lock:
             self._folded.append((of, partials, scale, of.index, old_index if start is Start.FROM_SUM else None))
@@ -325,10 +324,6 @@ class WindowSquares:
         """Forget the window, whose gradients are others now."""
         self._begin_window()
 
-    def spoil(self) -> None:
-        """Note that a backward pass of this window has failed."""
-        self._spoilt = self._spoilt or _FAILED
-
     def _is_over(self) -> bool:
         """Return whether somebody has taken the window's gradients away, or changed them."""
         if self._witness is None:
@@ -343,7 +338,9 @@ class WindowSquares:
             RuntimeError: there is nothing to estimate from, or gradients were changed in the middle of the window.
         """
         self.reduce()
-        reason = self._spoilt or (_CHANGED if any(float(square) > 0 for square in self._zeros.values()) else "")
+        reason = _FAILED if self._pass_is_under_way else self._spoilt
+        if not reason and any(float(square) > 0 for square in self._zeros.values()):
+            reason = self._if_not_zero
         if reason:
             raise RuntimeError(f"the noise scale is unknown: {reason}")
         count = self._index + 1

@@ -141,8 +141,6 @@ class BackwardPasses:
             self._add(slot, param, running, new)
         except BaseException:
             param.grad = running
-            if self._fold.squares is not None:
-                self._fold.squares.spoil()
             raise
         if self._lost_bits is not None:
             self._measure(slot)

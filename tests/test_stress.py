@@ -80,7 +80,7 @@ class Network(nn.Module):
             if kind == "gain":
                 x = x * layer[0] + layer[1] + layer[2].sum()
             elif kind == "large":
-                x = x + (layer[0] * x.mean()).sum() / 257
+                x = x + (layer[0].float() * x.mean()).sum() / 257  # more than float16 holds
             elif kind == "convolution":
                 x = layer(x[:, :, None, None].expand(-1, -1, 2, 2)).mean((2, 3))
             elif kind.startswith("checkpointed"):
@@ -253,6 +253,8 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
         for count in counts:
             self.micro_batches(count, seed)
             self.check()
+            if self.stats:
+                self.noise_scale()
             self.step(style, clip)
 
     @stateful.rule(seed=seeds)
@@ -429,8 +431,8 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
         self.noise.is_known = False
 
     @stateful.precondition(lambda self: self.stats)
-    @stateful.rule(place=st.integers(0, 99))
-    def noise_scale(self, place: int) -> None:
+    @stateful.rule()
+    def noise_scale(self) -> None:
         if not self.noise.is_known or len(self.noise.squares) < 2:
             with contextlib.suppress(RuntimeError):
                 self.accumulator.noise_scale()
@@ -446,6 +448,7 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
         counted["noise scales"] += 1
         self.noise.is_known = False
 
+    @stateful.precondition(lambda self: not self.has_failed)  # after that torch itself keeps nodes, and their shapes
     @stateful.rule(
         style=zero_styles, place=st.integers(0, 99), shape=st.sampled_from([(257, 256), (3, 5), (1,), (0, 4)])
     )
@@ -561,4 +564,4 @@ def test_any_sequence_of_events_keeps_the_sums(tmp_path: Any) -> None:
         passes.WAITING_DEVICE_TYPES = waiting
     assert counted["windows"] >= 3000
     assert counted["folds"] >= 50_000
-    assert counted["noise scales"] >= 100
+    assert counted["noise scales"] >= 300
