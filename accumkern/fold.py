@@ -11,10 +11,10 @@ from torch import Tensor
 from accumkern import backends
 from accumkern.dtensor import is_dtensor
 from accumkern.formats import BUFFERS, Start
-from accumkern.noise_scale import WindowSquares
 from accumkern.ops import is_dense
 from accumkern.slot import FOLDED_DTYPES, Slot
 from accumkern.torch_private import is_fake, is_flattened, is_wrapper_subclass
+from accumkern.window_squares import WindowSquares
 
 _is_grad_enabled = torch.is_grad_enabled
 _numel = Tensor.numel

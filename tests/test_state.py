@@ -351,3 +351,95 @@ def test_loading_refuses_a_state_that_does_not_fit_and_changes_nothing(case: str
         assert param.grad is grad
         assert grad._version == version
         assert_same_bits(acc.gradient(param), x)
+
+
+# ---- where a state goes ------------------------------------------------------------------------------------------
+
+
+def convolution(buffer: str) -> tuple[torch.nn.Module, torch.optim.Optimizer, accumkern.GradAccumulator]:
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(4, 8, 3, dtype=BF16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    return model, optimizer, accumkern.attach(optimizer, buffer)
+
+
+def micro_batch(model: torch.nn.Module, n: int) -> None:
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(n)).to(BF16)
+    model(x.contiguous(memory_format=torch.channels_last)).float().square().mean().backward()
+
+
+@pytest.mark.parametrize("buffer", ["split24", "split32", "fp32"])
+@pytest.mark.parametrize("which", ["sums", "residuals", "both"])
+def test_a_state_may_be_saved_in_another_order_of_memory(buffer: str, which: str) -> None:
+    """As by savers that take contiguous tensors only."""
+    model, _, acc = convolution(buffer)
+    for n in range(4):
+        micro_batch(model, n)
+    state = acc.state_dict()
+    assert state["residuals"]["0"].stride() == state["sums"]["0"].stride() == (36, 1, 12, 4)
+    for key in ("sums", "residuals") if which == "both" else (which,):
+        state[key] = {i: tensor.clone(memory_format=torch.contiguous_format) for i, tensor in state[key].items()}
+    other, _, loaded = convolution(buffer)
+    loaded.load_state_dict(state)
+    for param, of_other in zip(model.parameters(), other.parameters(), strict=True):
+        assert_same_bits(loaded.gradient(of_other), acc.gradient(param))
+    for m in (model, other):
+        micro_batch(m, 4)
+    for param, of_other in zip(model.parameters(), other.parameters(), strict=True):
+        assert_same_bits(loaded.gradient(of_other), acc.gradient(param))
+
+
+@pytest.mark.parametrize("buffer", ["split24", "split32", "fp32"])
+def test_a_state_is_loaded_in_inference_mode_and_from_its_tensors(buffer: str) -> None:
+    model, optimizer, acc = convolution(buffer)
+    for n in range(4):
+        micro_batch(model, n)
+    with torch.inference_mode():
+        state = copy.deepcopy(acc.state_dict())
+        other, other_optimizer, loaded = convolution(buffer)
+    other, other_optimizer, loaded = convolution(buffer)
+    with torch.inference_mode():
+        loaded.load_state_dict(state)
+    for _ in range(2):
+        for m in (model, other):
+            micro_batch(m, 4)
+        for param, of_other in zip(model.parameters(), other.parameters(), strict=True):
+            assert_same_bits(loaded.gradient(of_other), acc.gradient(param))
+        optimizer.zero_grad(set_to_none=False)
+        other_optimizer.zero_grad(set_to_none=False)
+
+
+def test_a_state_that_memory_does_not_hold_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, acc = convolution("split24")
+    for n in range(3):
+        micro_batch(model, n)
+    state = copy.deepcopy(acc.state_dict())
+    micro_batch(model, 3)
+    before = [acc.gradient(param) for param in model.parameters()]
+    made: list[int] = []
+    original = torch.empty_strided
+
+    def out_of_memory(*arguments: Any, **options: Any) -> Tensor:
+        made.append(1)
+        if len(made) == 2:
+            raise torch.OutOfMemoryError
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(torch, "empty_strided", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        acc.load_state_dict(state)
+    monkeypatch.undo()
+    for param, value in zip(model.parameters(), before, strict=True):
+        assert_same_bits(acc.gradient(param), value)
+
+
+def test_finish_may_be_called_again_after_a_rollback() -> None:
+    model, _, acc = convolution("split32")
+    for n in range(3):
+        micro_batch(model, n)
+    state = copy.deepcopy(acc.state_dict())
+    norm = acc.finish(divide_by=2.0).norm
+    acc.load_state_dict(state)
+    assert torch.equal(acc.finish(divide_by=2.0).norm, norm)
+    with pytest.raises(RuntimeError, match="finish\\(\\) was called already"):
+        acc.finish()
