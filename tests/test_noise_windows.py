@@ -253,6 +253,19 @@ def test_each_backward_pass_is_a_micro_batch() -> None:
     assert acc.noise_scale().micro_batches == 6
 
 
+def test_a_step_ends_a_window_also_where_nobody_zeroes() -> None:
+    layer = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    acc = accumkern.attach(optimizer, stats=True)
+    for _ in range(2):
+        for n in range(2):
+            layer(inputs(n)).square().sum().backward()
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=r"unknown: \.grad was changed"):
+        acc.noise_scale()
+    assert acc._rooms.noise_scale.squares._index == 1
+
+
 def test_a_pass_that_failed_spoils_its_window_alone() -> None:
     layer = nn.Linear(8, 8)
     params = list(layer.parameters())

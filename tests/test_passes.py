@@ -189,6 +189,10 @@ def test_backward_straight_from_a_parameter() -> None:
     grads = micro_gradients(6, 5)
     for grad in grads:
         param.backward(grad)
+        kept = param.grad
+        (found,) = torch.autograd.grad(param, [param], grad)
+        assert_equal(found, grad)
+        assert param.grad is kept
     assert_fp32_sum(acc, param, grads)
     assert_equal(grads[0], micro_gradients(6, 5)[0])  # the caller's tensor is not written
 

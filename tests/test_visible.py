@@ -131,11 +131,20 @@ def test_an_edit_before_a_pass_inside_the_pass_loses_nothing(average_over: int |
         assert_equal(acc.gradient(param), torch.full((4,), 2 / (average_over or 1)))
 
 
-def test_a_parameter_in_a_pass_and_in_the_one_inside_it(average_over: int | None) -> None:
+def test_a_parameter_in_a_pass_and_in_the_one_inside_it(
+    average_over: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The gradient of the inner pass may wait still when that of the outer one comes."""
     param = parameter(4)
     acc = accumkern.attach(sgd(param), "split32", average_over=average_over)
     arrived = record(param)
+    many = acc._fold.many
+
+    def fold(slots: list[Any], *others: Any) -> None:
+        assert len(slots) == len(set(slots))  # the tensors of a launch are written at the same time
+        many(slots, *others)
+
+    monkeypatch.setattr(acc._fold, "many", fold)
     for n in range(4):
         x = torch.full((4,), 1 + n / 64, requires_grad=True)
         inner = checkpoint(lambda t: t * param.float(), x * 1, use_reentrant=True)
@@ -192,6 +201,21 @@ def test_a_launch_that_fails_leaves_the_sums_as_they_were(
     assert sum(unchanged) >= len(params) - successes
     for param, of_param, is_unchanged in zip(params, grads, unchanged, strict=True):
         assert_fp32_sum(acc, param, of_param[: 2 if is_unchanged else 3], 1 / (average_over or 1))
+
+
+def test_an_error_before_the_fold_leaves_the_running_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    param = parameter(4)
+    acc = accumkern.attach(sgd(param), "split32", report=True)
+    (param.float() * 8).sum().backward()
+    (param.float() * 8).sum().backward()
+
+    def fail(*_: Any) -> None:
+        raise ArithmeticError
+
+    monkeypatch.setattr(acc._rooms.lost_bits, "add", fail)
+    with pytest.raises(ArithmeticError):
+        (param.float() * 8).sum().backward()
+    assert_equal(acc.gradient(param), torch.full((4,), 16.0))
 
 
 def test_what_waits_in_a_pass_that_failed_is_not_taken_for_an_edit(average_over: int | None) -> None:
