@@ -157,7 +157,7 @@ class BackwardPasses:
     def _add(self, slot: Slot, param: Tensor, running: Any, new: Any) -> None:
         fold = self._fold
         number = current_graph_task_id()
-        if number != self._number or slot.waits:
+        if number != self._number:
             param.grad = running  # as it was before this gradient came
             if slot.waits:  # what a pass inside this one, or around it, has brought
                 self._fold_waiting()
