@@ -59,10 +59,9 @@ class GradAccumulator:
 
     @scale.setter
     def scale(self, scale: float | Tensor) -> None:
-        self._check_parameters()
+        self._check_attached()
         scale = ops.check_scale("scale", scale)
-        devices = self._attachment.devices
-        if isinstance(scale, Tensor) and scale.device not in devices:
+        if isinstance(scale, Tensor) and scale.device not in (devices := self._attachment.devices):
             on = ", ".join(sorted(map(str, devices)))
             raise ValueError(f"scale is on {scale.device} and the parameters on {on}; move it there")
         self._passes.complete()

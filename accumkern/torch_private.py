@@ -37,6 +37,8 @@ def check(needed_by: str = "attach()") -> None:
         RuntimeError: some are missing; the message lists them.
     """
     missing = list(_missing[needed_by])
+    if needed_by == "attach()" and not missing and not _tells_what_accumulates():
+        missing.append("torch._C._will_engine_execute_node that tells backward() from torch.autograd.grad")
     if needed_by == "attach()" and torch.distributed.is_available() and not importlib.util.find_spec(_COLLECTIVES):
         missing.append(_COLLECTIVES)
     if missing:
@@ -79,6 +81,25 @@ def is_in_function() -> bool:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+@functools.cache
+def _tells_what_accumulates() -> bool:
+    """Return whether :data:`will_evaluate` does what is said there."""
+    found = []
+
+    def hook(_grad: Any) -> None:
+        try:
+            found.append(will_evaluate(current_node()))
+        except RuntimeError:
+            found.append(False)
+
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = torch.zeros(1, device="cpu", requires_grad=True)
+        leaf.register_hook(hook)
+        torch.autograd.grad(leaf * 1, [leaf])
+        (leaf * 1).backward()
+    return found == [False, True]
 
 
 def _stream_by_public_names(device_index: int) -> int:

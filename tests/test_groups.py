@@ -75,7 +75,7 @@ def test_what_has_come_is_hooked_by_whoever_asks_for_the_accumulator(change: Cha
 
 
 @pytest.mark.parametrize("change", BY_HAND)
-@pytest.mark.parametrize("ask", ["step", "finish", "state_dict", "scale", "noise_scale", "gradient"])
+@pytest.mark.parametrize("ask", ["step", "finish", "state_dict", "noise_scale", "gradient"])
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_what_has_come_unseen_is_an_error_and_hooked_from_then_on(change: Change, ask: str, set_to_none: bool) -> None:
     *_, optimizer, acc = attached(4, stats=True)
@@ -86,7 +86,6 @@ def test_what_has_come_unseen_is_an_error_and_hooked_from_then_on(change: Change
         "step": optimizer.step,
         "finish": acc.finish,
         "state_dict": acc.state_dict,
-        "scale": lambda: setattr(acc, "scale", 0.5),
         "noise_scale": acc.noise_scale,
         "gradient": lambda: acc.gradient(new),
     }

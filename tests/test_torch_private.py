@@ -34,3 +34,17 @@ def test_a_torch_without_its_collectives_is_refused(monkeypatch: pytest.MonkeyPa
     with pytest.raises(RuntimeError, match=r"has no torch\.distributed\._no_such_module"):
         torch_private.check()
     torch_private.check("planning")
+
+
+def test_a_torch_that_answers_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that is set aside for torch.autograd.grad would be lost."""
+    torch_private._tells_what_accumulates.cache_clear()
+    try:
+        with monkeypatch.context() as context:
+            context.setattr(torch_private, "will_evaluate", lambda _node: True)
+            with pytest.raises(RuntimeError, match=r"_will_engine_execute_node that tells backward\(\) from"):
+                torch_private.check()
+    finally:
+        torch_private._tells_what_accumulates.cache_clear()
+    with torch.inference_mode():
+        torch_private.check()
