@@ -83,7 +83,10 @@ def write(gradients: list[Stored], divisor: float | Tensor, factor: Tensor | flo
     """Set each ``.grad`` to ``round((x / divisor) * factor)``, computed in FP32 from the accumulated value ``x``."""
     for total, _, format_, *_ in gradients:
         if format_ is None:
-            total.div_(_on(divisor, total.device)).mul_(_on(factor, total.device))
+            by, device = divisor, total.device
+            if not isinstance(by, Tensor):  # torch on CUDA multiplies with the reciprocal of a number
+                by = torch.full((), by, dtype=widest(device), device=device)
+            total.div_(_on(by, device)).mul_(_on(factor, device))
     for device, format_, start, sums, residuals in _launches(gradients):
         kernels_on(device).finish(format_, start, sums, residuals, _on(divisor, device), _on(factor, device))
         torch.autograd.graph.increment_version(sums)

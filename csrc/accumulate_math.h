@@ -5,7 +5,7 @@
 // compile with contraction off (-ffp-contract=off, nvcc -fmad=false), every fused multiply-add is spelled out.
 //
 // A format says how one accumulated value x lies in memory: as `Sum`, the element of `.grad` (the upper half of x,
-// correctly rounded), and `Residual`, what is missing of it.
+// rounded to nearest; encode says which way ties go), and `Residual`, what is missing of it.
 //
 //   decode(sum, residual)   the value            widen(sum)   the value of a sum whose residual counts as zero
 //   encode(bits, ...)       both halves of it    round(bits)  the value rounded to nearest even, for .grad alone

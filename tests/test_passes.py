@@ -6,6 +6,7 @@ import copy
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 import accumkern
+from accumkern import passes
 
 pytestmark = pytest.mark.usefixtures("one_thread", "waiting")
 
@@ -381,3 +383,40 @@ def test_backward_passes_in_two_threads_over_parameters_of_their_own() -> None:
     assert not failures
     for param in (*params[0], *params[1]):
         assert_fp32_sum(acc, param, grads)
+
+
+# ---- streams -------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """A stub of a stream of a GPU, which there may not be."""
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.mark.parametrize(("made_on", "name"), [(0, "default"), (7, "external 7"), (5, None)])
+def test_what_waits_is_folded_on_the_stream_that_made_it(
+    made_on: int, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever flushes, in whatever thread, waits for that stream. ExternalStream(0) would not be the default stream."""
+    log: list[str] = []
+
+    @contextmanager
+    def stream(of: Stream) -> Iterator[None]:
+        log.append(f"on {of.name}")
+        yield
+        log.append(f"off {of.name}")
+
+    monkeypatch.setattr(passes, "current_raw_stream", lambda index: 5)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(log, f"current of {device}"))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream(log, "default"))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: Stream(log, f"external {handle}"))
+    with passes._on_stream(torch.device("cuda", 1), made_on):
+        log.append("fold")
+    around = [f"on {name}"], [f"off {name}", f"current of cuda:1 waits for {name}"]
+    assert log == (["fold"] if name is None else [*around[0], "fold", *around[1]])
