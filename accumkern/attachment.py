@@ -130,7 +130,7 @@ class Attachment:
         if unfrozen or list(map(id, params)) != list(map(id, self._known)):
             for param in self.slots.keys() - set(params):
                 self._hooks.pop(param).remove()
-                del self.slots[param]
+                _put_back(self.slots.pop(param))
             come = self._unhooked()
             self._hook(come)
             hooked += come
@@ -166,10 +166,8 @@ class Attachment:
         self.is_attached = False
         for hooks in self._hooks.values():
             hooks.remove()
-        for slot in self.slots.values() if current_graph_task_id() != NO_BACKWARD else ():
-            running, slot.set_aside = slot.set_aside, NOT_SET_ASIDE
-            if isinstance(running, Tensor) and slot.param.grad is None:  # autograd itself is going to add to it
-                slot.param.grad = running
+        for slot in self.slots.values():
+            _put_back(slot)
         self._hooks.clear()
         self.slots.clear()
         for hook in self._step_hooks:
@@ -255,6 +253,14 @@ class Attachment:
                 f"optimizer is a {type(optimizer).__name__}, whose add_param_group cannot be watched ({error}); attach "
                 "to the torch.optim.Optimizer that it wraps"
             ) from error
+
+
+def _put_back(slot: Slot) -> None:
+    """Let autograd itself add to what was set aside, where it is about to."""
+    if current_graph_task_id() != NO_BACKWARD:
+        running, slot.set_aside = slot.set_aside, NOT_SET_ASIDE
+        if isinstance(running, Tensor) and slot.param.grad is None:
+            slot.param.grad = running
 
 
 def attachment_of(optimizer: Any) -> Attachment | None:

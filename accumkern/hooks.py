@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from accumkern.torch_private import (
+    current_graph_task_id,
     current_node,
     identity_of,
     post_accumulate_hooks,
@@ -75,6 +76,8 @@ class ParameterHooks:
         ``torch.utils.swap_tensors``, by which ``module.to()`` moves a DTensor, gives it the content of another tensor,
         which then has the hooks of this one. ``_backward_hooks`` may have been cleared.
         """
+        if not self._handles:
+            return False
         param = self.param
         before, after = self._handles
         return (
@@ -87,6 +90,7 @@ class ParameterHooks:
         """Remove both hooks."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
 
 
 def owner_of(param: Tensor) -> Any:
@@ -109,28 +113,33 @@ def _before(reference: Callable[[], Any], set_aside: Callable[[Any], None]) -> C
         if hooks is None:
             return
         param = hooks.param
-        grad = param.grad
-        node = None if grad is None else current_node()  # of compiled autograd, which is refused, there is none
-        if node is not None:
+        grad, node = param.grad, current_node()
+        if node is not None:  # there is none in compiled autograd, which is refused
             try:
                 accumulates = will_evaluate(node)
             except RuntimeError:  # torch.autograd.grad
                 return
-            if node.variable is not param:  # torch.utils.swap_tensors has given the hooks to another tensor
+            if not hooks.are_on():  # who would put the gradient back?
                 return
-            all_hooks = tensor_hooks(param)
-            is_last = len(all_hooks) == 1 or all_hooks[next(reversed(all_hooks))] is before
-            if not accumulates or not is_last:  # a backward pass from the parameter itself; others are still to look
-                handle: RemovableHandle = node.register_prehook(lambda _: last(param, handle))
-                return
-            param.grad = None
+            if grad is not None:
+                all_hooks = tensor_hooks(param)
+                # In the order in which autograd calls them; move_to_end() of an OrderedDict does not change that.
+                is_last = len(all_hooks) == 1 or list(dict.values(all_hooks))[-1] is before
+                if not accumulates or not is_last:  # a pass from the parameter itself; others are still to look
+                    number = current_graph_task_id()
+                    handle: RemovableHandle = node.register_prehook(lambda _: last(number, handle))
+                    return
+                param.grad = None
         set_aside(grad)
 
-    def last(param: Any, handle: RemovableHandle) -> None:
+    def last(number: int, handle: RemovableHandle) -> None:
+        if current_graph_task_id() != number:  # of a pass inside that one, or after it failed
+            return
         handle.remove()
-        grad = param.grad
-        if grad is not None:
-            param.grad = None
+        hooks = reference()
+        grad = None if hooks is None else hooks.param.grad
+        if grad is not None and hooks.are_on():
+            hooks.param.grad = None
             set_aside(grad)
 
     return before

@@ -169,13 +169,13 @@ class BackwardPasses:
         if self._in_group and running is not None:
             self._look_through_bucket(slot, running)
         continues = running is not None and slot.has_residual_of(running)
+        if not continues and self._may_wait and new.device.type in WAITING_DEVICE_TYPES:  # it may begin a window
+            slot.node_is_hooked = _has_hooks(current_node())
         if self._lost_bits is not None:
             self._lost_bits.add(param, new, fold.scale, running, slot.value if continues else None)
         if running is None:  # the first micro-batch of a window
             slot.forget()
             slot.last = weakref.ref(new)
-            if self._may_wait and new.device.type in WAITING_DEVICE_TYPES:
-                slot.node_is_hooked = _has_hooks(current_node())
             if not fold.is_scaled:
                 if squares is not None:
                     squares.keep(param)

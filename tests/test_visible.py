@@ -231,3 +231,137 @@ def test_what_waits_in_a_pass_that_failed_is_not_taken_for_an_edit(average_over:
     x = torch.ones(4, requires_grad=True)
     checkpoint(lambda t: t * param.float(), x * 1, use_reentrant=True).sum().backward()
     assert_equal(acc.gradient(param), torch.full((4,), 1 / (average_over or 1)))
+
+
+# ---- hooks that do more than look ------------------------------------------------------------------------------------
+
+
+def test_a_backward_pass_inside_a_hook_of_the_parameter(average_over: int | None) -> None:
+    """The hook was registered after attach(), so that the sum is set aside behind it, in both passes."""
+    param = parameter(4)
+    acc = accumkern.attach(sgd(param), "split32", average_over=average_over)
+    arrived = record(param)
+    busy: list[int] = []
+
+    def hook(_: Tensor) -> None:
+        if not busy:
+            busy.append(1)
+            with torch.enable_grad():
+                (param.float() * (4 + 1 / 64)).sum().backward()
+
+    for value in (8.0, 16.0):
+        (param.float() * value).sum().backward()
+    param.register_hook(hook)
+    for value in (1 + 1 / 64, 32.0):
+        (param.float() * value).sum().backward()
+    assert len(arrived) == 5
+    assert_fp32_sum(acc, param, arrived, 1 / (average_over or 1))
+
+
+def detach(acc: accumkern.GradAccumulator, optimizer: torch.optim.Optimizer) -> None:
+    acc.detach()
+
+
+def leave(acc: accumkern.GradAccumulator, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0]["params"] = []
+    accumkern.accumulator_of(optimizer)
+
+
+@pytest.mark.parametrize("let_go", [detach, leave])
+@pytest.mark.parametrize("where", ["hook", "node pre-hook"])
+def test_a_parameter_that_is_let_go_in_a_hook_keeps_its_sum(
+    let_go: Callable[[accumkern.GradAccumulator, torch.optim.Optimizer], None], where: str
+) -> None:
+    param = parameter(4)
+    optimizer = sgd(param)
+    acc = accumkern.attach(optimizer, "split32")
+    (param.float() * 8).sum().backward()
+    node: Any = param.expand_as(param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    register = param.register_hook if where == "hook" else node.register_prehook
+    register(lambda _: let_go(acc, optimizer))
+    (param.float() * 16).sum().backward()
+    assert_equal(param.grad, torch.full((4,), 24.0, dtype=BF16))
+
+
+def test_what_was_to_set_aside_in_a_failed_pass_does_nothing_later() -> None:
+    param = parameter(4)
+    optimizer = sgd(param)
+    acc = accumkern.attach(optimizer, "split32")
+    (param.float() * 8).sum().backward()
+    graph = param.float().sum()  # keeps the node, and its hooks
+    handle = param.register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        (param.float() * 4).sum().backward()
+    handle.remove()
+    (param.float() * 1).sum().backward()
+    assert_equal(acc.gradient(param), torch.full((4,), 9.0))
+    acc.detach()
+    graph.backward()
+    assert_equal(param.grad, torch.full((4,), 10.0, dtype=BF16))
+
+
+def test_autograd_grad_inside_a_node_pre_hook_loses_nothing() -> None:
+    param = parameter(4)
+    acc = accumkern.attach(sgd(param), "split32")
+    (param.float() * 8).sum().backward()
+    node: Any = param.expand_as(param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+
+    def look(_: Any) -> None:
+        with torch.enable_grad():
+            torch.autograd.grad((param * param).sum(), [param])
+
+    node.register_prehook(look)
+    (param.float() * 16).sum().backward()
+    assert_equal(acc.gradient(param), torch.full((4,), 24.0))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_post_accumulate_hooks_that_were_cleared_lose_no_sum(dtype: torch.dtype) -> None:
+    param = parameter(4, dtype=dtype)
+    optimizer = sgd(param)
+    acc = accumkern.attach(optimizer)
+    (param * 8).sum().backward()
+    param._post_accumulate_grad_hooks.clear()  # type: ignore[attr-defined]
+    (param * 16).sum().backward()
+    assert_equal(param.grad, torch.full((4,), 24.0, dtype=dtype))
+    if dtype is BF16:
+        with pytest.raises(RuntimeError, match="had no hooks, and torch has accumulated"):
+            optimizer.step()
+        optimizer.zero_grad()
+    (param * 1).sum().backward()
+    acc.finish()
+
+
+def test_a_hook_that_clears_the_others_and_one_that_was_moved_to_the_end() -> None:
+    param = parameter(4)
+    seen: list[float] = []
+    param.register_hook(lambda _: param._backward_hooks.clear())  # type: ignore[union-attr]
+    optimizer = sgd(param)
+    accumkern.attach(optimizer, "split32")
+    for value in (8.0, 16.0):
+        (param.float() * value).sum().backward()
+    assert_equal(param.grad, torch.full((4,), 24.0, dtype=BF16))
+    other = parameter(4)
+    optimizer = sgd(other)
+    accumkern.attach(optimizer, "split32")
+    (other.float() * 8).sum().backward()
+    other.register_hook(lambda _: seen.append(other.grad[0].item()))  # type: ignore[index]
+    other._backward_hooks.move_to_end(next(iter(other._backward_hooks)))  # type: ignore[union-attr,arg-type]
+    (other.float() * 16).sum().backward()
+    assert seen == [8.0]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_node_that_is_hooked_between_two_windows(set_to_none: bool) -> None:
+    param = parameter(4)
+    optimizer = sgd(param)
+    accumkern.attach(optimizer, "split32")
+    seen: list[float] = []
+    (param.float() * 8).sum().backward()
+    (param.float() * 8).sum().backward()
+    node: Any = param.expand_as(param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    node.register_hook(lambda *_: seen.append(param.grad[0].item()))  # type: ignore[index]
+    optimizer.zero_grad(set_to_none=set_to_none)
+    (param.float() * 16).sum().backward()
+    (param.float() * 4).sum().backward()
+    assert seen == [16.0, 20.0]
