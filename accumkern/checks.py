@@ -12,7 +12,7 @@ GREATEST_FP32 = 2.0**128 - 2.0**104
 
 
 def real(name: str, value: Any, right: str) -> float:
-    """Return a real number as an int or float of Python's own: it may be numpy's, a Fraction, ..., but no bool.
+    """Return a real number, numpy's or a Fraction but no bool, as a float of Python's own, or an int of 64 bits.
 
     Args:
         name: of the argument.
@@ -31,7 +31,7 @@ def real(name: str, value: Any, right: str) -> float:
         number = 0.0
     if number == 0 and value != 0:
         raise ValueError(f"{name} is a {type(value).__name__} beyond the range of FP64; {right}")
-    return int(value) if isinstance(value, Integral) else number
+    return int(value) if isinstance(value, Integral) and abs(number) < 2**63 else number
 
 
 def integer(name: str, value: Any, right: str, least: int = 0) -> int:

@@ -100,7 +100,8 @@ def _checked_divide_by(divide_by: Any, gradients: list[Stored]) -> float | Tenso
         if not (number > 0 and is_fp32(number)):
             raise ValueError(f"divide_by is {number}; {right}")
         return number
-    if divide_by.dim() != 0 or divide_by.is_complex() or divide_by.dtype is torch.bool:
+    is_real = not divide_by.is_complex() and divide_by.dtype is not torch.bool
+    if divide_by.dim() != 0 or not is_real or divide_by.layout is not torch.strided:
         shape, dtype = tuple(divide_by.shape), divide_by.dtype
         raise ValueError(f"divide_by is a tensor of shape {shape} and {dtype}; {right}")
     devices = {gradient.sum.device for gradient in gradients}

@@ -168,13 +168,14 @@ class Fold:
 
     def as_torch_does(self, slot: Slot, running: Any, new: Any) -> None:
         """Do what AccumulateGrad does: for sparse, complex and float64 gradients, and for create_graph."""
+        continues = slot.owns(running)
         slot.forget()
         param = slot.param
         if self.is_scaled:
             scale = self.scale.to(new.device) if isinstance(self.scale, Tensor) else self.scale
             new = slot.whole(slot.local(new) * scale, new)
         if self.squares is not None:
-            self.squares.measure(param, running, new)
+            self.squares.measure(param, running, new, continues)
         if running is None:
             param.grad = new
         elif _is_grad_enabled():

@@ -191,7 +191,7 @@ class LostBitsMeter:
                 stands_for = param.numel() / len(sample.indices)
                 for j, value in enumerate((*errors, square)):
                     totals[j] += value * stands_for
-                name = names[i] if names else f"group {g}, parameter {i}"
+                name = names[i] if names and i < len(names) else f"group {g}, parameter {i}"
                 stock_error, error = (_relative(value, square) for value in errors)
                 rows.append(LostBits(name, tuple(param.shape), sums.micro_batches, stock_error, error))
         if not rows:

@@ -153,6 +153,7 @@ class NoiseScaleMeter:
         self.squares = WindowSquares(self._group_of)
         self._groups = groups
         self._group_of_param: dict[Tensor, int] = {}  # of all that there have been
+        self._learned_in = -1  # the window in which the groups were looked at last
         self._learn()
         self._smoothers: dict[int | None, Smoother] = {}
 
@@ -166,14 +167,21 @@ class NoiseScaleMeter:
         squares, square_of_sum = self.squares.totals(group)
         counts = counts_of(tokens, len(squares))
         window = estimate(squares, square_of_sum, counts)
+        if not (math.isfinite(window.trace) and math.isfinite(window.squared_gradient)):
+            self.squares.close()
+            raise RuntimeError(
+                "the noise scale is unknown: squares of the window's gradients are infinite or NaN; the average leaves "
+                "the window out"
+            )
         smoothed = smoother.add(window, smoothing)
         smoother.last_window = self.squares.window
         self.squares.close()
         return NoiseScale(smoothed.noise_scale, smoothed, window, len(squares), smoother.windows)
 
     def _group_of(self, param: Tensor) -> int:
-        if param not in self._group_of_param:
+        if param not in self._group_of_param or self._learned_in != self.squares.window:
             self._learn()
+            self._learned_in = self.squares.window
         return self._group_of_param.get(param, 0)
 
     def _learn(self) -> None:

@@ -88,7 +88,7 @@ def check_scale(name: str, scale: Any) -> float | Tensor:
         TypeError, ValueError: it is neither.
     """
     if isinstance(scale, Tensor):
-        if scale.dim() != 0 or not scale.is_floating_point():
+        if scale.dim() != 0 or not scale.is_floating_point() or scale.layout is not torch.strided:
             raise ValueError(
                 f"{name} is a tensor of shape {tuple(scale.shape)} and {scale.dtype}; "
                 "it must be a number or a floating 0-dim tensor"

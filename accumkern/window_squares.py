@@ -24,20 +24,25 @@ _TWICE = (
     "several times, and the squares of parts do not add up; use checkpoint(use_reentrant=False)"
 )
 _FAILED = "a backward pass of the window has failed; call zero_grad() and begin the window again"
+_INSIDE = (
+    "its backward passes bring gradients from inside reentrant checkpoints first, and not of all parameters in each, so "
+    "that where a micro-batch ends cannot be told; use checkpoint(use_reentrant=False)"
+)
 _ZEROS = -1
 
 
 class _Gradients:
     """The gradients of one parameter in a window."""
 
-    __slots__ = ("group", "index", "is_fresh", "partials", "unfolded", "window")
+    __slots__ = ("count", "group", "index", "is_fresh", "partials", "unfolded", "window")
 
-    def __init__(self, group: int) -> None:
-        self.group = group  # of the optimizer
-        self.begin(-1)
+    def __init__(self) -> None:
+        self.begin(-1, 0)
 
-    def begin(self, window: int) -> None:
+    def begin(self, window: int, group: int) -> None:
         self.window = window
+        self.group = group  # of the optimizer
+        self.count = 0
         self.index = -1  # of the micro-batch that brought the last gradient
         self.is_fresh = True  # whether nothing has been folded or kept yet
         self.partials: Tensor | None = None  # of the last fold
@@ -73,6 +78,7 @@ class WindowSquares:
         self.window += 1
         self._index = -1  # of the micro-batch
         self._closed = False
+        self._counts_by_repeats = False  # whether micro-batches were told by a parameter's second gradient
         self._spoilt = ""  # why the window's noise scale is unknown
         self._if_not_zero = if_not_zero  # why it is if the gradients were not zero when it began
         self._witness: tuple[Tensor, weakref.ref[Tensor], int] | None = None  # a gradient that shows whether it is over
@@ -88,6 +94,7 @@ class WindowSquares:
         if self._closed or has_failed or self._is_over():
             self._begin_window(_FAILED if has_failed else _CHANGED)
         self._is_inside = is_inside_another
+        self._counts_by_repeats |= is_inside_another
         if not is_inside_another or self._index < 0:
             self._index += 1
 
@@ -103,9 +110,9 @@ class WindowSquares:
         """Count a gradient; ``running`` is ``.grad`` before it came."""
         of = self._gradients.get(param)
         if of is None:
-            of = self._gradients[param] = _Gradients(self._group_of(param))
+            of = self._gradients[param] = _Gradients()
         if of.window != self.window:
-            of.begin(self.window)
+            of.begin(self.window, self._group_of(param))
         elif of.index == self._index:
             self.reduce()  # before the next fold of this parameter overwrites its partial sums
             if self._is_inside:
@@ -115,6 +122,7 @@ class WindowSquares:
         elif running is None:
             self._spoilt = self._spoilt or _CHANGED
         of.index = self._index
+        of.count += 1
 
     def keep(self, param: Tensor, is_sum: bool = False) -> None:
         """Note that ``.grad`` is what no fold has measured: the first gradient of a window, or a sum by torch."""
@@ -143,8 +151,11 @@ class WindowSquares:
         with self._lock:
             self._folded.append((of, partials, scale, of.index, old_index if start is Start.FROM_SUM else None))
 
-    def measure(self, param: Tensor, running: Tensor | None, scaled: Tensor) -> None:
-        """Take the square of a gradient that torch is going to add: one that is not folded, such as a sparse one."""
+    def measure(self, param: Tensor, running: Tensor | None, scaled: Tensor, continues: bool) -> None:
+        """Take the square of a gradient that torch is going to add: one that is not folded, such as a sparse one.
+
+        ``continues`` says that ``running`` is what the last fold has left.
+        """
         of = self._gradients[param]
         with self._lock:
             self._add(of.index, of.group, _square_of(scaled))
@@ -152,7 +163,7 @@ class WindowSquares:
                 self._add(of.unfolded[2], of.group, _square_of(running))  # type: ignore[index]
             elif running is not None and of.is_fresh:
                 self._add_to_zeros(_square_of(running))
-            elif running is not None and not of.is_as_left(running):
+            elif running is not None and not continues and not of.is_as_left(running):
                 self._spoilt = self._spoilt or _CHANGED
 
     def reduce(self) -> None:
@@ -211,9 +222,12 @@ class WindowSquares:
         reason = _FAILED if self._pass_is_under_way else self._spoilt
         if not reason and any(float(square) > 0 for square in self._zeros.values()):
             reason = self._if_not_zero
+        count = self._index + 1
+        if self._counts_by_repeats:
+            here = [of for of in self._gradients.values() if of.window == self.window]
+            reason = reason or ("" if all(of.count == count for of in here) else _INSIDE)
         if reason:
             raise RuntimeError(f"the noise scale is unknown: {reason}")
-        count = self._index + 1
         if count < 2:
             found = "no micro-batch" if count == 0 else "one micro-batch"
             raise RuntimeError(f"the noise scale is undefined: the window has {found}, and it needs at least two")

@@ -653,3 +653,17 @@ def test_bad_scales(scale: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         acc.scale = scale
     assert acc.scale == 0.25
+
+
+@pytest.mark.parametrize("number", [2**64, 10**38])
+def test_integers_of_more_than_64_bits(number: int) -> None:
+    param = torch.nn.Parameter(torch.zeros(3))
+    acc = accumkern.attach(torch.optim.SGD([param], lr=1.0))
+    (param * float(number)).sum().backward()
+    acc.finish(divide_by=number)
+    assert (param.grad == 1).all()
+    param.sum().backward()
+    assert float(acc.finish(max_norm=number).clip_coefficient) == 1
+    acc.scale = number
+    with pytest.raises(ValueError, match="scale is a tensor of shape"):
+        acc.scale = torch.sparse_coo_tensor(size=())

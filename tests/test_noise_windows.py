@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -331,3 +332,67 @@ def test_a_state_of_no_gradients_begins_a_window() -> None:
         truth.add(loss)
         loss.backward()
     assert_close(acc.noise_scale(), truth)
+
+
+@pytest.mark.parametrize("experts", [[0, 1], [0, 1, 0], [0, 1, 2], [0, 0, 1]])
+def test_where_the_end_of_a_micro_batch_cannot_be_told_it_says_so(experts: list[int]) -> None:
+    """Experts inside reentrant checkpoints, and nothing trained around them that would come first."""
+    layers, head = linears(3), nn.Linear(8, 8).requires_grad_(False)
+    optimizer = torch.optim.SGD(layers.parameters(), lr=0.0)
+    acc = accumkern.attach(optimizer, stats=True)
+    for n, expert in enumerate(experts):
+        x = inputs(n).requires_grad_()
+        head(checkpoint(layers[expert], x, use_reentrant=True)).square().sum().backward()
+    with pytest.raises(RuntimeError, match=r"noise scale is un(known: its backward passes bring|defined: the window)"):
+        acc.noise_scale()
+
+
+def test_a_window_that_is_not_finite_is_left_out_of_the_average() -> None:
+    layer = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    acc = accumkern.attach(optimizer, stats=True)
+    for window in range(3):
+        for n in range(3):
+            loss = layer(inputs(n)).square().sum()
+            (loss * (float("inf") if window == 1 and n == 1 else 1.0)).backward()
+        if window == 1:
+            with pytest.raises(RuntimeError, match="infinite or NaN; the average leaves the window out"):
+                acc.noise_scale()
+        else:
+            assert math.isfinite(acc.noise_scale().noise_scale)
+        optimizer.zero_grad()
+
+
+def test_groups_are_those_of_the_window() -> None:
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    optimizer = torch.optim.SGD([{"params": first.parameters()}, {"params": second.parameters()}], lr=0.0)
+    acc = accumkern.attach(optimizer, stats=True)
+    truth = Truth(list(second.parameters()))
+    for window in range(2):
+        truth.begin()
+        for n in range(3):
+            loss = second(first(inputs(n))).square().sum()
+            truth.add(loss)
+            loss.backward()
+        assert_close(acc.noise_scale(group=1 - window), truth)
+        optimizer.step()
+        optimizer.zero_grad()
+        if window == 0:
+            del optimizer.param_groups[0]
+            accumkern.accumulator_of(optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_a_gradient_with_a_graph_in_the_middle_of_a_window(at: int) -> None:
+    layer = nn.Linear(8, 8)
+    params = list(layer.parameters())
+    optimizer = torch.optim.SGD(params, lr=0.0)
+    acc = accumkern.attach(optimizer, stats=True)
+    truth = Truth(params)
+    for n in range(4):
+        loss = layer(inputs(n)).square().sum()
+        truth.add(loss)
+        loss.backward(create_graph=n == at)
+    assert_close(acc.noise_scale(), truth)
+    optimizer.zero_grad()
