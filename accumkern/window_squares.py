@@ -25,8 +25,8 @@ _TWICE = (
 )
 _FAILED = "a backward pass of the window has failed; call zero_grad() and begin the window again"
 _INSIDE = (
-    "its backward passes bring gradients from inside reentrant checkpoints first, and not of all parameters in each, so "
-    "that where a micro-batch ends cannot be told; use checkpoint(use_reentrant=False)"
+    "its backward passes bring gradients from inside reentrant checkpoints first, and not of all parameters in each, "
+    "so that where a micro-batch ends cannot be told; use checkpoint(use_reentrant=False)"
 )
 _ZEROS = -1
 

@@ -666,4 +666,4 @@ def test_integers_of_more_than_64_bits(number: int) -> None:
     assert float(acc.finish(max_norm=number).clip_coefficient) == 1
     acc.scale = number
     with pytest.raises(ValueError, match="scale is a tensor of shape"):
-        acc.scale = torch.sparse_coo_tensor(size=())
+        acc.scale = torch.zeros(()).to_sparse()
