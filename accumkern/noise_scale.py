@@ -134,11 +134,20 @@ class Smoother:
         self.last_window = -1  # the number of the one that was added last
 
     def add(self, window: Estimate, smoothing: float) -> Estimate:
-        """Return the average after one more window."""
+        """Return the average after one more window; one that is infinite or NaN, as after an overflow, is left out."""
+        if not math.isfinite(window.trace + window.squared_gradient):
+            return self.average
         self.trace = smoothing * self.trace + (1 - smoothing) * window.trace
         self.squared_gradient = smoothing * self.squared_gradient + (1 - smoothing) * window.squared_gradient
         self.weight = smoothing * self.weight + (1 - smoothing)
         self.windows += 1
+        return self.average
+
+    @property
+    def average(self) -> Estimate:
+        """The average of the windows so far; NaN before the first."""
+        if self.windows == 0:
+            return Estimate(math.nan, math.nan)
         return Estimate(self.trace / self.weight, self.squared_gradient / self.weight)
 
 
@@ -167,12 +176,6 @@ class NoiseScaleMeter:
         squares, square_of_sum = self.squares.totals(group)
         counts = counts_of(tokens, len(squares))
         window = estimate(squares, square_of_sum, counts)
-        if not (math.isfinite(window.trace) and math.isfinite(window.squared_gradient)):
-            self.squares.close()
-            raise RuntimeError(
-                "the noise scale is unknown: squares of the window's gradients are infinite or NaN; the average leaves "
-                "the window out"
-            )
         smoothed = smoother.add(window, smoothing)
         smoother.last_window = self.squares.window
         self.squares.close()
