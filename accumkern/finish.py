@@ -1,4 +1,4 @@
-"""The end of a window: mean, norm, clipping and rounding of all gradients, in one pass over them."""
+"""The end of a window: the norm of all gradients in one pass over them; mean, clipping and rounding in another."""
 
 from __future__ import annotations
 
