@@ -10,8 +10,10 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
 
 from accumkern.accumulator import GradAccumulator
 from accumkern.backends import available_backends
+from accumkern.casting import to_bfloat16
 from accumkern.finish import Finished
 from accumkern.lost_bits import LostBitsReport
+from accumkern.memory import HeldMemory
 from accumkern.noise_scale import NoiseScale
 from accumkern.ops import accumulate_
 from accumkern.slot import Parts
@@ -26,7 +28,9 @@ __all__ = [
     "Parts",
     "NoiseScale",
     "LostBitsReport",
+    "HeldMemory",
     "accumulate_",
+    "to_bfloat16",
     "available_backends",
     "plan",
     "sweep",

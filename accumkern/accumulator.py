@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accumkern import ddp, ops, state
+from accumkern import ddp, master_state, ops, state
 from accumkern.attachment import Attachment
 from accumkern.finish import Finished, finish
 from accumkern.fold import Fold
 from accumkern.lost_bits import LostBitsMeter, LostBitsReport
+from accumkern.master_weights import MasterWeights
+from accumkern.memory import HeldMemory, storage_bytes, tensors_in
 from accumkern.noise_scale import NoiseScale, NoiseScaleMeter
 from accumkern.passes import BackwardPasses
 from accumkern.slot import Parts, Slot
@@ -28,6 +30,7 @@ class Rooms:
     passes: BackwardPasses
     noise_scale: NoiseScaleMeter | None
     lost_bits: LostBitsMeter | None
+    masters: MasterWeights | None
     finished_at: int = -1  # the backward passes that there had been at the last finish()
 
 
@@ -81,7 +84,9 @@ class GradAccumulator:
             norm  = ||x / divide_by||                           # of all gradients together
             grad  = round((x / divide_by) * min(1, max_norm / (norm + 1e-6)))
 
-        Ties are rounded to even, also where the folds of a split buffer have rounded them away from zero.
+        Ties are rounded to even, also where the folds of a split buffer have rounded them away from zero. With
+        ``attach(..., master_weights=...)`` nothing is lost: the step reads the FP32 value, ``.grad`` is that rounded as
+        folds do.
 
         The norm is always that of what is in memory, whoever wrote it: a pass that reads ``.grad`` and residuals before
         the one that writes. Nothing waits for the device, so it can be captured in a CUDA graph.
@@ -104,12 +109,18 @@ class GradAccumulator:
         """
         self._check_parameters()
         self._passes.complete()
-        gradients = self._attachment.stored()
-        if not gradients:
+        slots, keeps_residuals = self._attachment.with_gradients(), self._rooms.masters is not None
+        if not slots:
             raise RuntimeError("there is nothing to finish: no parameter has a gradient; call it after backward()")
         if self._rooms.finished_at == self._passes.count:
             raise RuntimeError("finish() was called already since the last backward pass; call it once per window")
-        finished = finish(gradients, divide_by, max_norm, norm_type, error_if_nonfinite, self._fold.kernels_on)
+        gradients = [slot.stored(keeps_residuals) for slot in slots]
+        how = divide_by, max_norm, norm_type, error_if_nonfinite
+        finished = finish(gradients, *how, self._fold.kernels_on, keeps_residuals)
+        if keeps_residuals:
+            for slot, stored in zip(slots, gradients, strict=True):
+                if stored.residual is not None:
+                    slot.remember()
         self._rooms.finished_at = self._passes.count
         return finished
 
@@ -207,14 +218,61 @@ class GradAccumulator:
         slot = self._slot_of(param)
         return None if param.grad is None else slot.parts()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint in the middle of a window needs: sums and residuals, bit for bit.
+    def master_weight(self, param: Tensor) -> Tensor:
+        """Return the FP32 master weight of ``param`` as a new tensor of its shape; of another dtype, a copy.
 
-        Save it beside the state of model and optimizer, which hold no gradients. Like an optimizer's, the tensors are
-        the live ones: save or copy them before training goes on. ``state["sums"]["0"]`` is ``.grad`` of the optimizer's
-        first parameter, ``state["residuals"]["0"]`` what lies beside it, each None where there is none. There is
-        nothing but dictionaries, strings and tensors, so ``torch.load(weights_only=True)`` takes it. What belongs to a
-        DTensor is a DTensor, laid out alike.
+        Raises:
+            RuntimeError: attached without ``master_weights``.
+            ValueError: ``param`` is not a parameter of the attached optimizer.
+        """
+        masters = self._masters("master_weight()")
+        self._slot_of(param)
+        return masters.value(param)
+
+    def master_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
+        """Return the state dict of ``model`` in FP32: master weights where there are, other 16-bit tensors cast.
+
+        What shares memory in the model shares it here: tied weights. The tensors are new, unless they are not of 16
+        bits.
+
+        Raises:
+            RuntimeError: attached without ``master_weights``.
+            TypeError: ``model`` is no module.
+        """
+        masters = self._masters("master_state_dict()")
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+        return masters.state_dict_of(model, self._attachment.slots)
+
+    def memory(self) -> HeldMemory:
+        """Return the bytes that are held between two micro-batches on this rank, by what they are for.
+
+        They are counted from the tensors themselves, each piece of memory once: of the optimizer's parameters, with
+        their gradients, residuals and states. ``print(acc.memory())`` shows them, and the bytes per parameter. Not in
+        it are parameters and buffers that the optimizer does not have, activations, and what a step makes for a moment.
+        """
+        self._check_attached()
+        slots, masters = self._attachment.slots.values(), self._rooms.masters
+        params = tensors_in(self._attachment.params)
+        return HeldMemory(
+            weights=storage_bytes(params),
+            master_residuals=0 if masters is None else storage_bytes(masters.residuals()),
+            gradients=storage_bytes(tensors_in([slot.param.grad for slot in slots])),
+            residuals=storage_bytes(slot.residual for slot in slots if slot.residual is not None),
+            optimizer_state=storage_bytes(tensors_in(dict(getattr(self._optimizer, "state", {})))),
+            numel=sum(param.numel() for param in params),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs beside those of model and optimizer: sums and residuals, bit for bit.
+
+        Those of gradients matter in the middle of a window, those of master weights always. Like an optimizer's, the
+        tensors are the live ones: save or copy them before training goes on. ``state["sums"]["0"]`` is ``.grad`` of
+        the optimizer's first parameter, ``state["residuals"]["0"]`` what lies beside it, each None where there is
+        none. There is nothing but dictionaries, strings and tensors, so ``torch.load(weights_only=True)`` takes it.
+        What belongs to a DTensor is a DTensor, laid out alike. With master weights, ``state["master_weights"]`` holds
+        what the weights lack, and checksums of the weights that it belongs to; with DTensors, all ranks have to call
+        this together then.
 
         Raises:
             RuntimeError: the gradient of a DTensor is a sum over ranks that is still to be taken (``Partial``, as of a
@@ -222,7 +280,9 @@ class GradAccumulator:
         """
         self._check_parameters()
         self._passes.complete()
-        return state.saved(self._attachment.params, self._attachment.slots, self.buffer)
+        params, masters = self._attachment.params, self._rooms.masters
+        found = state.saved(params, self._attachment.slots, self.buffer)
+        return found if masters is None else {**found, "master_weights": master_state.saved(params, masters)}
 
     def empty_state_dict(self) -> dict[str, Any]:
         """Return a state of zeros, for loaders that write into tensors which are there: torch.distributed.checkpoint.
@@ -231,22 +291,31 @@ class GradAccumulator:
         None after it was loaded. Give the result to :meth:`load_state_dict`.
         """
         self._check_parameters()
-        return state.empty(self._attachment.params, self._attachment.slots, self.buffer)
+        params, masters = self._attachment.params, self._rooms.masters
+        zeros = state.empty(params, self._attachment.slots, self.buffer)
+        return zeros if masters is None else {**zeros, "master_weights": master_state.empty(params, masters)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put back what :meth:`state_dict` returned: ``.grad`` of every parameter, and the residuals, as copies.
 
+        With master weights, load the states of model and optimizer before.
+
         Raises:
             TypeError: ``state_dict`` is not such a dictionary, or holds a tensor of another dtype.
-            ValueError: it was saved with another ``buffer`` or for other parameters.
+            ValueError: it was saved with another ``buffer`` or ``master_weights``, for other parameters, or master
+                weights belong to other weights than the parameters are now.
 
         After an error nothing has changed.
         """
         self._check_parameters()
-        params = self._attachment.params
-        entries = state.checked(state_dict, params, self.buffer)
+        params, masters = self._attachment.params, self._rooms.masters
+        of_gradients, of_masters = state.parts(state_dict, None if masters is None else masters.name)
+        entries = state.checked(of_gradients, params, self.buffer)
+        residuals = [] if masters is None else master_state.checked(of_masters, params, masters)
         self._passes.complete()
         state.load(entries, params, self._attachment.slots)
+        for param, residual in zip(params, residuals, strict=False):
+            masters.load(param, residual)
         self._rooms.finished_at = -1
         if self._rooms.noise_scale is not None:
             self._rooms.noise_scale.squares.reset()
@@ -269,7 +338,8 @@ class GradAccumulator:
 
     def __repr__(self) -> str:
         attached = f"{len(self._attachment.slots)} parameters" if self._attachment.is_attached else "detached"
-        return f"GradAccumulator(buffer={self.buffer!r}, scale={self.scale!r}, {attached})"
+        masters = "" if self._rooms.masters is None else f"master_weights={self._rooms.masters.name!r}, "
+        return f"GradAccumulator(buffer={self.buffer!r}, {masters}scale={self.scale!r}, {attached})"
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -284,6 +354,12 @@ class GradAccumulator:
     def _check_parameters(self) -> None:
         self._check_attached()
         self._attachment.check_hooks()
+
+    def _masters(self, asked: str) -> MasterWeights:
+        self._check_attached()
+        if self._rooms.masters is None:
+            raise RuntimeError(f"{asked} needs the master weights of attach(..., master_weights='split32')")
+        return self._rooms.masters
 
     def _slot_of(self, param: Tensor) -> Slot:
         self._check_attached()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from accumkern.hooks import ParameterHooks, owner_of
 from accumkern.passes import hook_functions
-from accumkern.slot import NOT_SET_ASIDE, Slot, Stored
+from accumkern.slot import NOT_SET_ASIDE, Slot
 from accumkern.torch_private import NO_BACKWARD, current_graph_task_id, has_step_hooks
 
 _SHORT_DTYPES = frozenset({torch.bfloat16, torch.float16})
@@ -52,11 +52,9 @@ class Attachment:
         self._check, self._make_slot = check, make_slot
         self._after_step, self._needs_all = after_step, needs_all
         self._hooks: dict[Tensor, ParameterHooks] = {}
-        self._step_hooks: list[Any] = []
+        self._handles: list[Any] = []
         self.is_attached = False
-        inner = _inner(optimizer)
-        if inner is not None and _same_groups(inner, optimizer):
-            optimizer = inner
+        optimizer = stepped_by(optimizer)
         is_torchs = isinstance(optimizer, torch.optim.Optimizer)
         self._optimizer: Callable[[], Any] = weakref.ref(optimizer) if is_torchs else lambda: optimizer
         self._groups: list[dict[str, Any]] = optimizer.param_groups
@@ -76,12 +74,16 @@ class Attachment:
             self._note_known()
             inner = _inner(self.optimizer)
             if inner is not None:
-                self._step_hooks.append(inner.register_step_pre_hook(lambda *_: self.check_hooks()))
-                self._step_hooks.append(inner.register_step_post_hook(lambda *_: self._after_step()))
+                self.keep([inner.register_step_pre_hook(lambda *_: self.check_hooks())])
+                self.keep([inner.register_step_post_hook(lambda *_: self._after_step())])
         except BaseException:
             self.detach()
             raise
         self.is_attached = True
+
+    def keep(self, handles: list[Any]) -> None:
+        """Call the ``remove()`` of each handle when this is detached."""
+        self._handles += handles
 
     @property
     def optimizer(self) -> Any:
@@ -106,9 +108,9 @@ class Attachment:
         """Where the parameters are."""
         return {param.device for param in self.slots}
 
-    def stored(self) -> list[Stored]:
-        """Return the gradients that are there, as they lie in memory."""
-        return [slot.stored() for slot in self.slots.values() if slot.param.grad is not None]
+    def with_gradients(self) -> list[Slot]:
+        """Return the slots of the gradients that are there."""
+        return [slot for slot in self.slots.values() if slot.param.grad is not None]
 
     def check_hooks(self) -> None:
         """Compare hooks with the optimizer's parameters; called before every step and by whoever asks for gradients.
@@ -170,8 +172,9 @@ class Attachment:
             _put_back(slot)
         self._hooks.clear()
         self.slots.clear()
-        for hook in self._step_hooks:
-            hook.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
         optimizer = self.optimizer
         watch = getattr(optimizer, "__dict__", {}).get("add_param_group")
         if getattr(watch, "attachment", None) is self:
@@ -268,6 +271,12 @@ def attachment_of(optimizer: Any) -> Attachment | None:
     watch = getattr(optimizer, "__dict__", {}).get("add_param_group")
     owners = (owner_of(param) for group in optimizer.param_groups for param in group["params"])
     return getattr(watch, "attachment", None) or next((owner for owner in owners if owner is not None), None)
+
+
+def stepped_by(optimizer: Any) -> Any:
+    """Return the optimizer that is attached to: ``optimizer``, or what it wraps where that has the same parameters."""
+    inner = _inner(optimizer)
+    return inner if inner is not None and _same_groups(inner, optimizer) else optimizer
 
 
 def _inner(optimizer: Any) -> Any:

@@ -53,6 +53,35 @@ def with_shard(local: Tensor, like: Any) -> Any:
     return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
 
 
+@torch.no_grad()
+def distributed_as(tensor: Tensor, like: Any) -> Any:
+    """Return a whole tensor, the same on every rank, as a DTensor laid out as ``like`` is; nothing is sent."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(shard(like).device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def sum_over_shards(numbers: list[Tensor], of: list[Any]) -> list[Tensor]:
+    """Return the sums of 0-dim tensors over the ranks that hold the other elements of DTensors.
+
+    Args:
+        numbers: one of each DTensor, of this rank.
+        of: the DTensors, in the same order on every rank.
+    """
+    members: dict[tuple[ProcessGroup, ...], list[int]] = {}
+    for i, tensor in enumerate(of):
+        members.setdefault(groups_of_shards(tensor), []).append(i)
+    sums = list(numbers)
+    for groups, indices in members.items():
+        together = torch.stack([numbers[i] for i in indices])
+        for group in groups:
+            torch.distributed.all_reduce(together, group=group)
+        for i, total in zip(indices, together, strict=True):
+            sums[i] = total
+    return sums
+
+
 def check_layout(name: str, tensor: Tensor, of: str, param: Tensor) -> None:
     """Raise unless ``tensor`` is spread over ranks as ``param`` is: both alike, or neither.
 

@@ -41,8 +41,12 @@ def finish(
     norm_type: float,
     error_if_nonfinite: bool,
     kernels_on: _KernelsOn,
+    keeps_residuals: bool = False,
 ) -> Finished:
-    """Divide, clip and round gradients; see :meth:`accumkern.GradAccumulator.finish`."""
+    """Divide, clip and round gradients; see :meth:`accumkern.GradAccumulator.finish`.
+
+    With ``keeps_residuals``, those that have residuals are not only rounded: residuals are what ``.grad`` lacks then.
+    """
     divide_by = _checked_divide_by(divide_by, gradients)
     max_norm, norm_type = _checked_norm(max_norm, norm_type)
     norm = total_norm(gradients, float(norm_type), kernels_on)
@@ -57,7 +61,7 @@ def finish(
         )
     coefficient = torch.ones_like(norm) if max_norm is None else torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     if max_norm is not None or isinstance(divisor, Tensor) or divisor != 1:
-        write(gradients, divisor, 1.0 if max_norm is None else coefficient, kernels_on)
+        write(gradients, divisor, 1.0 if max_norm is None else coefficient, kernels_on, keeps_residuals)
     return Finished(norm, coefficient, nonfinite)
 
 
@@ -79,8 +83,17 @@ def total_norm(gradients: list[Stored], norm_type: float, kernels_on: _KernelsOn
 
 
 @torch.no_grad()
-def write(gradients: list[Stored], divisor: float | Tensor, factor: Tensor | float, kernels_on: _KernelsOn) -> None:
-    """Set each ``.grad`` to ``round((x / divisor) * factor)``, computed in FP32 from the accumulated value ``x``."""
+def write(
+    gradients: list[Stored],
+    divisor: float | Tensor,
+    factor: Tensor | float,
+    kernels_on: _KernelsOn,
+    keeps_residuals: bool,
+) -> None:
+    """Set each ``.grad`` to ``round((x / divisor) * factor)``, computed in FP32 from the accumulated value ``x``.
+
+    With ``keeps_residuals`` what the rounding cuts off goes into residuals that are there.
+    """
     for total, _, format_, *_ in gradients:
         if format_ is None:
             by, device = divisor, total.device
@@ -88,7 +101,9 @@ def write(gradients: list[Stored], divisor: float | Tensor, factor: Tensor | flo
                 by = torch.full((), by, dtype=widest(device), device=device)
             total.div_(_on(by, device)).mul_(_on(factor, device))
     for device, format_, start, sums, residuals in _launches(gradients):
-        kernels_on(device).finish(format_, start, sums, residuals, _on(divisor, device), _on(factor, device))
+        kernels = kernels_on(device)
+        compute = kernels.rescale if keeps_residuals and residuals is not None else kernels.finish
+        compute(format_, start, sums, residuals, _on(divisor, device), _on(factor, device))
         torch.autograd.graph.increment_version(sums)
 
 

@@ -13,6 +13,26 @@ from accumkern.formats import BUFFERS
 from accumkern.slot import Slot
 
 
+def parts(state_dict: Any, master_weights: str | None) -> tuple[Any, Any]:
+    """Return the parts of a state that are of gradients and of master weights.
+
+    Raises:
+        ValueError: one has master weights, the state or the accumulator, and the other has not.
+    """
+    if not isinstance(state_dict, dict):
+        return state_dict, None
+    of_gradients = dict(state_dict)
+    of_masters = of_gradients.pop("master_weights", None)
+    if (of_masters is None) is not (master_weights is None):
+        with_, without = (
+            ("this accumulator", "state_dict") if of_masters is None else ("state_dict", "this accumulator")
+        )
+        raise ValueError(
+            f"{with_} has master_weights and {without} has none; attach(..., master_weights=...) as it was"
+        )
+    return of_gradients, of_masters
+
+
 def saved(params: list[Tensor], slots: Mapping[Tensor, Slot], buffer: str) -> dict[str, Any]:
     """Return the state of gradients; see :meth:`accumkern.GradAccumulator.state_dict`."""
     sums: dict[str, Tensor | None] = {}

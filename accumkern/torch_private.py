@@ -132,9 +132,23 @@ def set_hooks(param: Tensor, tensor_hooks: dict[int, Any], post_accumulate_hooks
 # ---- optimizers and tensors --------------------------------------------------------------------------------------
 
 
+#: Attributes of an optimizer: the hooks that are called before its ``step``, and after it.
+HOOKS_OF_STEP = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
 def has_step_hooks(optimizer: object) -> bool:
     """Return whether the ``step`` of an optimizer, or of one that it stands for, calls hooks."""
-    return hasattr(optimizer, "_optimizer_step_pre_hooks")
+    return hasattr(optimizer, HOOKS_OF_STEP[0])
+
+
+def call_last_before_step(optimizer: Any, handle: Any) -> None:
+    """Let a hook that was registered before the step be called after the others there."""
+    getattr(optimizer, HOOKS_OF_STEP[0]).move_to_end(handle.id)
+
+
+def call_first_after_step(optimizer: Any, handle: Any) -> None:
+    """Let a hook that was registered after the step be called before the others there."""
+    getattr(optimizer, HOOKS_OF_STEP[1]).move_to_end(handle.id, last=False)
 
 
 def is_flattened(param: Tensor) -> bool:

@@ -7,28 +7,38 @@ fold in fold, and what belongs to one parameter in slot.
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from accumkern import backends, ops, torch_private
 from accumkern.accumulator import GradAccumulator, Rooms
-from accumkern.attachment import Attachment, attachment_of
-from accumkern.checks import one_of
+from accumkern.attachment import Attachment, attachment_of, stepped_by
+from accumkern.casting import take_cut_off
+from accumkern.checks import integer, one_of
 from accumkern.dtensor import is_dtensor
 from accumkern.fold import Fold
 from accumkern.formats import BUFFERS
 from accumkern.lost_bits import LostBitsMeter
+from accumkern.master_weights import MASTER_FORMATS, MasterWeights
 from accumkern.noise_scale import NoiseScaleMeter
+from accumkern.optimizer_state import Fp32State
+from accumkern.optimizers import refusal
 from accumkern.passes import BackwardPasses
 from accumkern.sharded import ShardPasses, ShardSlot
 from accumkern.slot import Slot
+from accumkern.stepping import Stepping
+
+BUCKET_BYTES = 64 * 2**20  # measured: docs/performance.md
 
 
 def attach(
     optimizer: torch.optim.Optimizer,
     buffer: str = "split24",
     *,
+    master_weights: str | None = None,
+    bucket: int | None = None,
     average_over: float | None = None,
     stats: bool = False,
     report: bool = False,
@@ -46,6 +56,13 @@ def attach(
             per parameter in all, 16-bit significand); ``"split32"``, an int16 residual (4 bytes, exactly FP32);
             ``"fp32"``, an FP32 buffer (6 bytes). float16 parameters take ``"fp32"`` only. float32 parameters need
             nothing beside ``.grad`` and gain no accuracy.
+        master_weights: how the FP32 master of a bfloat16 parameter is kept: ``"split32"``, an int16 residual beside the
+            weight, which together are every FP32 number; ``"split24"``, an int8 residual, 16 significant bits. Then
+            ``optimizer.step()`` reads and writes FP32 weights, with the accumulated gradient and the optimizer's state
+            in FP32. None steps the bfloat16 weights themselves. float32 parameters are stepped as they are.
+        bucket: bytes of FP32 weights and gradients that a step makes at a time, at 8 per parameter; a tensor that needs
+            more is made whole. None takes 64 MiB. Optimizers that may look at all parameters together
+            (:mod:`accumkern.optimizers` has the table of those that do not) take all of them at once.
         average_over: multiply each micro-gradient by ``1 / average_over`` inside the kernel, instead of dividing the
             loss; a positive number, usually of the micro-batches in a window, whose reciprocal FP32 can hold (it is
             3e-39 to 7e44). None adds them as they are. It is where :attr:`GradAccumulator.scale` begins.
@@ -64,9 +81,10 @@ def attach(
         TypeError: an argument is of the wrong kind, a parameter's dtype does not take ``buffer``, or a parameter
             that requires a gradient is of a kind whose gradients cannot be folded: wrapped by the older
             FullyShardedDataParallel, a tensor subclass other than DTensor, a DTensor together with ``stats`` or
-            ``report``, a fake tensor, or one of a lazy module before its first forward pass.
-        ValueError: ``buffer`` or ``backend`` is unknown, ``average_over`` is out of range, or a parameter is attached
-            already.
+            ``report``, a fake tensor, or one of a lazy module before its first forward pass. With
+            ``master_weights``: a parameter is float16, or the optimizer cannot be stepped on FP32 parameters.
+        ValueError: ``buffer``, ``master_weights`` or ``backend`` is unknown, ``average_over`` or ``bucket`` is out of
+            range, ``bucket`` is given without ``master_weights``, or a parameter is attached already.
         RuntimeError: ``backend`` cannot run here, or not on the device of a parameter.
 
     After an error nothing is attached.
@@ -74,11 +92,14 @@ def attach(
     torch_private.check()
     _check_optimizer(optimizer)
     one_of("buffer", buffer, BUFFERS)
+    bucket_bytes = _checked_masters(optimizer, master_weights, bucket)
     scale = 1.0 if average_over is None else ops.reciprocal("average_over", average_over)
     if backend is not None:
         one_of("backend", backend, backends.BACKENDS)
 
     def check(name: str, param: Tensor) -> None:
+        if masters is not None:
+            masters.check(name, param)
         fold.check(name, param)
         for argument, asked in (("stats", stats), ("report", report)):
             if asked and is_dtensor(param):
@@ -99,10 +120,18 @@ def attach(
     lost_bits = LostBitsMeter() if report else None
     fold = Fold(buffer, backend, None if noise_scale is None else noise_scale.squares)
     fold.set_scale(scale)
+    masters = None if master_weights is None else MasterWeights(master_weights, fold.kernels_on)
     passes = BackwardPasses(fold, lost_bits, lambda param: here.put_on_hooks(param))
     shards = ShardPasses(passes, fold)
-    attachment.rooms = Rooms(fold, passes, noise_scale, lost_bits)
-    attachment.attach()
+    attachment.rooms = Rooms(fold, passes, noise_scale, lost_bits, masters)
+    inner = attachment.optimizer
+    if masters is None:
+        attachment.attach()
+    else:
+        stepping = Stepping(inner, masters, attachment.slots, bucket_bytes, fold.kernels_on, passes.complete)
+        attachment.attach()
+        attachment.keep([*stepping.hook(inner), Fp32State(inner, masters.has)])
+        take_cut_off(masters, attachment.slots)
     return GradAccumulator(attachment)
 
 
@@ -122,6 +151,22 @@ def accumulator_of(optimizer: torch.optim.Optimizer) -> GradAccumulator | None:
         return None
     attachment.check_hooks()
     return attachment.face() or GradAccumulator(attachment)
+
+
+def _checked_masters(optimizer: Any, master_weights: Any, bucket: Any) -> int:
+    """Return the bytes of a bucket; raise where an argument is wrong or the optimizer cannot have masters."""
+    right = "it must be a positive number of bytes, or None"
+    bucket_bytes = BUCKET_BYTES if bucket is None else integer("bucket", bucket, right, least=1)
+    if master_weights is None:
+        if bucket is not None:
+            raise ValueError(f"bucket is {bucket}; it belongs to master_weights, which is None")
+        return bucket_bytes
+    one_of("master_weights", master_weights, MASTER_FORMATS, otherwise=", or None")
+    reason = refusal(stepped_by(optimizer))
+    if reason is not None:
+        name = type(optimizer).__name__
+        raise TypeError(f"optimizer is a {name}, which cannot be stepped with master_weights: {reason}")
+    return bucket_bytes
 
 
 def _check_optimizer(optimizer: object) -> None:

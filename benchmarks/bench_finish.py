@@ -126,7 +126,7 @@ def finish_variant(buffers: Buffers, format_: Format, backend: str) -> Variant:
     def run(i: int) -> None:
         norm = total_norm([gradients[i]], 2.0, lambda _: kernels) / one
         coefficient = torch.clamp(MAX_NORM / (norm + 1e-6), max=1.0)
-        write([gradients[i]], one, coefficient, lambda _: kernels)
+        write([gradients[i]], one, coefficient, lambda _: kernels, keeps_residuals=False)
 
     read = 2 + residuals[0].element_size()
     return Variant(run, buffers.sets, (read + read + 2) * buffers.numel)

@@ -20,6 +20,7 @@ from planned import hungry, old_objects_aside  # noqa: F401
 from torch import Tensor, nn
 
 import accumkern
+from accumkern.memory import storage_bytes
 from accumkern.noise_scale import Estimate
 from accumkern.planning import speed as speed_module
 from accumkern.planning import trial
@@ -31,7 +32,6 @@ from accumkern.planning.memory import (
     held_tensors,
     is_out_of_memory,
     parse_bytes,
-    storage_bytes,
 )
 from accumkern.planning.noise import best_batch, interval, measure_noise, samples_factor, steps_factor, useful_batches
 from accumkern.planning.predict import PredictionError, fake_setup, predict_memory

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from accumkern.accumulator import GradAccumulator
-from accumkern.planning.memory import MemoryMeter, format_bytes, held_tensors, is_out_of_memory, storage_bytes
+from accumkern.memory import storage_bytes
+from accumkern.planning.memory import MemoryMeter, format_bytes, held_tensors, is_out_of_memory
 from accumkern.planning.protocol import Setup, compute_loss, make_batch
 from accumkern.planning.ranks import Ranks
 from accumkern.torch_private import tree_flatten, tree_unflatten

@@ -1,0 +1,235 @@
+"""FP32 master weights inside bfloat16 weights: the weight is the upper half, a residual beside it the rest.
+
+With ``h`` the weight and ``l`` its residual, the master weight is ``decode(h, l)`` of :mod:`accumkern.formats`: with
+``"split32"`` (int16) every FP32 number, with ``"split24"`` (int8) those of 16 significant bits. The weight is the
+master rounded to the nearest, ties away from zero.
+
+A residual belongs to a weight as it was written last. Whoever changes the weight is right: its residual counts as zero
+then, and the new master is what is there. What is written through ``weight.data`` leaves no trace and keeps the
+residual, which is at most half a unit in the last place of the weight.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accumkern.backends import Kernels
+from accumkern.dtensor import is_dtensor, shard, sum_over_shards, with_shard
+from accumkern.formats import BUFFERS, decode
+from accumkern.ops import is_dense
+
+#: ``master_weights`` argument of :func:`accumkern.attach` -> how weight and residual are stored.
+MASTER_FORMATS = {name: BUFFERS[name][torch.bfloat16] for name in ("split24", "split32")}
+
+_PART_NUMEL = 2**20
+
+
+def local_of(param: Any) -> Tensor:
+    """Return what this rank holds of a parameter, without its history."""
+    return shard(param).detach() if is_dtensor(param) else param.detach()
+
+
+def dense(local: Tensor) -> Tensor:
+    """Return a tensor whose memory has no holes, or a copy without them: as kernels take it."""
+    return local if is_dense(local) and not local.is_neg() else local.resolve_neg().contiguous()
+
+
+@dataclass
+class _Residual:
+    """What a weight lacks, flat in its memory order; and the place and version of the weight that it belongs to."""
+
+    tensor: Tensor
+    place: Any = None
+    version: int = -1
+
+
+class MasterWeights:
+    """The FP32 masters of bfloat16 parameters.
+
+    Attributes:
+        name: see below.
+        format: how a weight and its residual make one number.
+
+    Args:
+        name: a key of :data:`MASTER_FORMATS`.
+        kernels_on: returns the kernels of a device.
+    """
+
+    def __init__(self, name: str, kernels_on: Callable[[torch.device], Kernels]) -> None:
+        self.name = name
+        self.format = MASTER_FORMATS[name]
+        self._kernels_on = kernels_on
+        self._residuals: dict[Tensor, _Residual] = {}
+
+    def check(self, name: str, param: Tensor) -> None:
+        """Raise where a parameter can have no master.
+
+        Raises:
+            TypeError: it is float16, which is not the upper half of an FP32 number.
+        """
+        if param.dtype is torch.float16:
+            raise TypeError(
+                f"{name} is torch.float16, which has no master_weights: with 5 bits of exponent it is not the upper "
+                "half of an FP32 number, as bfloat16 is; use bfloat16, or FP32 weights with autocast"
+            )
+
+    def has(self, param: Tensor) -> bool:
+        """Return whether a parameter has a master: all that are bfloat16 have one."""
+        return param.dtype is self.format.sum_dtype and param.layout is torch.strided
+
+    def keep_only(self, params: Iterable[Tensor]) -> None:
+        """Let go of the residuals of all other parameters."""
+        for param in self._residuals.keys() - set(params):
+            del self._residuals[param]
+
+    def forget_all(self) -> None:
+        """Let go of all residuals."""
+        self._residuals.clear()
+
+    def residual(self, param: Any) -> Tensor | None:
+        """Return the residual that belongs to a weight as it is now, flat in its memory order; None counts as zero."""
+        found = self._residuals.get(param)
+        if found is None or not self.has(param):
+            return None
+        return found.tensor if (found.place, found.version) == (_place(param), version_of(param)) else None
+
+    def residuals(self) -> list[Tensor]:
+        """Return all residuals that are held."""
+        return [found.tensor for found in self._residuals.values()]
+
+    def value(self, param: Any) -> Any:
+        """Return the FP32 master as a new tensor, laid out as the parameter is; of another dtype, a copy."""
+        if not self.has(param):
+            return param.detach().clone()
+        local = dense(local_of(param))
+        residual = self.residual(param)
+        low = None if residual is None else residual.as_strided(local.shape, local.stride())
+        master = decode(self.format, local, low)
+        return with_shard(master, param.detach()) if is_dtensor(param) else master
+
+    @torch.no_grad()
+    def read(self, params: list[Tensor], masters: list[Tensor]) -> None:
+        """Write the masters of parameters into FP32 tensors, each laid out as ``dense(local_of(param))``.
+
+        Each parameter has memory for its residual from then on.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and a residual does not belong to its weight yet.
+        """
+        weights = [dense(local_of(param)) for param in params]
+        residuals = [self._residual_or_zeros(param) for param in params]
+        for device, lists in _by_device(weights, residuals, masters):
+            self._kernels_on(device).decode(self.format, *lists)
+
+    @torch.no_grad()
+    def write(self, params: list[Tensor], masters: list[Tensor]) -> None:
+        """Make FP32 tensors the masters of parameters that :meth:`read` has seen: weight and residual are written."""
+        locals_ = [local_of(param) for param in params]
+        weights = [dense(local) for local in locals_]
+        residuals = [self._residuals[param].tensor for param in params]
+        for device, (highs, lows, values) in _by_device(weights, residuals, masters):
+            self._kernels_on(device).encode(self.format, values, 1.0, highs, lows)
+        for param, local, weight in zip(params, locals_, weights, strict=True):
+            if weight is not local:
+                local.copy_(weight)
+            torch.autograd.graph.increment_version(shard(param) if is_dtensor(param) else param)
+            self._remember(param)
+
+    def state_dict_of(self, model: torch.nn.Module, params: Mapping[Tensor, Any]) -> dict[str, Any]:
+        """Return the state dict of a model in FP32; see :meth:`accumkern.GradAccumulator.master_state_dict`.
+
+        Args:
+            model: the model.
+            params: those that have masters, of the dtype.
+        """
+        made: dict[int, Any] = {}
+        exported = model.state_dict(keep_vars=True)
+        for key, value in exported.items():
+            if not isinstance(value, Tensor):
+                continue
+            if id(value) not in made:  # what is tied stays tied
+                is_short = value.dtype in (torch.bfloat16, torch.float16)
+                made[id(value)] = self.value(value) if value in params and is_short else value.detach()
+                if is_short:
+                    made[id(value)] = made[id(value)].float()
+            exported[key] = made[id(value)]
+        return exported
+
+    def load(self, param: Tensor, residual: Tensor | None) -> None:
+        """Make a residual, flat in the weight's memory order, what belongs to the weight as it is now; None is zero."""
+        if residual is None:
+            self._residuals.pop(param, None)
+        else:
+            self._residuals[param] = _Residual(residual)
+            self._remember(param)
+
+    def _residual_or_zeros(self, param: Tensor) -> Tensor:
+        residual = self.residual(param)
+        if residual is not None:
+            return residual
+        local = local_of(param)
+        if local.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"a CUDA graph is being captured, and a weight of shape {tuple(param.shape)} has no master yet, or was "
+                "changed since the last step: each replay would begin its master again. Call optimizer.step() once "
+                "before"
+            )
+        found = self._residuals.get(param)
+        if found is not None and found.tensor.numel() == local.numel() and found.tensor.device == local.device:
+            residual = found.tensor.zero_()
+        else:
+            residual = torch.zeros(local.numel(), dtype=self.format.residual_dtype, device=local.device)
+        self._residuals[param] = _Residual(residual)
+        return residual
+
+    def _remember(self, param: Tensor) -> None:
+        found = self._residuals[param]
+        found.place, found.version = _place(param), version_of(param)
+
+
+@torch.no_grad()
+def checksums(params: list[Any]) -> list[Tensor]:
+    """Return a number for the bits of each bfloat16 weight: their sum as int16, over all ranks that hold some of it.
+
+    The same weights spread over other ranks have the same number. For DTensors, all ranks have to call this.
+    """
+    sums = [_sum_of_bits(dense(local_of(param))) for param in params]
+    spread = [i for i, param in enumerate(params) if is_dtensor(param)]
+    over_ranks = sum_over_shards([sums[i] for i in spread], [params[i] for i in spread])
+    for i, total in zip(spread, over_ranks, strict=True):
+        sums[i] = total
+    return sums
+
+
+def _sum_of_bits(weight: Tensor) -> Tensor:
+    bits = weight.as_strided((weight.numel(),), (1,)).view(torch.int16)
+    total = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for part in bits.split(_PART_NUMEL):  # torch makes an int64 copy
+        total += part.sum(dtype=torch.int64)
+    return total
+
+
+def _by_device(*columns: list[Tensor]) -> Iterator[tuple[torch.device, list[list[Tensor]]]]:
+    """Yield each device and the tensors of the columns that are there."""
+    rows: dict[torch.device, list[tuple[Tensor, ...]]] = defaultdict(list)
+    for row in zip(*columns, strict=True):
+        rows[row[0].device].append(row)
+    for device, found in rows.items():
+        yield device, [list(column) for column in zip(*found, strict=True)]
+
+
+def _place(param: Any) -> Any:
+    """Return where the memory of a weight is, and how the weight lies in it."""
+    local = local_of(param)
+    return local.untyped_storage()._cdata, local.storage_offset(), local.shape, local.stride()
+
+
+def version_of(param: Any) -> int:
+    """Return a number that grows with every change of a weight. A DTensor and its shard count their own."""
+    return param._version + (shard(param)._version if is_dtensor(param) else 0)

@@ -1,0 +1,290 @@
+"""The step of any optimizer on FP32 stand-ins: it reads and writes FP32 weights, and the model keeps bfloat16 ones.
+
+A hook before the step has ``step()`` called with another optimizer in the place of ``self``: of a subclass, with the
+same attributes (in the very same dictionary) but other parameter groups, which hold stand-ins. A stand-in is an FP32
+parameter, the master weight, whose gradient is the accumulated one in FP32, and whose state is the very dictionary of
+the parameter that it stands for. So the optimizer that users hold is as always: in hooks, in a closure, after an error.
+
+Stand-ins are made, stepped and stored for some bytes at a time, a bucket. The last bucket is what the user's own call
+of ``step()`` steps; a hook after it stores that one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from accumkern.backends import Kernels
+from accumkern.dtensor import is_dtensor, with_shard
+from accumkern.formats import Format
+from accumkern.master_weights import MasterWeights, dense, local_of, version_of
+from accumkern.optimizers import is_stepped_in_parts, raw_step
+from accumkern.slot import Slot
+from accumkern.torch_private import HOOKS_OF_STEP, call_first_after_step, call_last_before_step
+
+_BYTES = 8  # of an element of a stand-in: FP32 weight and gradient
+_ALIGNMENT = 64  # elements
+
+_Members = dict[int, list[Tensor]]  # index of a parameter group -> parameters in it
+
+
+class _StandIn(NamedTuple):
+    """A parameter, what stands for it, and the memory of the master weight."""
+
+    param: Tensor
+    version: int  # of the parameter, before the step
+    parameter: nn.Parameter
+    master: Tensor
+
+
+class Stepping:
+    """Steps the bfloat16 parameters of an optimizer as FP32 ones.
+
+    Attributes:
+        bucket_bytes: what is made at a time, unless one parameter needs more; None for everything at once.
+
+    Args:
+        optimizer: a ``torch.optim.Optimizer`` that :func:`accumkern.optimizers.refusal` does not refuse.
+        masters: of its parameters.
+        slots: parameter -> slot of its gradient; of all that have hooks.
+        bucket_bytes: see above; what is not stepped in parts takes everything at once.
+        kernels_on: returns the kernels of a device.
+        complete: folds what waits for it.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        masters: MasterWeights,
+        slots: Mapping[Tensor, Slot],
+        bucket_bytes: int,
+        kernels_on: Callable[[torch.device], Kernels],
+        complete: Callable[[], None],
+    ) -> None:
+        self._masters, self._slots = masters, slots
+        self._kernels_on, self._complete = kernels_on, complete
+        self.bucket_bytes = bucket_bytes if is_stepped_in_parts(optimizer) else None
+        kind = type(optimizer)
+        own = ("param_groups", "state", "members", "stand_ins", *HOOKS_OF_STEP)
+        self._kind: Any = type(kind.__name__, (kind,), {"__slots__": own, "__module__": kind.__module__})
+
+    def hook(self, optimizer: torch.optim.Optimizer) -> list[Any]:
+        """Have ``optimizer.step()`` step stand-ins from now on; return handles whose ``remove()`` ends it."""
+        # torch.compile of the step breaks its graph here, and compiles what is around.
+        after = optimizer.register_step_post_hook(torch.compiler.disable(self._after))
+        call_first_after_step(optimizer, after)  # the others see the new weights
+        return [_LastPreHook(optimizer, torch.compiler.disable(self._before)), after]
+
+    def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Step all buckets but the last, and return what ``step()`` is to be called with for that one."""
+        args, kwargs, closure = _after_closure(args, kwargs)
+        self._complete()
+        self._masters.keep_only(self._slots)
+        step = raw_step(optimizer)
+        buckets = list(self._buckets(optimizer))
+        if closure is not None:
+            closure.calls_left = len(buckets)
+        memory: dict[torch.device, Tensor] = {}
+        for members in buckets[:-1]:
+            made = self._with_stand_ins(optimizer, members, memory)
+            step(made, *args[1:], **kwargs)
+            self._store(optimizer, made)
+        return (self._with_stand_ins(optimizer, buckets[-1], memory), *args[1:]), kwargs
+
+    def _after(self, optimizer: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        if isinstance(args[0], self._kind):
+            self._store(optimizer, args[0])
+
+    # ---- buckets -------------------------------------------------------------------------------------------------
+
+    def _has_stand_in(self, param: Tensor) -> bool:
+        return param.grad is not None and param in self._slots and self._masters.has(param)
+
+    def _buckets(self, optimizer: Any) -> Iterator[_Members]:
+        """Yield the parameters in order, as many at a time as a bucket takes; those without stand-ins take nothing."""
+        groups, limit = optimizer.param_groups, self.bucket_bytes
+        members: _Members = {} if limit is not None else {i: [] for i in range(len(groups))}
+        size = 0
+        for i, group in enumerate(groups):
+            for param in group["params"]:
+                needed = _BYTES * local_of(param).numel() if self._has_stand_in(param) else 0
+                if limit is not None and size and size + needed > limit:
+                    yield members
+                    members, size = {}, 0
+                members.setdefault(i, []).append(param)
+                size += needed
+        yield members
+
+    @torch.no_grad()
+    def _with_stand_ins(self, optimizer: Any, members: _Members, memory: dict[torch.device, Tensor]) -> Any:
+        """Return the optimizer with stand-ins of some of its parameters in the place of all parameters.
+
+        Args:
+            optimizer: the optimizer.
+            members: the parameters.
+            memory: what earlier buckets had, to be used again.
+        """
+        params = [param for some in members.values() for param in some]
+        stepped = [param for param in dict.fromkeys(params) if self._has_stand_in(param)]
+        of = dict(zip(stepped, self._stand_ins(stepped, memory), strict=True))
+        made = object.__new__(self._kind)
+        made.__dict__ = optimizer.__dict__
+        for name in HOOKS_OF_STEP:
+            setattr(made, name, {})  # of a step() that calls super().step()
+        made.members, made.stand_ins = members, of
+        made.param_groups = [
+            {**optimizer.param_groups[i], "params": [of[param].parameter if param in of else param for param in some]}
+            for i, some in members.items()
+        ]
+        states = optimizer.state
+        made.state = defaultdict(getattr(states, "default_factory", None) or dict)
+        for key in params if self.bucket_bytes is not None else [*params, *states]:
+            if key in states:
+                made.state[of[key].parameter if key in of else key] = states[key]
+        return made
+
+    @torch.no_grad()
+    def _store(self, optimizer: Any, made: Any) -> None:
+        """Store what a step has made of stand-ins: weights, states and options of the groups.
+
+        Raises:
+            RuntimeError: the step has written the parameters themselves.
+        """
+        stand_ins: list[_StandIn] = list(made.stand_ins.values())
+        if any(version_of(param) != version for param, version, *_ in stand_ins):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step() has written parameters that it does not take from its "
+                "param_groups; attach without master_weights"
+            )
+        for _, _, parameter, master in stand_ins:
+            now = local_of(parameter)
+            if now.untyped_storage()._cdata != master.untyped_storage()._cdata:  # by parameter.data = ...
+                master.copy_(now)
+        self._masters.write([param for param, *_ in stand_ins], [master for *_, master in stand_ins])
+        of = {parameter: param for param, _, parameter, _ in stand_ins}
+        for param in made.stand_ins:
+            optimizer.state.pop(param, None)
+        optimizer.state.update((of.get(key, key), state) for key, state in made.state.items())
+        for i, group in zip(made.members, made.param_groups, strict=True):
+            optimizer.param_groups[i].update((key, value) for key, value in group.items() if key != "params")
+
+    # ---- stand-ins -----------------------------------------------------------------------------------------------
+
+    def _stand_ins(self, params: list[Tensor], memory: dict[torch.device, Tensor]) -> list[_StandIn]:
+        """Return the stand-ins of parameters: master weight and accumulated gradient in FP32."""
+        weights = [dense(local_of(param)) for param in params]
+        stored = [self._slots[param].stored() for param in params]
+        coded = [i for i, gradient in enumerate(stored) if gradient.format not in (None, Format.PLAIN32)]
+        made = _fp32_like([*weights, *(stored[i].sum for i in coded)], memory)
+        masters, values = made[: len(params)], dict(zip(coded, made[len(params) :], strict=True))
+        self._masters.read(params, masters)
+        launches: dict[Any, list[int]] = defaultdict(list)
+        for i in coded:
+            launches[stored[i].sum.device, stored[i].format, stored[i].residual is None].append(i)
+        for (device, format_, is_alone), indices in launches.items():
+            sums, out = [stored[i].sum for i in indices], [values[i] for i in indices]
+            if is_alone:
+                torch._foreach_copy_(out, sums)
+            else:
+                residuals: Any = [stored[i].residual for i in indices]
+                self._kernels_on(device).decode(format_, sums, residuals, out)
+        found = []
+        for i, (param, master) in enumerate(zip(params, masters, strict=True)):
+            whole = with_shard(master, param.detach()) if is_dtensor(param) else master
+            parameter = nn.Parameter(whole, requires_grad=param.requires_grad)
+            vars(parameter).update({key: value for key, value in vars(param).items() if key not in vars(parameter)})
+            slot, grad = self._slots[param], param.grad
+            assert grad is not None
+            if i in values:
+                parameter.grad = slot.whole(values[i], grad)
+            else:  # one of FP32 as it is; sparse ones and those with holes in memory are rare
+                parameter.grad = grad.detach() if grad.dtype is torch.float32 else slot.value(grad)
+            found.append(_StandIn(param, version_of(param), parameter, master))
+        return found
+
+
+def _fp32_like(tensors: list[Tensor], memory: dict[torch.device, Tensor]) -> list[Tensor]:
+    """Return FP32 tensors without values, laid out as others are, in one piece of memory for each device.
+
+    Args:
+        tensors: without holes in memory.
+        memory: a device's piece of memory, which is taken again where it is large enough.
+    """
+    numel: dict[torch.device, int] = defaultdict(int)
+    offsets = []
+    for tensor in tensors:
+        offsets.append(numel[tensor.device])
+        numel[tensor.device] += -(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT
+    for device, needed in numel.items():
+        if device not in memory or memory[device].numel() < needed:
+            memory.pop(device, None)
+            memory[device] = torch.empty(needed, dtype=torch.float32, device=device)
+    return [
+        memory[tensor.device].as_strided(tensor.shape, tensor.stride(), offset)
+        for tensor, offset in zip(tensors, offsets, strict=True)
+    ]
+
+
+# ---- closures and hooks ------------------------------------------------------------------------------------------
+
+
+class _CalledClosure:
+    """What stands for a closure that was called already: it hands the loss on, once for each bucket."""
+
+    def __init__(self, loss: Any) -> None:
+        self.loss = loss
+        self.calls_left = 0
+
+    def __call__(self) -> Any:
+        if self.calls_left == 0:
+            raise RuntimeError(
+                "the optimizer calls its closure several times in a step, with other weights each time; attach without "
+                "master_weights"
+            )
+        self.calls_left -= 1
+        return self.loss
+
+
+def _after_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], _CalledClosure | None]:
+    """Call the closure of a step, which makes the gradients; return arguments that hand its loss on."""
+    by_name = "closure" in kwargs
+    closure = kwargs["closure"] if by_name else args[1] if len(args) > 1 else None
+    if not callable(closure):
+        return args, kwargs, None
+    with torch.enable_grad():
+        called = _CalledClosure(closure())
+    if by_name:
+        return args, {**kwargs, "closure": called}, called
+    return (args[0], called, *args[2:]), kwargs, called
+
+
+class _LastPreHook:
+    """A step pre-hook that is called after all others, also those that are registered later: they may clip."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, hook: Callable[..., Any]) -> None:
+        self._optimizer = reference = weakref.ref(optimizer)
+        self._handle = handle = optimizer.register_step_pre_hook(hook)
+        register = weakref.WeakMethod(optimizer.register_step_pre_hook)
+
+        def register_step_pre_hook(hook: Callable[..., Any]) -> Any:
+            bound = register()
+            assert bound is not None  # it is an attribute of the optimizer
+            other = bound(hook)
+            call_last_before_step(reference(), handle)
+            return other
+
+        optimizer.register_step_pre_hook = register_step_pre_hook  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Remove the hook."""
+        self._handle.remove()
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            vars(optimizer).pop("register_step_pre_hook", None)
