@@ -96,7 +96,8 @@ def measure(backend: str, architecture: int) -> list[dict[str, Any]]:
 def name_cuda(symbol: str) -> tuple[str, str]:
     """Return (kernel, format) of a mangled name: the kernel's name, its format's type and how long its lists are."""
     found = re.search(
-        r"\d(accumulate|finish|decode|encode|squares)_kernel.*?\d(" + "|".join(CUDA_TYPES) + r").*Li(\d+)E", symbol
+        r"\d(accumulate|finish|rescale|decode|encode|squares)_kernel.*?\d(" + "|".join(CUDA_TYPES) + r").*Li(\d+)E",
+        symbol,
     )
     if found is None:
         raise ValueError(f"{symbol} is no kernel's name")

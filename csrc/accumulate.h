@@ -44,6 +44,7 @@ struct Scalar {
 enum class Kernel {
   kFold,     // x = fma(scale, grad, decode(sum, residual)); (sum, residual) = encode(x)
   kFinish,   // sum = round((decode(sum, residual) / divisor) * factor), not from zero; residuals are left alone
+  kRescale,  // (sum, residual) = encode((decode(sum, residual) / divisor) * factor), not from zero
   kDecode,   // value = decode(sum, residual)
   kEncode,   // (sum, residual) = encode(value / divisor)
   kSquares,  // partial = the sum of decode(sum, residual)^2 over a block, not from zero; nothing else is written
@@ -52,10 +53,10 @@ enum class Kernel {
 struct Call {
   Kernel kernel;
   Format format;
-  Start start;  // of a fold, finish or squares
+  Start start;  // of a fold, finish, rescale or squares
   std::vector<FoldTensor> tensors;
   Scalar scalar;  // a fold's scale, the others' divisor
-  Scalar factor;  // finish's
+  Scalar factor;  // finish's and rescale's
 };
 
 void run_cpu(const Call& call, int threads);

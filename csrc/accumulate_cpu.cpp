@@ -180,32 +180,57 @@ struct Fold {
   }
 };
 
-// sum = round((decode(sum, residual) / divisor) * factor), for `numel` elements of a chunk.
-template <class F, Start kStart>
-ACCUMKERN_INLINE void finish_elements(typename F::Sum* sum, const typename F::Residual* residual, float divisor,
-                                      float factor, int64_t numel) {
+// sum = round((decode(sum, residual) / divisor) * factor), for `numel` elements of a chunk. To rescale is to encode that
+// instead of rounding it.
+template <class F, Start kStart, bool kRescales>
+ACCUMKERN_INLINE void finish_elements(typename F::Sum* sum, typename F::Residual* residual, float divisor, float factor,
+                                      int64_t numel) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < numel; ++i) {
-    const float x = value_at<F, kStart>(sum, residual, i);
-    sum[i] = F::round(canonical_bits((x / divisor) * factor));
+    const uint32_t bits = canonical_bits((value_at<F, kStart>(sum, residual, i) / divisor) * factor);
+    if constexpr (kRescales) {
+      F::encode(bits, sum + i, at<F>(residual, i));
+    } else {
+      sum[i] = F::round(bits);
+    }
   }
 }
 
+// The same for a whole chunk of a split format that is rescaled, two neighbours at a time.
 template <class F, Start kStart>
+ACCUMKERN_INLINE void rescale_pairs(typename F::Sum* sum, typename F::Residual* residual, float divisor, float factor) {
+  auto* sums = reinterpret_cast<SumPair*>(sum);
+  auto* residuals = reinterpret_cast<typename ResidualPairOf<F>::Type*>(residual);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < kChunk / 2; ++i) {
+    float x0, x1;
+    values_at<F, kStart>(sums, residuals, i, &x0, &x1);
+    uint32_t new_sums;
+    typename F::ResidualPair new_residuals;
+    F::encode_pair(canonical_bits((x0 / divisor) * factor), canonical_bits((x1 / divisor) * factor), &new_sums,
+                   &new_residuals);
+    sums[i] = new_sums;
+    residuals[i] = new_residuals;
+  }
+}
+
+template <class F, Start kStart, bool kRescales>
 struct Finish {
   static ACCUMKERN_INLINE void run(const Range& range, float divisor, float factor) {
     auto* sums = static_cast<typename F::Sum*>(range.tensor.sum);
-    const auto* residuals = static_cast<const typename F::Residual*>(range.tensor.residual);
+    auto* residuals = static_cast<typename F::Residual*>(range.tensor.residual);
     for (int64_t i = range.begin; i < range.end; i += kChunk) {
       auto* sum = sums + i;
-      const auto* residual = at<F>(residuals, i);
+      auto* residual = at<F>(residuals, i);
       const int64_t numel = std::min(kChunk, range.end - i);
       prefetch<true>(sum);
-      if constexpr (kStart == Start::kContinue && F::kHasResidual) prefetch<false>(residual);
+      if constexpr ((kRescales || kStart == Start::kContinue) && F::kHasResidual) prefetch<kRescales>(residual);
       if (numel < kChunk) {
-        finish_elements<F, kStart>(sum, residual, divisor, factor, numel);
+        finish_elements<F, kStart, kRescales>(sum, residual, divisor, factor, numel);
+      } else if constexpr (kRescales && F::kHasPairs) {
+        rescale_pairs<F, kStart>(sum, residual, divisor, factor);
       } else {
-        finish_elements<F, kStart>(sum, residual, divisor, factor, kChunk);
+        finish_elements<F, kStart, kRescales>(sum, residual, divisor, factor, kChunk);
       }
     }
   }
@@ -379,7 +404,9 @@ RangeFunction choose_kernel(Kernel kernel, bool measured) {
     case Kernel::kFold:
       return measured ? for_this_cpu<Fold<F, kStart, true>>() : for_this_cpu<Fold<F, kStart, false>>();
     case Kernel::kFinish:
-      return for_this_cpu<Finish<F, kStart>>();
+      return for_this_cpu<Finish<F, kStart, false>>();
+    case Kernel::kRescale:
+      return for_this_cpu<Finish<F, kStart, true>>();
     case Kernel::kDecode:
       return for_this_cpu<Decode<F>>();
     case Kernel::kEncode:

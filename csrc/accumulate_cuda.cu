@@ -186,20 +186,25 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if (block.partials != nullptr) write_partials(block.partials, squares.of);
 }
 
-// ---- finish --------------------------------------------------------------------------------------------------
+// ---- finish and rescale --------------------------------------------------------------------------------------
 
-// sum = round((decode(sum, residual) / divisor) * factor), for one element.
-template <class F>
-__device__ __forceinline__ typename F::Sum finish_element(Start start, float divisor, float factor,
-                                                          typename F::Sum sum, typename F::Residual residual) {
-  const float x = value_of<F>(start, sum, residual);
-  return F::round(canonical_bits(__fmul_rn(__fdiv_rn(x, divisor), factor)));
+// sum = round((decode(sum, residual) / divisor) * factor), for one element. To rescale is to encode that instead of
+// rounding it.
+template <class F, bool kRescales>
+__device__ __forceinline__ void finish_element(Start start, float divisor, float factor, typename F::Sum* sum,
+                                               typename F::Residual* residual) {
+  const float x = value_of<F>(start, *sum, *residual);
+  const uint32_t bits = canonical_bits(__fmul_rn(__fdiv_rn(x, divisor), factor));
+  if constexpr (kRescales) {
+    F::encode(bits, sum, residual);
+  } else {
+    *sum = F::round(bits);
+  }
 }
 
-template <class F, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    finish_kernel(const __grid_constant__ TensorList<kCapacity> list, const Start start, const Scalar divisor_argument,
-                  const Scalar factor_argument) {
+template <class F, bool kRescales, int kCapacity>
+__device__ __forceinline__ void finish_block(const TensorList<kCapacity>& list, Start start, Scalar divisor_argument,
+                                             Scalar factor_argument) {
   const auto block = this_block<F>(list);
   const float divisor = value_of(divisor_argument), factor = value_of(factor_argument);
   const bool reads_residual = F::kHasResidual && start == Start::kContinue;
@@ -220,18 +225,36 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        sums[step].values[i] =
-            finish_element<F>(start, divisor, factor, sums[step].values[i], residuals[step].values[i]);
+        finish_element<F, kRescales>(start, divisor, factor, &sums[step].values[i], &residuals[step].values[i]);
       }
-      store(block.sum + first + step * kThreads * kVector, sums[step]);
+      const int at = first + step * kThreads * kVector;
+      store(block.sum + at, sums[step]);
+      if constexpr (kRescales && F::kHasResidual) store(block.residual + at, residuals[step]);
     }
   } else {
     for (int i = threadIdx.x; i < block.count; i += kThreads) {
       typename F::Residual residual{};
       if (reads_residual) residual = block.residual[i];
-      block.sum[i] = finish_element<F>(start, divisor, factor, block.sum[i], residual);
+      typename F::Sum sum = block.sum[i];
+      finish_element<F, kRescales>(start, divisor, factor, &sum, &residual);
+      block.sum[i] = sum;
+      if constexpr (kRescales && F::kHasResidual) block.residual[i] = residual;
     }
   }
+}
+
+template <class F, int kCapacity>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    finish_kernel(const __grid_constant__ TensorList<kCapacity> list, const Start start, const Scalar divisor,
+                  const Scalar factor) {
+  finish_block<F, false>(list, start, divisor, factor);
+}
+
+template <class F, int kCapacity>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    rescale_kernel(const __grid_constant__ TensorList<kCapacity> list, const Start start, const Scalar divisor,
+                   const Scalar factor) {
+  finish_block<F, true>(list, start, divisor, factor);
 }
 
 // ---- decode and encode ---------------------------------------------------------------------------------------
@@ -403,6 +426,16 @@ struct Finish {
   }
 };
 
+struct Rescale {
+  Start start;
+  Scalar divisor, factor;
+
+  template <class F, int kCapacity>
+  void launch(const TensorList<kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
+    rescale_kernel<F><<<blocks, kThreads, 0, stream>>>(list, start, divisor, factor);
+  }
+};
+
 struct Decode {
   template <class F, int kCapacity>
   void launch(const TensorList<kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
@@ -488,6 +521,8 @@ void run_cuda(const Call& call, int device, uintptr_t stream_address) {
       return launch_format(call, Fold{call.start, call.scalar}, stream);
     case Kernel::kFinish:
       return launch_format(call, Finish{call.start, call.scalar, call.factor}, stream);
+    case Kernel::kRescale:
+      return launch_format(call, Rescale{call.start, call.scalar, call.factor}, stream);
     case Kernel::kDecode:
       return launch_format(call, Decode{}, stream);
     case Kernel::kEncode:

@@ -89,8 +89,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_instruction_set", &cpu_instruction_set);
   module.def("is_writable", &is_writable, py::arg("address"), py::arg("bytes"));
 
-  for (const auto& [name, kernel] : {std::pair{"FOLD", Kernel::kFold}, {"FINISH", Kernel::kFinish}, {"DECODE", Kernel::kDecode},
-                                     {"ENCODE", Kernel::kEncode}, {"SQUARES", Kernel::kSquares}}) {
+  for (const auto& [name, kernel] : {std::pair{"FOLD", Kernel::kFold}, {"FINISH", Kernel::kFinish}, {"RESCALE", Kernel::kRescale},
+                                     {"DECODE", Kernel::kDecode}, {"ENCODE", Kernel::kEncode}, {"SQUARES", Kernel::kSquares}}) {
     module.attr(name) = static_cast<int>(kernel);
   }
   module.def(

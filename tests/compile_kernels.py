@@ -87,7 +87,7 @@ def compile_triton(architecture: int) -> dict[str, Any]:
             cubin.write_bytes(compiled.asm["cubin"])
             (counts,) = describe_functions(cubin).values()
         counts |= arithmetic(compiled.asm["ptx"]) | {"half_nans": half_nans(compiled.asm["ptx"])}
-        report.setdefault(name, {})[variant] = counts
+        report.setdefault("rescale_kernel" if constants.get("RESCALES") else name, {})[variant] = counts
 
     for format_ in Format:
         sum_dtype, residual_dtype = DTYPES[format_.sum_dtype], DTYPES[format_.residual_dtype]
@@ -103,7 +103,9 @@ def compile_triton(architecture: int) -> dict[str, Any]:
             build("accumulate_kernel", f"{variant}-partials", signature, constants | {"PARTIALS": True})
         variant, constants = f"{format_.name}-{Start.CONTINUE.name}", of_format | {"START": int(Start.CONTINUE)}
         by_value = {"DIVISOR_IS_POINTER": False, "FACTOR_IS_POINTER": False}
-        build("finish_kernel", variant, stored | numel | divisor | factor, constants | by_value)
+        for rescales in (False, True):
+            of_finish = constants | by_value | {"RESCALES": rescales}
+            build("finish_kernel", variant, stored | numel | divisor | factor, of_finish)
         build("decode_kernel", variant, stored | value | numel, of_format)
         build("encode_kernel", variant, value | stored | numel | divisor, of_format | {"DIVISOR_IS_POINTER": False})
         build("squares_kernel", variant, stored | partials | numel, constants)

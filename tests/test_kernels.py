@@ -269,6 +269,30 @@ def test_encode(backend: str, device: torch.device, format_: Format, shift: int,
 
 
 @ALL_FORMATS
+@pytest.mark.parametrize("start", [Start.CONTINUE, Start.FROM_SUM], ids=lambda s: s.name.lower())
+@pytest.mark.parametrize("scalars", ["numbers", "tensors", "one of each"])
+@pytest.mark.parametrize(("shift", "sizes"), [*SHIFTS_AND_SIZES, (0, [5, 4096] * 46)], ids=lambda _: "")
+@pytest.mark.eager_on_gpu
+def test_rescale(
+    backend: str, device: torch.device, format_: Format, start: Start, shift: int, sizes: list[int], scalars: str
+) -> None:
+    """Any bits, by factors that are no powers of two; from the sum alone, whatever the residuals are."""
+    stored = [problem(format_, n)[1:] for n in sizes]
+    wanted = []
+    for total, low in stored:
+        x = decode(format_, total, low if start is Start.CONTINUE else None)
+        wanted.append(encode(format_, (x / 3.0) * torch.tensor(0.7)))
+    buffers, sums = at_an_offset([total for total, _ in stored], shift, device)
+    low_buffers, lows = at_an_offset([low for _, low in stored if low is not None], shift, device)
+    divisor = 3.0 if scalars == "numbers" else torch.tensor(3.0, dtype=torch.float64, device=device)
+    factor = torch.tensor(0.7, device=device) if scalars == "tensors" else 0.7
+    backends.kernels(backend).rescale(format_, start, sums, lows or None, divisor, factor)
+    assert_all_same_bits(sums, [total for total, _ in wanted])
+    assert_all_same_bits(lows, [low for _, low in wanted if low is not None])
+    assert nothing_around_is_written([*buffers, *low_buffers], shift)
+
+
+@ALL_FORMATS
 @ALL_STARTS
 @pytest.mark.eager_on_gpu
 def test_partial_sums_of_squares(backend: str, device: torch.device, format_: Format, start: Start) -> None:
@@ -416,7 +440,7 @@ def test_accuracy_of_a_long_sum_that_agrees_in_sign(backend: str, device: torch.
     assert error(stock) > 1e-1
 
 
-PAIRED = ("fold_pairs", "square_pairs")  # two neighbours at a time
+PAIRED = ("fold_pairs", "rescale_pairs", "square_pairs")  # two neighbours at a time
 
 
 @pytest.mark.slow
@@ -450,7 +474,9 @@ def test_compiler_vectorises_the_cpu_kernels(tmp_path: Path) -> None:
         # formats x starts x with and without squares; whole chunks, and what is left at the end of a tensor
         assert count["fold_pairs"] >= 2 * 3 * 2, report
         assert count["fold_elements"] >= 5 * 3 * 2 + 2 * 3, report
-        assert count["finish_elements"] >= 5 * 2 * 2, report
+        # of finish, and of rescale: whole chunks by pairs in two formats
+        assert count["finish_elements"] >= 5 * 2 * 2 + 5 * 2 + 3 * 2, report
+        assert count["rescale_pairs"] >= 2 * 2, report
         assert count["decode_elements"] >= 5 * 2, report
         assert count["encode_elements"] >= 5 * 2, report
         assert count["square_pairs"] >= 2 * 2, report

@@ -33,14 +33,21 @@ WIDE = {
     Format.PLAIN32: {"LDG.128": 8, "LDG.64": 0, "STG.128": 4, "STG.64": 0},
 }
 
-# The others: to finish is to read sum and residual and write the sum, to decode is to write FP32 values instead, and to
-# encode is to read such and write both. Squares leave one number of a block.
+# The others: to finish is to read sum and residual and write the sum, to rescale is to write both. To decode is to
+# write FP32 values instead, and to encode is to read such and write both. Squares leave one number of a block.
 WIDE_OF_KERNEL = {
     "finish_kernel": {
         Format.SPLIT24: {"LDG.128": 2, "LDG.64": 2, "STG.128": 2, "STG.64": 0},
         Format.SPLIT32: {"LDG.128": 4, "LDG.64": 0, "STG.128": 2, "STG.64": 0},
         Format.MAIN_GRAD_BFLOAT16: {"LDG.128": 6, "LDG.64": 0, "STG.128": 2, "STG.64": 0},
         Format.MAIN_GRAD_FLOAT16: {"LDG.128": 6, "LDG.64": 0, "STG.128": 2, "STG.64": 0},
+        Format.PLAIN32: {"LDG.128": 4, "LDG.64": 0, "STG.128": 4, "STG.64": 0},
+    },
+    "rescale_kernel": {
+        Format.SPLIT24: {"LDG.128": 2, "LDG.64": 2, "STG.128": 2, "STG.64": 2},
+        Format.SPLIT32: {"LDG.128": 4, "LDG.64": 0, "STG.128": 4, "STG.64": 0},
+        Format.MAIN_GRAD_BFLOAT16: {"LDG.128": 6, "LDG.64": 0, "STG.128": 6, "STG.64": 0},
+        Format.MAIN_GRAD_FLOAT16: {"LDG.128": 6, "LDG.64": 0, "STG.128": 6, "STG.64": 0},
         Format.PLAIN32: {"LDG.128": 4, "LDG.64": 0, "STG.128": 4, "STG.64": 0},
     },
     "decode_kernel": {
@@ -128,7 +135,7 @@ def test_triton_makes_one_nan_of_all_in_float16() -> None:
     elements = 2 * 16  # of a thread, in the path of whole blocks and in that of the last
     # To decode is to round the residual, and compare; to encode is to round the value.
     roundings = {"accumulate_kernel": 2, "accumulate_list_kernel": 2, "finish_kernel": 2, "decode_kernel": 1}
-    for kernel, count in (roundings | {"encode_kernel": 1, "squares_kernel": 1}).items():
+    for kernel, count in (roundings | {"rescale_kernel": 2, "encode_kernel": 1, "squares_kernel": 1}).items():
         for name, counts in report[kernel].items():
             format_, start = Format[name.split("-")[0]], Start[name.split("-")[1]]
             expected = count - (start is not Start.CONTINUE) if format_ is Format.MAIN_GRAD_FLOAT16 else 0
@@ -139,7 +146,7 @@ def test_triton_makes_one_nan_of_all_in_float16() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: f"sm_{a}")
 def test_cuda(architecture: int) -> None:
     report = compiled("cuda", architecture)
-    # Each format, to fold, finish, decode, encode and square, for one tensor and for a list.
+    # Each format, to fold, finish, rescale, decode, encode and square, for one tensor and for a list.
     names = {
         Format.SPLIT24: "Split24",
         Format.SPLIT32: "Split32",
@@ -147,7 +154,7 @@ def test_cuda(architecture: int) -> None:
         Format.MAIN_GRAD_FLOAT16: "Float16",
         Format.PLAIN32: "Plain32",
     }
-    assert len(report) == 10 * len(names)
+    assert len(report) == 12 * len(names)
     for function, counts in report.items():
         where = f"{function} sm_{architecture}: {counts}"
         format_ = next(f for f, name in names.items() if f"{len(name)}{name}" in function)

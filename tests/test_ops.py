@@ -278,6 +278,7 @@ def test_without_kernels_nothing_is_written() -> None:
                 kernels = backends.kernels(name)
                 kernels.fold(Format.SPLIT24, Start.CONTINUE, sums[:1], sums[1:2], residuals, 1.0, None)
                 kernels.finish(Format.SPLIT24, Start.CONTINUE, sums[:1], residuals, 2.0, 1.0)
+                kernels.rescale(Format.SPLIT24, Start.CONTINUE, sums[:1], residuals, 2.0, 1.0)
                 kernels.decode(Format.SPLIT24, sums[:1], residuals, sums[1:2])
                 kernels.encode(Format.SPLIT24, sums[:1], 1.0, sums[1:2], residuals)
     assert all(torch.equal(t, b) for t, b in zip(arguments["sums"] + arguments["residuals"], before, strict=True))

@@ -40,6 +40,9 @@ class Kernels(NamedTuple):
             leave them out.
         finish: ``finish(format_, start, sums, residuals, divisor, factor)``: ``sum = round((x / divisor) * factor)`` in
             FP32, in place; ``x`` is ``decode(sum, residual)`` if ``start`` is CONTINUE, the sum if it is FROM_SUM.
+        rescale: ``rescale(format_, start, sums, residuals, divisor, factor)``: ``(sum, residual) = encode((x /
+            divisor) * factor)`` in FP32, in place; ``x`` as in ``finish``. Residuals are read if ``start`` is CONTINUE
+            and written in any case.
         decode: ``decode(format_, sums, residuals, values)``: ``value = decode(sum, residual)``, FP32, laid out as the
             sums.
         encode: ``encode(format_, values, divisor, sums, residuals)``: ``(sum, residual) = encode(value / divisor)``.
@@ -50,6 +53,7 @@ class Kernels(NamedTuple):
 
     fold: Callable[[Format, Start, _Tensors, _Tensors, _Tensors | None, _Scalar, _Tensors | None], None]
     finish: Callable[[Format, Start, _Tensors, _Tensors | None, _Scalar, _Scalar], None]
+    rescale: Callable[[Format, Start, _Tensors, _Tensors | None, _Scalar, _Scalar], None]
     decode: Callable[[Format, _Tensors, _Tensors | None, _Tensors], None]
     encode: Callable[[Format, _Tensors, _Scalar, _Tensors, _Tensors | None], None]
     squares: Callable[[Format, Start, _Tensors, _Tensors | None, _Tensors], None]

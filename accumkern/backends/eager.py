@@ -26,12 +26,11 @@ def fold(
     for i, (grad, total) in enumerate(zip(grads, _uncounted(sums), strict=True)):
         if grad.numel() == 0:
             continue
-        residual = None if residuals is None else _shaped_like(total, residuals[i])
         g = grad.float()
         x = g * fp32_scalar(scale, g.device)  # one of FP64 would widen a 0-dim gradient
         old = None
         if start is Start.CONTINUE:
-            x += formats.decode(format_, total, residual)
+            x += _value(format_, start, total, residuals, i)
         elif start is Start.FROM_SUM:
             old = total.float()
             x += old
@@ -39,10 +38,7 @@ def fold(
             partials[i].zero_()
             for column, values in enumerate((g, x) if old is None else (g, x, old)):
                 partials[i][:, column] = _squares_of_blocks(values)
-        new_sum, new_residual = formats.encode(format_, x)
-        total.copy_(new_sum)
-        if residual is not None and new_residual is not None:
-            residual.copy_(new_residual)
+        _store(format_, x, total, residuals, i)
 
 
 def finish(
@@ -57,6 +53,20 @@ def finish(
     for i, total in enumerate(_uncounted(sums)):
         x = _value(format_, start, total, residuals, i)
         total.copy_(round_to(format_.sum_dtype, divide(x, divisor) * fp32_scalar(factor, x.device)))
+
+
+def rescale(
+    format_: Format,
+    start: Start,
+    sums: list[Tensor],
+    residuals: list[Tensor] | None,
+    divisor: float | Tensor,
+    factor: float | Tensor,
+) -> None:
+    """Divide, multiply and store each value; see :class:`accumkern.backends.Kernels`."""
+    for i, total in enumerate(_uncounted(sums)):
+        x = _value(format_, start, total, residuals, i)
+        _store(format_, divide(x, divisor) * fp32_scalar(factor, x.device), total, residuals, i)
 
 
 def decode(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
@@ -75,10 +85,7 @@ def encode(
 ) -> None:
     """Divide FP32 values and store them; see :class:`accumkern.backends.Kernels`."""
     for i, total in enumerate(_uncounted(sums)):
-        new_sum, new_residual = formats.encode(format_, divide(values[i], divisor))
-        total.copy_(new_sum)
-        if residuals is not None and new_residual is not None:
-            _shaped_like(total, residuals[i]).copy_(new_residual)
+        _store(format_, divide(values[i], divisor), total, residuals, i)
 
 
 def squares(
@@ -94,6 +101,14 @@ def _value(format_: Format, start: Start, total: Tensor, residuals: list[Tensor]
     """Return the accumulated values of the i-th sum."""
     residual = None if residuals is None or start is Start.FROM_SUM else _shaped_like(total, residuals[i])
     return formats.decode(format_, total, residual)
+
+
+def _store(format_: Format, x: Tensor, total: Tensor, residuals: list[Tensor] | None, i: int) -> None:
+    """Store FP32 values as the i-th sum and residual."""
+    new_sum, new_residual = formats.encode(format_, x)
+    total.copy_(new_sum)
+    if residuals is not None and new_residual is not None:
+        _shaped_like(total, residuals[i]).copy_(new_residual)
 
 
 def _squares_of_blocks(values: Tensor) -> Tensor:

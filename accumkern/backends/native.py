@@ -38,6 +38,18 @@ def finish(
     _run(_C.FINISH, format_, start, None, sums, residuals, None, divisor, factor)
 
 
+def rescale(
+    format_: Format,
+    start: Start,
+    sums: list[Tensor],
+    residuals: list[Tensor] | None,
+    divisor: float | Tensor,
+    factor: float | Tensor,
+) -> None:
+    """Divide, multiply and store each value; see :class:`accumkern.backends.Kernels`."""
+    _run(_C.RESCALE, format_, start, None, sums, residuals, None, divisor, factor)
+
+
 def decode(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
     """Write the FP32 values of each sum; see :class:`accumkern.backends.Kernels`."""
     _run(_C.DECODE, format_, Start.CONTINUE, sums, values, residuals, None)

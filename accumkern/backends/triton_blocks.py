@@ -75,16 +75,25 @@ def fold_elements(
 
 
 @triton.jit
-def finish_elements(sum_ptr, residual_ptr, left, divisor, factor, FORMAT: tl.constexpr, START: tl.constexpr):
-    """Finish BLOCK_SIZE elements, or the first `left` if that is not None."""
+def finish_elements(
+    sum_ptr,
+    residual_ptr,
+    left,
+    divisor,
+    factor,
+    FORMAT: tl.constexpr,
+    START: tl.constexpr,
+    RESCALES: tl.constexpr,
+):
+    """Finish or rescale BLOCK_SIZE elements, or the first `left` if that is not None."""
     offsets = tl.max_contiguous(tl.arange(0, BLOCK_SIZE), VECTOR)
     mask = None if left is None else offsets < left
     x = load_value(sum_ptr, residual_ptr, offsets, mask, FORMAT, START)
-    x = canonical(tl.div_rn(x, tl.zeros_like(x) + divisor) * factor)
-    if FORMAT == PLAIN32:
-        tl.store(sum_ptr + offsets, x, mask=mask)
+    x = tl.div_rn(x, tl.zeros_like(x) + divisor) * factor
+    if RESCALES or FORMAT == PLAIN32:
+        store_value(sum_ptr, residual_ptr, offsets, mask, x, FORMAT)
     else:
-        tl.store(sum_ptr + offsets, round_to(x, sum_ptr.dtype.element_ty), mask=mask)
+        tl.store(sum_ptr + offsets, round_to(canonical(x), sum_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -145,23 +154,24 @@ def fold_block(
 @triton.jit
 def finish_block(
     sum_ptr,
-    residual_ptr,  # unused for PLAIN32 and FROM_SUM
+    residual_ptr,  # unused for PLAIN32; not read for FROM_SUM, not written without RESCALES
     numel,
     block,
     divisor,
     factor,
     FORMAT: tl.constexpr,
     START: tl.constexpr,
+    RESCALES: tl.constexpr,
 ):
-    """sum = round((decode(sum, residual) / divisor) * factor), for a tensor's block."""
+    """sum = round((decode(sum, residual) / divisor) * factor), for a tensor's block; to rescale is to encode that."""
     begin = block.to(tl.int64) * BLOCK_SIZE
     left = numel - begin
     sum_ptr += begin
     residual_ptr += begin
     if left >= BLOCK_SIZE:
-        finish_elements(sum_ptr, residual_ptr, None, divisor, factor, FORMAT, START)
+        finish_elements(sum_ptr, residual_ptr, None, divisor, factor, FORMAT, START, RESCALES)
     else:
-        finish_elements(sum_ptr, residual_ptr, left, divisor, factor, FORMAT, START)
+        finish_elements(sum_ptr, residual_ptr, left, divisor, factor, FORMAT, START, RESCALES)
 
 
 @triton.jit

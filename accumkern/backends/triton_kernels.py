@@ -57,12 +57,13 @@ def finish_kernel(
     factor,
     FORMAT: tl.constexpr,
     START: tl.constexpr,
+    RESCALES: tl.constexpr,
     DIVISOR_IS_POINTER: tl.constexpr,
     FACTOR_IS_POINTER: tl.constexpr,
 ):
-    """Finish one tensor: program b does block b."""
+    """Finish or rescale one tensor: program b does block b."""
     divide_by, multiply_by = load_scalar(divisor, DIVISOR_IS_POINTER), load_scalar(factor, FACTOR_IS_POINTER)
-    finish_block(sum_ptr, residual_ptr, numel, tl.program_id(0), divide_by, multiply_by, FORMAT, START)
+    finish_block(sum_ptr, residual_ptr, numel, tl.program_id(0), divide_by, multiply_by, FORMAT, START, RESCALES)
 
 
 @triton.jit(do_not_specialize=["numel"])
@@ -135,13 +136,14 @@ def finish_list_kernel(
     factor,
     FORMAT: tl.constexpr,
     START: tl.constexpr,
+    RESCALES: tl.constexpr,
     DIVISOR_IS_POINTER: tl.constexpr,
     FACTOR_IS_POINTER: tl.constexpr,
     SUM_DTYPE: tl.constexpr,
     RESIDUAL_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Finish a list of tensors: program (t, b) does block b of tensor t."""
+    """Finish or rescale a list of tensors: program (t, b) does block b of tensor t."""
     row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * 3
     sum_ptr = load_pointer(row_ptr, 0, SUM_DTYPE, ALIGNED)
     residual_ptr = load_pointer(row_ptr, 1, RESIDUAL_DTYPE, ALIGNED)
@@ -149,7 +151,7 @@ def finish_list_kernel(
     block = tl.program_id(1)
     if block * BLOCK_SIZE < numel:
         divide_by, multiply_by = load_scalar(divisor, DIVISOR_IS_POINTER), load_scalar(factor, FACTOR_IS_POINTER)
-        finish_block(sum_ptr, residual_ptr, numel, block, divide_by, multiply_by, FORMAT, START)
+        finish_block(sum_ptr, residual_ptr, numel, block, divide_by, multiply_by, FORMAT, START, RESCALES)
 
 
 @triton.jit

@@ -78,10 +78,21 @@ def finish(
     factor: float | Tensor,
 ) -> None:
     """Divide, multiply and round each sum; see :class:`accumkern.backends.Kernels`."""
-    columns = [sums, residuals or sums]
-    _launch(
-        finish_kernel, finish_list_kernel, format_, columns, {"divisor": divisor, "factor": factor}, START=int(start)
-    )
+    columns, scalars = [sums, residuals or sums], {"divisor": divisor, "factor": factor}
+    _launch(finish_kernel, finish_list_kernel, format_, columns, scalars, START=int(start), RESCALES=False)
+
+
+def rescale(
+    format_: Format,
+    start: Start,
+    sums: list[Tensor],
+    residuals: list[Tensor] | None,
+    divisor: float | Tensor,
+    factor: float | Tensor,
+) -> None:
+    """Divide, multiply and store each value; see :class:`accumkern.backends.Kernels`."""
+    columns, scalars = [sums, residuals or sums], {"divisor": divisor, "factor": factor}
+    _launch(finish_kernel, finish_list_kernel, format_, columns, scalars, START=int(start), RESCALES=True)
 
 
 def decode(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
