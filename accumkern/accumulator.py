@@ -20,6 +20,7 @@ from accumkern.memory import HeldMemory, storage_bytes, tensors_in
 from accumkern.noise_scale import NoiseScale, NoiseScaleMeter
 from accumkern.passes import BackwardPasses
 from accumkern.slot import Parts, Slot
+from accumkern.stepping import Stepping
 
 
 @dataclass
@@ -30,8 +31,13 @@ class Rooms:
     passes: BackwardPasses
     noise_scale: NoiseScaleMeter | None
     lost_bits: LostBitsMeter | None
-    masters: MasterWeights | None
+    stepping: Stepping | None  # of master weights
     finished_at: int = -1  # the backward passes that there had been at the last finish()
+
+    @property
+    def masters(self) -> MasterWeights | None:
+        """The FP32 masters of the weights."""
+        return None if self.stepping is None else self.stepping.masters
 
 
 class GradAccumulator:
@@ -252,14 +258,15 @@ class GradAccumulator:
         it are parameters and buffers that the optimizer does not have, activations, and what a step makes for a moment.
         """
         self._check_attached()
-        slots, masters = self._attachment.slots.values(), self._rooms.masters
+        slots, stepping = self._attachment.slots.values(), self._rooms.stepping
         params = tensors_in(self._attachment.params)
         return HeldMemory(
             weights=storage_bytes(params),
-            master_residuals=0 if masters is None else storage_bytes(masters.residuals()),
+            master_residuals=0 if stepping is None else storage_bytes(stepping.masters.residuals()),
             gradients=storage_bytes(tensors_in([slot.param.grad for slot in slots])),
             residuals=storage_bytes(slot.residual for slot in slots if slot.residual is not None),
             optimizer_state=storage_bytes(tensors_in(dict(getattr(self._optimizer, "state", {})))),
+            bucket=0 if stepping is None else stepping.kept_bytes(),
             numel=sum(param.numel() for param in params),
         )
 

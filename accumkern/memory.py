@@ -21,6 +21,7 @@ class HeldMemory:
         gradients: ``.grad``.
         residuals: what ``.grad`` lacks of the accumulated sums, an FP32 buffer included.
         optimizer_state: of the optimizer, all tensors.
+        bucket: of the FP32 weights and gradients of a step, which a CPU keeps for the next one.
         numel: elements of the parameters; no bytes.
     """
 
@@ -29,6 +30,7 @@ class HeldMemory:
     gradients: int
     residuals: int
     optimizer_state: int
+    bucket: int
     numel: int
 
     @property

@@ -29,6 +29,8 @@ from accumkern.torch_private import HOOKS_OF_STEP, call_first_after_step, call_l
 
 _BYTES = 8  # of an element of a stand-in: FP32 weight and gradient
 _ALIGNMENT = 64  # elements
+#: Bytes of a bucket. On a CPU it stays in the cache; elsewhere each one takes a few launches. docs/performance.md
+_CPU_BUCKET, _BUCKET = 8 * 2**20, 256 * 2**20
 
 _Members = dict[int, list[Tensor]]  # index of a parameter group -> parameters in it
 
@@ -46,13 +48,15 @@ class Stepping:
     """Steps the bfloat16 parameters of an optimizer as FP32 ones.
 
     Attributes:
-        bucket_bytes: what is made at a time, unless one parameter needs more; None for everything at once.
+        masters: see below.
+        is_in_parts: whether buckets are stepped one after the other; else there is one of everything.
 
     Args:
         optimizer: a ``torch.optim.Optimizer`` that :func:`accumkern.optimizers.refusal` does not refuse.
         masters: of its parameters.
         slots: parameter -> slot of its gradient; of all that have hooks.
-        bucket_bytes: see above; what is not stepped in parts takes everything at once.
+        bucket_bytes: FP32 weights and gradients that are made at a time, unless one parameter needs more; None takes
+            what suits the device.
         kernels_on: returns the kernels of a device.
         complete: folds what waits for it.
     """
@@ -62,17 +66,18 @@ class Stepping:
         optimizer: torch.optim.Optimizer,
         masters: MasterWeights,
         slots: Mapping[Tensor, Slot],
-        bucket_bytes: int,
+        bucket_bytes: int | None,
         kernels_on: Callable[[torch.device], Kernels],
         complete: Callable[[], None],
     ) -> None:
-        self._masters, self._slots = masters, slots
+        self.masters, self._slots = masters, slots
         self._kernels_on, self._complete = kernels_on, complete
-        self.bucket_bytes = bucket_bytes if is_stepped_in_parts(optimizer) else None
+        self.is_in_parts = is_stepped_in_parts(optimizer)
+        self._bucket_bytes = bucket_bytes
         kind = type(optimizer)
         own = ("param_groups", "state", "members", "stand_ins", *HOOKS_OF_STEP)
-        # The system's memory is given back when it is freed, and zeroed page by page when it is taken again, which takes
-        # ten times as long as the step. On other devices torch keeps freed memory.
+        # On a CPU, large memory that is freed goes back to the system, and takes ten times as long as the step to come
+        # again, page by page. On other devices torch keeps it.
         self._kept: dict[torch.device, Tensor] = {}
         self._kind: Any = type(kind.__name__, (kind,), {"__slots__": own, "__module__": kind.__module__})
 
@@ -87,7 +92,7 @@ class Stepping:
         """Step all buckets but the last, and return what ``step()`` is to be called with for that one."""
         args, kwargs, closure = _after_closure(args, kwargs)
         self._complete()
-        self._masters.keep_only(self._slots)
+        self.masters.keep_only(self._slots)
         step = raw_step(optimizer)
         buckets = list(self._buckets(optimizer))
         if closure is not None:
@@ -98,7 +103,7 @@ class Stepping:
             step(made, *args[1:], **kwargs)
             self._store(optimizer, made)
         last = self._with_stand_ins(optimizer, buckets[-1], memory)
-        if self.bucket_bytes is not None:  # else the optimizer may have kept what it was given
+        if self.is_in_parts:  # else the optimizer may have kept what it was given
             self._kept = {device: flat for device, flat in memory.items() if device.type == "cpu"}
         return (last, *args[1:]), kwargs
 
@@ -106,20 +111,25 @@ class Stepping:
         if isinstance(args[0], self._kind):
             self._store(optimizer, args[0])
 
+    def kept_bytes(self) -> int:
+        """Return the bytes of the memory that is kept for the next step's stand-ins."""
+        return sum(flat.nbytes for flat in self._kept.values())
+
     # ---- buckets -------------------------------------------------------------------------------------------------
 
     def _has_stand_in(self, param: Tensor) -> bool:
-        return param.grad is not None and param in self._slots and self._masters.has(param)
+        return param.grad is not None and param in self._slots and self.masters.has(param)
 
     def _buckets(self, optimizer: Any) -> Iterator[_Members]:
         """Yield the parameters in order, as many at a time as a bucket takes; those without stand-ins take nothing."""
-        groups, limit = optimizer.param_groups, self.bucket_bytes
-        members: _Members = {} if limit is not None else {i: [] for i in range(len(groups))}
+        groups = optimizer.param_groups
+        members: _Members = {} if self.is_in_parts else {i: [] for i in range(len(groups))}
         size = 0
         for i, group in enumerate(groups):
             for param in group["params"]:
                 needed = _BYTES * local_of(param).numel() if self._has_stand_in(param) else 0
-                if limit is not None and size and size + needed > limit:
+                limit = self._bucket_bytes or (_CPU_BUCKET if param.device.type == "cpu" else _BUCKET)
+                if self.is_in_parts and size and size + needed > limit:
                     yield members
                     members, size = {}, 0
                 members.setdefault(i, []).append(param)
@@ -149,7 +159,7 @@ class Stepping:
         ]
         states = optimizer.state
         made.state = defaultdict(getattr(states, "default_factory", None) or dict)
-        for key in params if self.bucket_bytes is not None else [*params, *states]:
+        for key in params if self.is_in_parts else [*params, *states]:
             if key in states:
                 made.state[of[key].parameter if key in of else key] = states[key]
         return made
@@ -171,7 +181,7 @@ class Stepping:
             now = local_of(parameter)
             if now.untyped_storage()._cdata != master.untyped_storage()._cdata:  # by parameter.data = ...
                 master.copy_(now)
-        self._masters.write([param for param, *_ in stand_ins], [master for *_, master in stand_ins])
+        self.masters.write([param for param, *_ in stand_ins], [master for *_, master in stand_ins])
         of = {parameter: param for param, _, parameter, _ in stand_ins}
         for param in made.stand_ins:
             optimizer.state.pop(param, None)
@@ -188,7 +198,7 @@ class Stepping:
         coded = [i for i, gradient in enumerate(stored) if gradient.format not in (None, Format.PLAIN32)]
         made = _fp32_like([*weights, *(stored[i].sum for i in coded)], memory)
         masters, values = made[: len(params)], dict(zip(coded, made[len(params) :], strict=True))
-        self._masters.read(params, masters)
+        self.masters.read(params, masters)
         launches: dict[Any, list[int]] = defaultdict(list)
         for i in coded:
             launches[stored[i].sum.device, stored[i].format, stored[i].residual is None].append(i)

@@ -30,8 +30,6 @@ from accumkern.sharded import ShardPasses, ShardSlot
 from accumkern.slot import Slot
 from accumkern.stepping import Stepping
 
-BUCKET_BYTES = 64 * 2**20  # measured: docs/performance.md
-
 
 def attach(
     optimizer: torch.optim.Optimizer,
@@ -60,9 +58,9 @@ def attach(
             weight, which together are every FP32 number; ``"split24"``, an int8 residual, 16 significant bits. Then
             ``optimizer.step()`` reads and writes FP32 weights, with the accumulated gradient and the optimizer's state
             in FP32. None steps the bfloat16 weights themselves. float32 parameters are stepped as they are.
-        bucket: bytes of FP32 weights and gradients that a step makes at a time, at 8 per parameter; a tensor that needs
-            more is made whole. None takes 64 MiB. Optimizers that may look at all parameters together
-            (:mod:`accumkern.optimizers` has the table of those that do not) take all of them at once.
+        bucket: bytes of FP32 weights and gradients that a step makes at a time, 8 per parameter; a tensor that needs
+            more is made whole. None takes 8 MiB on a CPU, 256 MiB elsewhere. Optimizers that may look at all parameters
+            together (:mod:`accumkern.optimizers` has the table of those that do not) take all of them at once.
         average_over: multiply each micro-gradient by ``1 / average_over`` inside the kernel, instead of dividing the
             loss; a positive number, usually of the micro-batches in a window, whose reciprocal FP32 can hold (it is
             3e-39 to 7e44). None adds them as they are. It is where :attr:`GradAccumulator.scale` begins.
@@ -123,15 +121,14 @@ def attach(
     masters = None if master_weights is None else MasterWeights(master_weights, fold.kernels_on)
     passes = BackwardPasses(fold, lost_bits, lambda param: here.put_on_hooks(param))
     shards = ShardPasses(passes, fold)
-    attachment.rooms = Rooms(fold, passes, noise_scale, lost_bits, masters)
-    inner = attachment.optimizer
-    if masters is None:
-        attachment.attach()
-    else:
+    inner, stepping = attachment.optimizer, None
+    if masters is not None:
         stepping = Stepping(inner, masters, attachment.slots, bucket_bytes, fold.kernels_on, passes.complete)
-        attachment.attach()
-        attachment.keep([*stepping.hook(inner), Fp32State(inner, masters.has)])
-        take_cut_off(masters, attachment.slots)
+    attachment.rooms = Rooms(fold, passes, noise_scale, lost_bits, stepping)
+    attachment.attach()
+    if stepping is not None:
+        attachment.keep([*stepping.hook(inner), Fp32State(inner, stepping.masters.has)])
+        take_cut_off(stepping.masters, attachment.slots)
     return GradAccumulator(attachment)
 
 
@@ -153,14 +150,14 @@ def accumulator_of(optimizer: torch.optim.Optimizer) -> GradAccumulator | None:
     return attachment.face() or GradAccumulator(attachment)
 
 
-def _checked_masters(optimizer: Any, master_weights: Any, bucket: Any) -> int:
+def _checked_masters(optimizer: Any, master_weights: Any, bucket: Any) -> int | None:
     """Return the bytes of a bucket; raise where an argument is wrong or the optimizer cannot have masters."""
     right = "it must be a positive number of bytes, or None"
-    bucket_bytes = BUCKET_BYTES if bucket is None else integer("bucket", bucket, right, least=1)
+    bucket_bytes = None if bucket is None else integer("bucket", bucket, right, least=1)
     if master_weights is None:
         if bucket is not None:
             raise ValueError(f"bucket is {bucket}; it belongs to master_weights, which is None")
-        return bucket_bytes
+        return None
     one_of("master_weights", master_weights, MASTER_FORMATS, otherwise=", or None")
     reason = refusal(stepped_by(optimizer))
     if reason is not None:
