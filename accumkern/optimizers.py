@@ -67,9 +67,12 @@ def refusal(optimizer: Any) -> str | None:
     for option, reason in REFUSED_OPTIONS.items():
         if any(group.get(option) for group in optimizer.param_groups):
             return f"{option} is on: {reason}"
-    overrides = getattr(getattr(optimizer, "mng", None), "module_weight_config_triple", None)
-    if overrides or getattr(getattr(optimizer, "mng", None), "pid2config", None):  # of bitsandbytes
-        return "GlobalOptimManager has settings for single parameters, which it finds by the parameter's id"
+    manager = getattr(optimizer, "mng", None)  # of bitsandbytes
+    if manager is not None:
+        special = {id(getattr(module, name)) for module, name, _ in manager.module_weight_config_triple}
+        special |= set(manager.pid2config)
+        if any(id(param) in special for group in optimizer.param_groups for param in group["params"]):
+            return "GlobalOptimManager has settings for single parameters, which it finds by the parameter's id"
     return None
 
 

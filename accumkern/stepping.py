@@ -118,7 +118,10 @@ class Stepping:
     # ---- buckets -------------------------------------------------------------------------------------------------
 
     def _has_stand_in(self, param: Tensor) -> bool:
-        return param.grad is not None and param in self._slots and self.masters.has(param)
+        if param.grad is None or param not in self._slots:
+            return False
+        self.masters.check("a parameter of optimizer", param)  # it may have been cast
+        return self.masters.has(param)
 
     def _buckets(self, optimizer: Any) -> Iterator[_Members]:
         """Yield the parameters in order, as many at a time as a bucket takes; those without stand-ins take nothing."""
