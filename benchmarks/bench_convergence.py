@@ -1,16 +1,17 @@
-"""Does the way of accumulating show in the loss? One small model, the same tokens, several N and seeds.
+"""Do sums and master weights show in the loss? One small model, the same tokens, several N, learning rates and seeds.
 
-``python benchmarks/bench_convergence.py [--device cpu|cuda] [--quick] [--micro-batches 32768] [--seeds 5] [--masters]
+``python benchmarks/bench_convergence.py [--device cpu|cuda] [--quick] [--micro-batches 32768] [--seeds 5]
 [--workers 2]``
 
-A tiny GPT with bfloat16 weights learns the source text of Python's standard library from micro-batches of one short
-sequence. For each number N of micro-batches in a window and each seed, every design starts from the same weights and
-sees the same text, so that their validation losses can be compared in pairs. Nothing is timed: several runs go on at
-once, in processes of one thread. Writes ``benchmarks/results/<machine>/convergence.json``.
+A tiny GPT learns the source text of Python's standard library from micro-batches of one short sequence. For each number
+N of micro-batches in a window, learning rate and seed, every design starts from the same FP32 weights, as far as it can
+hold them, and sees the same text, so that their validation losses can be compared in pairs. Nothing is timed: several
+runs go on at once, in processes of one thread. Writes ``benchmarks/results/<machine>/convergence.json``.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import sys
@@ -33,27 +34,26 @@ from torch import Tensor
 from accumkern import backends
 from designs import (
     DESIGNS,
+    Autocast,
     Split24,
     Split24Masters,
+    Split24Masters24,
     StockBF16,
-    StockBF16Masters,
-    StockFP32,
     StockFP32Masters,
 )
 from train_gpt import GPT, random_batch, read_text
 
 WIDTH, LAYERS, HEADS, CONTEXT = 64, 1, 2, 32
-WINDOWS = (8, 64, 256)  # micro-batches of a window
+WINDOWS = (1, 8, 64)  # micro-batches of a window
 MICRO_BATCHES = 3072  # of a run
 SEEDS = 5
 # Adam's step does not grow with the batch. Fewer steps are made larger, by the usual square root.
-LEARNING_RATE, LEARNING_RATE_OF = 1e-3, 8
+LEARNING_RATES, LEARNING_RATE_OF = (2e-4, 1e-3), 8
 WARM_UP = 0.1  # of all steps
+MAX_NORM = 1.0
 VALIDATION_SEQUENCES, VALIDATION_BATCH = 2048, 256
-ACCUMULATIONS = {  # without and with masters; the second is what the others are compared with
-    False: (StockBF16.key, StockFP32.key, Split24.key),
-    True: (StockBF16Masters.key, StockFP32Masters.key, Split24Masters.key),
-}
+REFERENCE = StockFP32Masters.key  # what the others are compared with
+DESIGN_KEYS = (StockBF16.key, Split24.key, Split24Masters24.key, Split24Masters.key, REFERENCE, Autocast.key)
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Run:
 
     design: str
     micro_batches: int  # of a window
+    learning_rate: float  # of a window of LEARNING_RATE_OF micro-batches
     seed: int
     total: int  # micro-batches of the whole run
     device: str
@@ -74,19 +75,18 @@ def main() -> None:
         "--micro-batches", type=int, default=MICRO_BATCHES, help=f"of a run (default: {MICRO_BATCHES})"
     )
     options.add_argument("--seeds", type=int, default=SEEDS, help=f"default: {SEEDS}")
-    options.add_argument("--masters", action="store_true", help="step FP32 copies of the weights")
     options.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: as many as cores)")
     arguments = options.parse_args()
     windows = WINDOWS[:2] if arguments.quick else WINDOWS
     total, seeds = (256, 2) if arguments.quick else (arguments.micro_batches, arguments.seeds)
     if total < max(windows):
         options.error(f"--micro-batches is {total}; a window of {max(windows)} needs as many")
-    designs = ACCUMULATIONS[arguments.masters]
     runs = [
-        Run(design, count, seed, total, arguments.device)
+        Run(design, count, rate, seed, total, arguments.device)
         for seed in range(seeds)
         for count in windows
-        for design in designs
+        for rate in LEARNING_RATES
+        for design in DESIGN_KEYS
     ]
     losses: dict[Run, float | str] = {}
     # A fresh process each, and of one thread: the losses are the same whatever runs beside them.
@@ -103,29 +103,33 @@ def main() -> None:
             on_step(len(losses), len(runs))
 
     results = []
-    for count in windows:
-        for design in designs:
-            of_design, of_reference = (
-                [losses[run] for run in runs if (run.design, run.micro_batches) == (key, count)]
-                for key in (design, designs[1])
-            )
-            results.append(result(design, count, total, of_design, of_reference))
+    for count, rate, design in itertools.product(windows, LEARNING_RATES, DESIGN_KEYS):
+        of_design, of_reference = (
+            [losses[run] for run in runs if (run.design, run.micro_batches, run.learning_rate) == (key, count, rate)]
+            for key in (design, REFERENCE)
+        )
+        results.append(result(design, count, rate, total, of_design, of_reference))
     method = {
         "model": f"GPT over bytes, width {WIDTH}, {LAYERS} layer, context {CONTEXT}",
         "text": "source text of Python's standard library; its last twentieth is for validation",
         "micro_batch": f"one sequence of {CONTEXT} tokens",
-        "optimizer": f"AdamW, lr {LEARNING_RATE} * sqrt(N / {LEARNING_RATE_OF}), linear warm-up over "
-        f"{WARM_UP:.0%} of the steps and linear decay",
+        "optimizer": f"AdamW, learning rate * sqrt(N / {LEARNING_RATE_OF}), linear warm-up over {WARM_UP:.0%} of the "
+        f"steps and linear decay to zero, gradients clipped to a norm of {MAX_NORM}",
         "validation_loss": f"of {VALIDATION_SEQUENCES} sequences after the last step, one for each seed",
-        "difference": "validation loss less that of fp32 accumulation with the same seed: median over seeds, and the "
-        "interval from the least to the greatest that holds it with the confidence that stands beside it",
+        "difference": f"validation loss less that of {DESIGNS[REFERENCE].label} with the same seed: median over seeds, "
+        "and the interval from the least to the greatest that holds it with the confidence that stands beside it",
         "backend": backends.choose(None, torch.device(arguments.device)),
     }
     write_results(arguments, "convergence", method, results)
 
 
 def result(
-    design: str, micro_batches: int, total: int, losses: list[float | str], reference: list[float | str]
+    design: str,
+    micro_batches: int,
+    learning_rate: float,
+    total: int,
+    losses: list[float | str],
+    reference: list[float | str],
 ) -> dict[str, Any]:
     """Return what came out for a design and an N: one loss for each seed, and the reference's."""
     made: dict[str, Any] = {
@@ -133,6 +137,7 @@ def result(
         "label": DESIGNS[design].label,
         "masters": DESIGNS[design].masters,
         "micro_batches": micro_batches,
+        "learning_rate": learning_rate,
         "steps": total // micro_batches,
         "tokens": total // micro_batches * micro_batches * CONTEXT,
     }
@@ -142,7 +147,7 @@ def result(
     values = [loss for loss in losses if not isinstance(loss, str)]
     made |= {"validation_loss": values, "median_loss": statistics.median(values)}
     pairs = [(mine, other) for mine, other in zip(values, reference, strict=True) if not isinstance(other, str)]
-    if design not in (StockFP32.key, StockFP32Masters.key) and len(pairs) == len(values):
+    if design != REFERENCE and len(pairs) == len(values):
         made["difference"] = summary([mine - other for mine, other in pairs])
     return made
 
@@ -160,9 +165,10 @@ def train(run: Run) -> float:
     text, held_out = split_text()
     device = torch.device(run.device)
     torch.manual_seed(run.seed)
-    model = GPT(WIDTH, LAYERS, HEADS, CONTEXT).to(device, torch.bfloat16)
-    rate = LEARNING_RATE * (run.micro_batches / LEARNING_RATE_OF) ** 0.5
-    design = DESIGNS[run.design](model, learning_rate=rate, max_norm=1.0)
+    kind = DESIGNS[run.design]
+    model = kind.cast(GPT(WIDTH, LAYERS, HEADS, CONTEXT).to(device))
+    rate = run.learning_rate * (run.micro_batches / LEARNING_RATE_OF) ** 0.5
+    design = kind(model, learning_rate=rate, max_norm=MAX_NORM)
     design.begin()
     count = run.total // run.micro_batches
     schedule = torch.optim.lr_scheduler.LambdaLR(

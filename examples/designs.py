@@ -6,8 +6,8 @@
         design.backward(design.model(batch) / len(window), last=number == len(window) - 1)
     design.step()
 
-Every class is one design. Those with ``masters`` step FP32 copies of the weights and round these to bfloat16
-afterwards; compare them with one another, and the others with one another.
+Every class is one design. Those with ``masters`` step FP32 weights, which they keep beside the bfloat16 ones or inside
+them, or instead of them; compare them with one another, and the others with one another.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class StockBF16:
         key: the name in result files.
         label: the name in tables and figures.
         color: in figures.
-        masters: whether FP32 copies of the weights are stepped.
+        masters: whether FP32 weights are stepped.
         keeps_gradient: whether there is an accumulated gradient to look at.
         params: the bfloat16 weights.
     """
@@ -48,6 +48,11 @@ class StockBF16:
         self.params = list(model.parameters())
         self.max_norm = max_norm
         self.optimizer: Any = self.make_optimizer(learning_rate)  # no stub knows grad_scale, or optimi's own
+
+    @staticmethod
+    def cast(model: nn.Module) -> nn.Module:
+        """Return an FP32 model as this design trains it: in bfloat16."""
+        return model.bfloat16()
 
     def make_optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
         """Return AdamW over :meth:`stepped`."""
@@ -105,9 +110,18 @@ class StockBF16Masters(StockBF16):
     color = "#e59aa4"
     masters = True
 
+    @staticmethod
+    def cast(model: nn.Module) -> nn.Module:
+        """Return an FP32 model in bfloat16, each parameter with the FP32 weight that it was."""
+        weights = [param.detach().clone() for param in model.parameters()]
+        model.bfloat16()
+        for param, weight in zip(model.parameters(), weights, strict=True):
+            param.fp32 = weight
+        return model
+
     def stepped(self) -> list[nn.Parameter]:
         """Return FP32 copies of the weights."""
-        self.fp32_weights = [nn.Parameter(param.detach().float()) for param in self.params]
+        self.fp32_weights = [nn.Parameter(getattr(param, "fp32", param.detach().float())) for param in self.params]
         return self.fp32_weights
 
     def gradients_for_step(self) -> list[Tensor]:
@@ -437,26 +451,61 @@ class Split32Finish(Split24Finish):
     color = "#85cbc0"
 
 
-class Split24Masters(StockBF16Masters, Split24):
-    """FP32 copies of the weights, stepped with the sum in FP32, which is put together for the step."""
+class Split24Masters(Split24Finish):
+    """The same with master weights inside the weights, which AdamW steps with the sum in FP32, clipped in FP32."""
 
     key = "split24_masters"
+    master_weights = "split32"
     label = "accumkern split24 + masters"
     color = "#0d4a75"
+    masters = True
+
+    @staticmethod
+    def cast(model: nn.Module) -> nn.Module:
+        """Return an FP32 model in bfloat16; what is cut off is kept for the masters."""
+        return accumkern.to_bfloat16(model)
 
     def attach(self) -> accumkern.GradAccumulator:
-        """Attach to an optimizer that holds the bfloat16 weights and does not step."""
-        self.holder: Any = torch.optim.SGD(self.params)
-        return accumkern.attach(self.holder, self.buffer)
+        """Attach to the optimizer, with masters of the weights."""
+        return accumkern.attach(self.optimizer, self.buffer, master_weights=self.master_weights)
+
+    def gradients_for_step(self) -> list[Tensor]:
+        """Return the sums in FP32."""
+        return self.sums()
+
+
+class Split24Masters24(Split24Masters):
+    """The same with masters of 24 bits."""
+
+    key = "split24_masters24"
+    master_weights = "split24"
+    label = "accumkern split24 + 24-bit masters"
+    color = "#5c86ab"
 
 
 class Split32Masters(Split24Masters):
-    """The same with a wider residual."""
+    """The same with a wider residual of the sum."""
 
     key = "split32_masters"
     buffer = "split32"
     label = "accumkern split32 + masters"
     color = "#17635a"
+
+
+class Autocast(StockBF16):
+    """FP32 weights and gradients; matrix products compute in bfloat16."""
+
+    key = "autocast"
+    label = "fp32 weights + autocast"
+    color = "#6c757d"
+    masters = True
+
+    @staticmethod
+    def cast(model: nn.Module) -> nn.Module:
+        """Return the model, whose forward pass casts to bfloat16 what it multiplies."""
+        device = next(model.parameters()).device.type
+        model.forward = torch.autocast(device, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+        return model
 
 
 DESIGNS: dict[str, type[StockBF16]] = {
@@ -477,6 +526,8 @@ DESIGNS: dict[str, type[StockBF16]] = {
         HookCast,
         Compiled,
         Split24Masters,
+        Split24Masters24,
         Split32Masters,
+        Autocast,
     )
 }
