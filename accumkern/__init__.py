@@ -1,4 +1,4 @@
-"""FP32-exact gradient accumulation inside ``.grad``, at one byte per parameter."""
+"""FP32-exact gradient accumulation inside ``.grad``, and FP32 master weights inside bfloat16 weights."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -60,6 +60,10 @@ OF_OTHERS: dict[str, Make] = {
     "optimi-StableAdamW": optimi("StableAdamW"),
     "bitsandbytes-AdamW8bit": bitsandbytes("AdamW8bit"),
     "bitsandbytes-Lion8bit": bitsandbytes("Lion8bit"),
+    "prodigyopt-Prodigy": lambda params: importlib.import_module("prodigyopt").Prodigy(params),
+    "torchao-AdamW8bit": lambda params: importlib.import_module("torchao.optim").AdamW8bit(
+        params, lr=torch.tensor(1e-3), block_size=8
+    ),
 }
 BUCKET = 8 * 24 * 40  # bytes: the first matrix; there are three buckets
 
@@ -87,7 +91,7 @@ def test_on_a_gpu(make: Make) -> None:
     assert_trains_as_fp32(make, "cuda")
 
 
-@pytest.mark.integration("Master weights: optimi and bitsandbytes")
+@pytest.mark.integration("Master weights: optimi, bitsandbytes, Prodigy, torchao")
 @pytest.mark.parametrize("name", OF_OTHERS)
 def test_optimizers_of_others(name: str) -> None:
     pytest.importorskip(name.split("-")[0])
@@ -288,6 +292,11 @@ def test_an_optimizer_that_steps_what_is_not_in_its_groups_is_found_out() -> Non
         mine.optimizer.step()
 
 
+def schedule_free(params: list[nn.Parameter]) -> optim.Optimizer:
+    made: optim.Optimizer = pytest.importorskip("schedulefree").AdamWScheduleFree(params)
+    return made
+
+
 def lbfgs(params: list[nn.Parameter]) -> optim.Optimizer:
     return optim.LBFGS(params)
 
@@ -309,7 +318,7 @@ OF_OTHERS_RELEASE = optimi("AdamW", gradient_release=True)
     [
         (lbfgs, "it calls its closure several times in a step"),
         (named("flashoptim.optimizers", "FlashAdamW"), "it keeps by itself what its bfloat16 weights lack"),
-        (named("schedulefree.adamw_schedulefree", "AdamWScheduleFree"), "its train\\(\\) and eval\\(\\) exchange"),
+        (schedule_free, "its train\\(\\) and eval\\(\\) exchange"),
         (named("torchao.optim.cpu_offload", "CPUOffloadOptimizer"), "it steps copies of the weights"),
         (lambda params: optim.AdamW(params, differentiable=True), "differentiable is on"),
         (gradient_release, "gradient_release is on"),
