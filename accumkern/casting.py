@@ -98,6 +98,7 @@ def take_cut_off(masters: MasterWeights, params: Mapping[Tensor, Any]) -> None:
             master = decode(Format.SPLIT32, local, low)
             masters.read([param], [torch.empty_like(master)])
             masters.write([param], [master])
+            masters.count_changes([param])
 
 
 def _kept(module: nn.Module, keep: Any) -> set[int]:

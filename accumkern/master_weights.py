@@ -129,7 +129,10 @@ class MasterWeights:
 
     @torch.no_grad()
     def write(self, params: list[Tensor], masters: list[Tensor]) -> None:
-        """Make FP32 tensors the masters of parameters that :meth:`read` has seen: weight and residual are written."""
+        """Make FP32 tensors the masters of parameters that :meth:`read` has seen: weight and residual are written.
+
+        The versions of the weights are left alone, until :meth:`count_changes`.
+        """
         locals_ = [local_of(param) for param in params]
         weights = [dense(local) for local in locals_]
         residuals = [self._residuals[param].tensor for param in params]
@@ -137,9 +140,19 @@ class MasterWeights:
             self._kernels_on(device).encode(self.format, values, 1.0, highs, lows)
         for param, local, weight in zip(params, locals_, weights, strict=True):
             if weight is not local:
-                local.copy_(weight)
-            torch.autograd.graph.increment_version(shard(param) if is_dtensor(param) else param)
+                local.data.copy_(weight)
             self._remember(param)
+
+    def count_changes(self, params: Iterable[Tensor]) -> None:
+        """Let autograd know that parameters were written.
+
+        Parameters that are views of one tensor have one version: what belongs to a weight before does so afterwards.
+        """
+        belong = [param for param, found in self._residuals.items() if found.version == version_of(param)]
+        for param in params:
+            torch.autograd.graph.increment_version(shard(param) if is_dtensor(param) else param)
+        for param in belong:
+            self._residuals[param].version = version_of(param)
 
     def state_dict_of(self, model: torch.nn.Module, params: Mapping[Tensor, Any]) -> dict[str, Any]:
         """Return the state dict of a model in FP32; see :meth:`accumkern.GradAccumulator.master_state_dict`.

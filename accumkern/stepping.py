@@ -98,10 +98,14 @@ class Stepping:
         if closure is not None:
             closure.calls_left = len(buckets)
         memory = dict(self._kept)
-        for members in buckets[:-1]:
-            made = self._with_stand_ins(optimizer, members, memory)
-            step(made, *args[1:], **kwargs)
-            self._store(optimizer, made)
+        written: list[Tensor] = []
+        try:
+            for members in buckets[:-1]:
+                made = self._with_stand_ins(optimizer, members, memory)
+                step(made, *args[1:], **kwargs)
+                written += self._store(optimizer, made)
+        finally:
+            self.masters.count_changes(written)
         last = self._with_stand_ins(optimizer, buckets[-1], memory)
         if self.is_in_parts:  # else the optimizer may have kept what it was given
             self._kept = {device: flat for device, flat in memory.items() if device.type == "cpu"}
@@ -109,7 +113,7 @@ class Stepping:
 
     def _after(self, optimizer: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         if isinstance(args[0], self._kind):
-            self._store(optimizer, args[0])
+            self.masters.count_changes(self._store(optimizer, args[0]))
 
     def kept_bytes(self) -> int:
         """Return the bytes of the memory that is kept for the next step's stand-ins."""
@@ -168,8 +172,8 @@ class Stepping:
         return made
 
     @torch.no_grad()
-    def _store(self, optimizer: Any, made: Any) -> None:
-        """Store what a step has made of stand-ins: weights, states and options of the groups.
+    def _store(self, optimizer: Any, made: Any) -> list[Tensor]:
+        """Store what a step has made of stand-ins: weights, states and options of the groups; return the parameters.
 
         Raises:
             RuntimeError: the step has written the parameters themselves.
@@ -184,13 +188,15 @@ class Stepping:
             now = local_of(parameter)
             if now.untyped_storage()._cdata != master.untyped_storage()._cdata:  # by parameter.data = ...
                 master.copy_(now)
-        self.masters.write([param for param, *_ in stand_ins], [master for *_, master in stand_ins])
+        params = [param for param, *_ in stand_ins]
+        self.masters.write(params, [master for *_, master in stand_ins])
         of = {parameter: param for param, _, parameter, _ in stand_ins}
         for param in made.stand_ins:
             optimizer.state.pop(param, None)
         optimizer.state.update((of.get(key, key), state) for key, state in made.state.items())
         for i, group in zip(made.members, made.param_groups, strict=True):
             optimizer.param_groups[i].update((key, value) for key, value in group.items() if key != "params")
+        return params
 
     # ---- stand-ins -----------------------------------------------------------------------------------------------
 

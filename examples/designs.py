@@ -116,7 +116,7 @@ class StockBF16Masters(StockBF16):
         weights = [param.detach().clone() for param in model.parameters()]
         model.bfloat16()
         for param, weight in zip(model.parameters(), weights, strict=True):
-            param.fp32 = weight
+            param.fp32 = weight  # type: ignore[attr-defined]
         return model
 
     def stepped(self) -> list[nn.Parameter]:
@@ -504,7 +504,7 @@ class Autocast(StockBF16):
     def cast(model: nn.Module) -> nn.Module:
         """Return the model, whose forward pass casts to bfloat16 what it multiplies."""
         device = next(model.parameters()).device.type
-        model.forward = torch.autocast(device, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+        model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
         return model
 
 

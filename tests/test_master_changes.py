@@ -224,6 +224,36 @@ def test_complex_float64_and_empty_parameters_beside() -> None:
         assert torch.equal(acc.master_weight(param), twin)
 
 
+@pytest.mark.parametrize("bucket", [1, 2**20])
+def test_views_of_one_tensor_which_have_one_version(bucket: int) -> None:
+    flat = torch.randn(300).bfloat16()
+    params = [nn.Parameter(part) for part in flat.split(100)]
+    assert params[0]._version == params[1]._version
+    twins = [nn.Parameter(param.detach().float()) for param in params]
+    optimizer, reference = adamw(params), adamw(twins)
+    acc = accumkern.attach(optimizer, master_weights="split32", bucket=bucket)
+    for step in range(4):
+        version = params[0]._version
+        for param, twin in zip(params[: 3 - step % 2], twins, strict=False):
+            param.grad = torch.randn(100).bfloat16()
+            twin.grad = param.grad.float()
+        optimizer.step()
+        reference.step()
+        optimizer.zero_grad()
+        reference.zero_grad()
+        assert params[0]._version > version
+        assert_equal([acc.master_weight(param) for param in params], [twin.detach() for twin in twins])
+
+
+def test_a_step_between_forward_and_backward_pass_is_noticed() -> None:
+    mine = Masters(adamw)
+    loss = mine.model(torch.randn(2, 24).bfloat16()).square().mean()
+    loss.backward(retain_graph=True)
+    mine.optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_parameter_that_leaves_the_groups_lets_its_residual_go() -> None:
     mine = Masters(adamw)
     mine.window(0)
