@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+_PLAIN = (torch.nn.Parameter, Tensor)
+
+
 def is_in_group() -> bool:
     """Return whether this process has a process group, so that others may read and write ``.grad`` at any moment."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -21,6 +24,8 @@ def is_in_group() -> bool:
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Return whether ``tensor`` is a DTensor."""
+    if type(tensor) in _PLAIN:
+        return False
     if not is_wrapper_subclass(tensor) or not torch.distributed.is_available():
         return False  # without an import that takes its time
     from torch.distributed.tensor import DTensor

@@ -32,7 +32,12 @@ _PART_NUMEL = 2**20
 
 def local_of(param: Any) -> Tensor:
     """Return what this rank holds of a parameter, without its history."""
-    return shard(param).detach() if is_dtensor(param) else param.detach()
+    return held(param).detach()
+
+
+def held(param: Any) -> Tensor:
+    """Return what this rank holds of a parameter: its shard, or the parameter itself."""
+    return shard(param) if is_dtensor(param) else param
 
 
 def dense(local: Tensor) -> Tensor:
@@ -150,7 +155,7 @@ class MasterWeights:
         """
         belong = [param for param, found in self._residuals.items() if found.version == version_of(param)]
         for param in params:
-            torch.autograd.graph.increment_version(shard(param) if is_dtensor(param) else param)
+            torch.autograd.graph.increment_version(held(param))
         for param in belong:
             self._residuals[param].version = version_of(param)
 
@@ -239,7 +244,7 @@ def _by_device(*columns: list[Tensor]) -> Iterator[tuple[torch.device, list[list
 
 def _place(param: Any) -> Any:
     """Return where the memory of a weight is, and how the weight lies in it."""
-    local = local_of(param)
+    local = held(param)
     return local.untyped_storage()._cdata, local.storage_offset(), local.shape, local.stride()
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from accumkern.backends import Kernels
 from accumkern.dtensor import is_dtensor, with_shard
 from accumkern.formats import Format
-from accumkern.master_weights import MasterWeights, dense, local_of, version_of
+from accumkern.master_weights import MasterWeights, dense, held, local_of, version_of
 from accumkern.optimizers import is_stepped_in_parts, raw_step
 from accumkern.slot import Slot
 from accumkern.torch_private import HOOKS_OF_STEP, call_first_after_step, call_last_before_step
@@ -134,7 +134,7 @@ class Stepping:
         size = 0
         for i, group in enumerate(groups):
             for param in group["params"]:
-                needed = _BYTES * local_of(param).numel() if self._has_stand_in(param) else 0
+                needed = _BYTES * held(param).numel() if self._has_stand_in(param) else 0
                 limit = self._bucket_bytes or (_CPU_BUCKET if param.device.type == "cpu" else _BUCKET)
                 if self.is_in_parts and size and size + needed > limit:
                     yield members
