@@ -34,18 +34,18 @@ from accumkern.planning.memory import (
     parse_bytes,
 )
 from accumkern.planning.noise import best_batch, interval, measure_noise, samples_factor, steps_factor, useful_batches
+from accumkern.planning.precision import accumulation, choose_buffer
 from accumkern.planning.predict import PredictionError, fake_setup, predict_memory
 from accumkern.planning.protocol import (
     Setup,
     check_setup,
-    choose_buffer,
     compute_loss,
     load_setup,
     make_batch,
     run_setup,
 )
 from accumkern.planning.speed import Speed, knee, measure_speed, split, split_by_size
-from accumkern.planning.trial import Fit, Preserved, accumulation, find_fit, largest, train_window, try_windows
+from accumkern.planning.trial import Fit, Preserved, find_fit, largest, train_window, try_windows
 
 pytestmark = pytest.mark.usefixtures("one_thread", "old_objects_aside")
 
