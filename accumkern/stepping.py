@@ -120,6 +120,11 @@ class Stepping:
         if isinstance(args[0], self._kind):
             self.masters.count_changes(self._store(optimizer, args[0]))
 
+    def remove(self) -> None:
+        """Let go of what the weights lack, and of the memory that is kept."""
+        self.masters.forget_all()
+        self._kept.clear()
+
     def kept_bytes(self) -> int:
         """Return the bytes of the memory that is kept for the next step's stand-ins."""
         return sum(flat.nbytes for flat in self._kept.values())

@@ -127,7 +127,7 @@ def attach(
     attachment.rooms = Rooms(fold, passes, noise_scale, lost_bits, stepping)
     attachment.attach()
     if stepping is not None:
-        attachment.keep([*stepping.hook(inner), Fp32State(inner, stepping.masters.has)])
+        attachment.keep([*stepping.hook(inner), stepping, Fp32State(inner, stepping.masters.has)])
         take_cut_off(stepping.masters, attachment.slots)
     return GradAccumulator(attachment)
 
