@@ -57,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--memory", metavar="SIZE", help="limit, such as 24GB (default: what is available)")
         command.add_argument("--margin", type=float, default=0.1, metavar="X", help="to leave free (default: 0.1)")
         command.add_argument("--buffer", metavar="NAME", help="split24, split32 or fp32 (default: by dtype)")
+        masters = "how FP32 masters of bfloat16 weights are kept: auto (default), split24, split32 or none"
+        command.add_argument("--master-weights", type=_or_none, default="auto", metavar="NAME", help=masters)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -66,6 +68,10 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers, such as 32,128") from error
+
+
+def _or_none(text: str) -> str | None:
+    return None if text == "none" else text
 
 
 def _words(text: str) -> list[str]:

@@ -172,13 +172,13 @@ class Attachment:
             _put_back(slot)
         self._hooks.clear()
         self.slots.clear()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
         optimizer = self.optimizer
         watch = getattr(optimizer, "__dict__", {}).get("add_param_group")
         if getattr(watch, "attachment", None) is self:
             del optimizer.add_param_group
+        handles, self._handles = self._handles, []
+        for handle in handles:  # last the optimizer's state, which may find no memory
+            handle.remove()
 
     def _unhooked(self) -> list[Tensor]:
         """Return the parameters that have no hooks yet, after checking that each can have them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ class _CutOff(NamedTuple):
     """What a weight lacks of the FP32 number that it was, in its shape; and the checksum of the weight."""
 
     residual: Any
-    checksum: int
+    checksum: Tensor
 
 
 # By name: a parameter may be moved, sharded or replaced before it gets a master.
@@ -73,8 +73,7 @@ def to_bfloat16(module: nn.Module, keep: Iterable[type[nn.Module] | str] = ()) -
     module._apply(cast)
     sums = checksums([module.get_parameter(name) for name in residuals])
     _cut_off[module] = {
-        name: _CutOff(residual, int(checksum))
-        for (name, residual), checksum in zip(residuals.items(), sums, strict=True)
+        name: _CutOff(residual, checksum) for (name, residual), checksum in zip(residuals.items(), sums, strict=True)
     }
     return module
 
@@ -89,7 +88,7 @@ def take_cut_off(masters: MasterWeights, params: Mapping[Tensor, Any]) -> None:
             if param is not None and param in params:
                 found.append((param, of_names.pop(name)))
         for (param, (residual, checksum)), now in zip(found, checksums([param for param, _ in found]), strict=True):
-            if param.shape != residual.shape or int(now) != checksum:
+            if param.shape != residual.shape or int(now) != int(checksum):
                 continue
             if is_dtensor(param):
                 residual = shard(residual if is_dtensor(residual) else distributed_as(residual, param))
@@ -99,6 +98,28 @@ def take_cut_off(masters: MasterWeights, params: Mapping[Tensor, Any]) -> None:
             masters.read([param], [torch.empty_like(master)])
             masters.write([param], [master])
             masters.count_changes([param])
+
+
+def set_cut_off_aside() -> Callable[[], None]:
+    """Let ``attach()`` find nothing that was cut off; calling what is returned puts it back.
+
+    Until then it lies in the host's memory; the shards of DTensors stay on their device.
+    """
+    aside = [(module, dict(of_names)) for module, of_names in _cut_off.items()]
+    _cut_off.clear()
+    devices = [{name: cut.residual.device for name, cut in of_names.items()} for _, of_names in aside]
+    for _, of_names in aside:
+        for name, cut in of_names.items():
+            if not is_dtensor(cut.residual):
+                of_names[name] = cut._replace(residual=cut.residual.cpu())
+
+    def put_back() -> None:
+        for (module, of_names), on in zip(aside, devices, strict=True):
+            _cut_off[module] = {
+                name: cut._replace(residual=cut.residual.to(on[name])) for name, cut in of_names.items()
+            }
+
+    return put_back
 
 
 def _kept(module: nn.Module, keep: Any) -> set[int]:

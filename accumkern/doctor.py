@@ -9,12 +9,12 @@ import platform
 
 import torch
 
-from accumkern import backends
+from accumkern import backends, optimizers
 from accumkern.version import __version__
 
 
 def doctor() -> int:
-    """Print versions, devices and backends; return 0, or 1 where the backend that is set cannot run."""
+    """Print versions, devices, backends and optimizers; return 0, or 1 where the backend that is set cannot run."""
     print(f"accumkern   {__version__}")
     print(f"python      {platform.python_version()} on {platform.platform()}")
     print(f"torch       {torch.__version__}, {_torch_build()}, {torch.get_num_threads()} CPU threads")
@@ -36,7 +36,31 @@ def doctor() -> int:
         else:
             because = " (set by ACCUMKERN_BACKEND)" if os.environ.get("ACCUMKERN_BACKEND") else ""
             print(f"{kind} tensors are folded by backend {chosen!r}{because}")
+    print("\nmaster weights: how optimizers are stepped on FP32 weights")
+    for what, text in _optimizers():
+        print(f"  {what}: {text}")
     return int(failed)
+
+
+def _optimizers() -> list[tuple[str, str]]:
+    """Return which optimizers can have master weights, and which cannot and why."""
+    by_package: dict[str, list[str]] = {}
+    for name in sorted(optimizers.STEPPED_IN_PARTS):
+        package, *_, kind, _step = name.split(".")
+        by_package.setdefault(package, []).append(kind)
+    in_parts = "; ".join(f"{package} {', '.join(kinds)}" for package, kinds in by_package.items())
+    return [
+        ("a few weights at a time", f"those with the step() of {in_parts}"),
+        ("all weights at once", "all others"),
+        *((f"not {_short(name)}", reason) for name, reason in optimizers.REFUSED.items()),
+        *((f"not with {option}", reason) for option, reason in optimizers.REFUSED_OPTIONS.items()),
+    ]
+
+
+def _short(name: str) -> str:
+    """Return the package and the class of a name, or the beginning of a module."""
+    package, *modules = name.removesuffix(".").split(".")
+    return ".".join([package, *modules[-1:]])
 
 
 def _torch_build() -> str:

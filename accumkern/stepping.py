@@ -27,7 +27,7 @@ from accumkern.optimizers import is_stepped_in_parts, raw_step
 from accumkern.slot import Slot
 from accumkern.torch_private import HOOKS_OF_STEP, call_first_after_step, call_last_before_step
 
-_BYTES = 8  # of an element of a stand-in: FP32 weight and gradient
+STAND_IN_BYTES = 8  # of an element: FP32 weight and gradient
 _ALIGNMENT = 64  # elements
 #: Bytes of a bucket. On a CPU it stays in the cache; elsewhere each one takes a few launches. docs/performance.md
 _CPU_BUCKET, _BUCKET = 8 * 2**20, 256 * 2**20
@@ -42,6 +42,11 @@ class _StandIn(NamedTuple):
     version: int  # of the parameter, before the step
     parameter: nn.Parameter
     master: Tensor
+
+
+def bucket_bytes_on(device: torch.device) -> int:
+    """Return the bytes of a bucket where none were asked for."""
+    return _CPU_BUCKET if device.type == "cpu" else _BUCKET
 
 
 class Stepping:
@@ -115,6 +120,11 @@ class Stepping:
         if isinstance(args[0], self._kind):
             self.masters.count_changes(self._store(optimizer, args[0]))
 
+    def remove(self) -> None:
+        """Let go of what the weights lack, and of the memory that is kept."""
+        self.masters.forget_all()
+        self._kept.clear()
+
     def kept_bytes(self) -> int:
         """Return the bytes of the memory that is kept for the next step's stand-ins."""
         return sum(flat.nbytes for flat in self._kept.values())
@@ -134,8 +144,8 @@ class Stepping:
         size = 0
         for i, group in enumerate(groups):
             for param in group["params"]:
-                needed = _BYTES * held(param).numel() if self._has_stand_in(param) else 0
-                limit = self._bucket_bytes or (_CPU_BUCKET if param.device.type == "cpu" else _BUCKET)
+                needed = STAND_IN_BYTES * held(param).numel() if self._has_stand_in(param) else 0
+                limit = self._bucket_bytes or bucket_bytes_on(param.device)
                 if self.is_in_parts and size and size + needed > limit:
                     yield members
                     members, size = {}, 0

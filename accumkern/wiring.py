@@ -127,8 +127,13 @@ def attach(
     attachment.rooms = Rooms(fold, passes, noise_scale, lost_bits, stepping)
     attachment.attach()
     if stepping is not None:
-        attachment.keep([*stepping.hook(inner), Fp32State(inner, stepping.masters.has)])
-        take_cut_off(stepping.masters, attachment.slots)
+        try:
+            attachment.keep([*stepping.hook(inner), stepping])
+            attachment.keep([Fp32State(inner, stepping.masters.has)])
+            take_cut_off(stepping.masters, attachment.slots)
+        except BaseException:  # there may be no memory for it
+            attachment.detach()
+            raise
     return GradAccumulator(attachment)
 
 

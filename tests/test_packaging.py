@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from accumkern import optimizers
+from accumkern.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
 # Looking for the module pip, before Python 3.12, makes setuptools refuse to be imported later, as inductor does.
@@ -162,6 +166,21 @@ def test_a_stale_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason is not None
     assert "of version 0." in reason
     assert "the package of 99.0: install it again" in reason
+
+
+def test_doctor_tells_which_optimizers_can_have_master_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    _, _, told = capsys.readouterr().out.partition("master weights: ")
+    in_parts = next(line for line in told.splitlines() if "a few weights at a time" in line)
+    for name in optimizers.STEPPED_IN_PARTS:
+        assert re.search(rf"\b{name.split('.')[-2]}\b", in_parts), name
+    assert "bitsandbytes Optimizer8bit; torch " in in_parts
+    assert "all weights at once: all others" in told
+    assert f"not torch.LBFGS: {optimizers.REFUSED['torch.optim.lbfgs.LBFGS']}" in told
+    assert f"not schedulefree: {optimizers.REFUSED['schedulefree.']}" in told
+    for option, reason in optimizers.REFUSED_OPTIONS.items():
+        assert f"not with {option}: {reason}" in told
+    assert len(told.splitlines()) == 3 + len(optimizers.REFUSED) + len(optimizers.REFUSED_OPTIONS)
 
 
 def test_doctor_says_why_a_backend_that_is_set_cannot_run() -> None:

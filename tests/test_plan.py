@@ -1,6 +1,7 @@
 """The plan: what fits, what would fit, what is fast, what helps training, the decision, and everything put back."""
 
 import copy
+import dataclasses
 import gc
 import json
 import math
@@ -20,6 +21,7 @@ from planned import hungry, old_objects_aside  # noqa: F401
 from torch import Tensor, nn
 
 import accumkern
+from accumkern import stepping
 from accumkern.memory import storage_bytes
 from accumkern.noise_scale import Estimate
 from accumkern.planning import speed as speed_module
@@ -34,18 +36,18 @@ from accumkern.planning.memory import (
     parse_bytes,
 )
 from accumkern.planning.noise import best_batch, interval, measure_noise, samples_factor, steps_factor, useful_batches
+from accumkern.planning.precision import accumulation, choose_buffer, choose_masters, step_bytes
 from accumkern.planning.predict import PredictionError, fake_setup, predict_memory
 from accumkern.planning.protocol import (
     Setup,
     check_setup,
-    choose_buffer,
     compute_loss,
     load_setup,
     make_batch,
     run_setup,
 )
 from accumkern.planning.speed import Speed, knee, measure_speed, split, split_by_size
-from accumkern.planning.trial import Fit, Preserved, accumulation, find_fit, largest, train_window, try_windows
+from accumkern.planning.trial import Fit, Preserved, find_fit, largest, train_window, try_windows
 
 pytestmark = pytest.mark.usefixtures("one_thread", "old_objects_aside")
 
@@ -398,8 +400,14 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def adagrad() -> Setup:
+    """Its states are there from the beginning, in bfloat16."""
+    setup = mlp()
+    return setup._replace(optimizer=torch.optim.Adagrad(setup.model.parameters()))
+
+
 @pytest.mark.parametrize("how", ["finished", "raised"])
-@pytest.mark.parametrize("maker", [mlp, conv], ids=["bf16 AdamW", "BatchNorm, momentum"])
+@pytest.mark.parametrize("maker", [mlp, adagrad, conv], ids=["bf16 AdamW", "bf16 Adagrad", "BatchNorm, momentum"])
 def test_a_setup_is_put_back_bit_for_bit(maker: Callable[[], Setup], how: str) -> None:
     setup = maker()
     setup.optimizer.param_groups[0]["lr"] = torch.tensor(0.01)
@@ -414,7 +422,7 @@ def test_a_setup_is_put_back_bit_for_bit(maker: Callable[[], Setup], how: str) -
             assert gc.get_freeze_count() > 0
             assert all(p.grad is None for p in setup.model.parameters())
             for _ in range(2):
-                with accumulation(setup, choose_buffer(setup, None), 2) as accumulator:
+                with accumulation(setup, choose_buffer(setup, None), 2, choose_masters(setup, "auto")) as accumulator:
                     for group in setup.optimizer.param_groups:
                         group["lr"].mul_(10)
                     train_window(setup, [make_batch(setup, 4) for _ in range(2)], 2, accumulator)
@@ -441,7 +449,8 @@ def test_a_setup_is_put_back_bit_for_bit(maker: Callable[[], Setup], how: str) -
 
 
 @pytest.mark.parametrize("how", ["finished", "raised"])
-def test_plan_leaves_everything_as_it_was(how: str) -> None:
+@pytest.mark.parametrize("master_weights", ["auto", None])
+def test_plan_leaves_everything_as_it_was(master_weights: str | None, how: str) -> None:
     setup = mlp()
     train_window(setup, [make_batch(setup, 4)], 1, None)
     calls = 0
@@ -457,11 +466,38 @@ def test_plan_leaves_everything_as_it_was(how: str) -> None:
     before = fingerprint(setup)
     if how == "raised":
         with pytest.raises(RuntimeError, match=r"loss of setup\(\) raised ZeroDivisionError: in the middle") as raised:
-            accumkern.plan(lambda: setup, effective_batch=8, noise_windows=4)
+            accumkern.plan(lambda: setup, effective_batch=8, noise_windows=4, master_weights=master_weights)
         assert isinstance(raised.value.__cause__, ZeroDivisionError)
     else:
-        accumkern.plan(lambda: setup, effective_batch=8, noise_windows=4)
+        accumkern.plan(lambda: setup, effective_batch=8, noise_windows=4, master_weights=master_weights)
     assert same(before, fingerprint(setup))
+
+
+@pytest.mark.parametrize("measure", [True, False])
+def test_what_was_cut_off_is_there_after_a_plan(measure: bool) -> None:
+    made: list[Setup] = []
+
+    def setup() -> Setup:
+        made.append(mlp(torch.float32))
+        accumkern.to_bfloat16(made[-1].model)
+        return made[-1]._replace(make_batch=lambda size: torch.randn(size, 16, dtype=torch.bfloat16))
+
+    other = nn.Linear(100, 100)
+    weights = [param.detach().clone() for param in other.parameters()]
+    accumkern.to_bfloat16(other)
+    torch.manual_seed(3)
+    plan = accumkern.plan(setup, effective_batch=8, noise_windows=4, memory="1 GB", measure=measure)
+    assert (plan.master_weights, plan.prediction_problem) == ("split32", None)
+    with accumkern.attach(torch.optim.SGD(other.parameters()), master_weights="split32") as accumulator:
+        assert all(
+            torch.equal(accumulator.master_weight(p), w) for p, w in zip(other.parameters(), weights, strict=True)
+        )
+    if measure:
+        torch.manual_seed(3)
+        weights = [param.detach() for param in mlp(torch.float32).model.parameters()]
+        of_plan = made[0].model.parameters()
+        with accumkern.attach(made[0].optimizer, master_weights="split32") as accumulator:
+            assert all(torch.equal(accumulator.master_weight(p), w) for p, w in zip(of_plan, weights, strict=True))
 
 
 # ---- what fits ---------------------------------------------------------------------------------------------------
@@ -528,6 +564,24 @@ def test_the_optimizers_states_count_from_the_first_step_on() -> None:
     assert found.trials[0].peak_bytes > 5 * 4000 * KB  # weight, gradient, its addition, two states
     with pytest.raises(RuntimeError, match="no micro-batch fits: one sample needs more than 18 MB"):
         fit_of(setup, 18000 * KB, at_most=1)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_a_step_that_runs_out_of_memory_leaves_nothing_attached(kind: Any) -> None:
+    # Then detach() has no memory to make the optimizer's states bfloat16 again.
+    setup = gpt()
+    setup = setup._replace(optimizer=kind(setup.model.parameters()))
+    before = fingerprint(setup)
+    with Preserved(setup, "split24", master_weights="split32") as preserved:
+        most = try_windows(preserved, 1, 2, 2, 10**10)[0].peak_bytes
+        outcomes = []
+        for limit in range(most // 4, most + 1, most // 40):
+            outcomes.append(try_windows(preserved, 1, 2, 2, limit)[0].fits)
+            assert accumkern.accumulator_of(setup.optimizer) is None
+            assert "add_param_group" not in vars(setup.optimizer)
+    assert outcomes == sorted(outcomes)  # more memory is never worse
+    assert not outcomes[0]
+    assert same(before, fingerprint(setup))
 
 
 def test_what_runs_out_later_is_made_smaller() -> None:
@@ -607,6 +661,64 @@ def test_predictions_are_near_what_is_measured(
     assert memory.parameters >= storage_bytes(setup.model.parameters())
 
 
+def tuned(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[], Setup]:
+    def make() -> Setup:
+        setup = gpt()
+        return setup._replace(optimizer=kind(setup.model.parameters(), lr=1e-3, **options))
+
+    return make
+
+
+@pytest.mark.parametrize("bucket_bytes", [2**18, 2**23], ids=["small buckets", "one bucket"])
+@pytest.mark.parametrize("master_weights", ["split24", "split32"])
+@pytest.mark.parametrize(("size", "micro_batches"), [(1, 1), (1, 2), (8, 2)])
+@pytest.mark.parametrize(
+    "maker",
+    [
+        tuned(torch.optim.AdamW, fused=True),
+        tuned(torch.optim.AdamW, foreach=True),
+        tuned(torch.optim.AdamW, foreach=False),
+        tuned(torch.optim.SGD, momentum=0.9),
+        tuned(torch.optim.SGD, momentum=0.9, foreach=True),
+    ],
+    ids=["AdamW fused", "AdamW foreach", "AdamW", "SGD", "SGD foreach"],
+)
+def test_predictions_with_master_weights_are_near_what_is_measured(
+    maker: Callable[[], Setup],
+    size: int,
+    micro_batches: int,
+    master_weights: str,
+    bucket_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stepping, "bucket_bytes_on", lambda device: bucket_bytes)
+    with Preserved(maker(), "split24", master_weights=master_weights) as preserved:
+        tried, _ = try_windows(preserved, size, 2, micro_batches, 10**10)
+    with fake_setup(maker) as fake:
+        memory = predict_memory(fake, size, "split24", micro_batches, master_weights)
+    assert memory.total == pytest.approx(tried.peak_bytes, rel=0.001)
+
+
+def test_categories_of_a_prediction_with_master_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_setup(tuned(torch.optim.AdamW, fused=True)) as fake:
+        numel = sum(p.numel() for p in fake.model.parameters())
+        assert step_bytes(fake) == 8 * numel
+        memories = {name: predict_memory(fake, 8, "split24", 2, name) for name in ("split24", "split32")}
+    for name, per_param in (("split24", 1), ("split32", 2)):
+        assert memories[name].master_residuals == per_param * numel
+        assert (memories[name].parameters, memories[name].residuals) == (2 * numel, numel)
+        # Two moments and a bucket of everything, in FP32.
+        assert 16 * numel <= memories[name].optimizer_state <= 16.1 * numel
+    monkeypatch.setattr(stepping, "bucket_bytes_on", lambda device: 1)
+    with fake_setup(tuned(torch.optim.AdamW, fused=True)) as fake:
+        largest_numel = max(p.numel() for p in fake.model.parameters())
+        small = predict_memory(fake, 8, "split24", 2, "split32")
+        assert 8 * (numel + largest_numel) <= small.optimizer_state <= 8.1 * (numel + largest_numel)
+        assert dataclasses.replace(small, optimizer_state=0) == dataclasses.replace(
+            memories["split32"], optimizer_state=0
+        )
+
+
 def test_categories_of_a_prediction() -> None:
     with fake_setup(gpt) as fake:
         numel = sum(p.numel() for p in fake.model.parameters())
@@ -630,13 +742,15 @@ def test_a_model_larger_than_the_machine_is_predicted_without_its_memory() -> No
             lambda model, batch: model(batch).mean(),
         )
 
-    plan = accumkern.plan(giant, effective_batch=64, memory="200 GB", measure=False)
+    plan = accumkern.plan(giant, effective_batch=64, memory="200 GB", master_weights=None, measure=False)
     parameters = 8 * 2**32
     assert plan.predictions[0].memory.parameters == parameters  # 34 GB
     assert plan.predictions[0].memory.residuals == parameters // 2
     assert (plan.choice.micro_batch, plan.choice.accumulation_steps, plan.fit) == (64, 1, None)
     with pytest.raises(ValueError, match=r"no micro-batch would fit into 100 GB with a margin of 10%: .* 34\.4 GB"):
-        accumkern.plan(giant, memory="100 GB", measure=False)
+        accumkern.plan(giant, memory="100 GB", master_weights=None, measure=False)
+    with pytest.raises(ValueError, match=r"parameters 34\.4 GB, their master weights 34\.4 GB, .* residuals 51\.5 GB"):
+        accumkern.plan(giant, memory="200 GB", measure=False)
 
 
 def test_a_script_that_needs_values_is_not_predicted_and_says_why() -> None:
@@ -821,6 +935,28 @@ def test_the_buffer_follows_the_dtypes(dtypes: list[torch.dtype], asked: str | N
     assert choose_buffer(setup, asked) == buffer
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "asked", "masters"),
+    [
+        ([torch.float32], "auto", None),
+        ([torch.float32], "split32", None),  # stepped as they are
+        ([torch.bfloat16, torch.float32], "auto", "split32"),
+        ([torch.bfloat16], "split24", "split24"),
+        ([torch.bfloat16], None, None),
+        ([torch.float16, torch.bfloat16], "auto", None),
+    ],
+)
+def test_masters_follow_the_dtypes(dtypes: list[torch.dtype], asked: str | None, masters: str | None) -> None:
+    model = nn.ParameterList([nn.Parameter(torch.zeros(3, dtype=dtype)) for dtype in dtypes])
+    setup = Setup(model, torch.optim.SGD(model.parameters()), torch.zeros, lambda model, batch: batch)
+    assert choose_masters(setup, asked) == masters
+    if torch.float16 in dtypes:
+        with pytest.raises(TypeError, match=r"'split32', and some of the optimizer's parameters are float16"):
+            choose_masters(setup, "split32")
+    model.requires_grad_(False)
+    assert choose_masters(setup, asked) is None  # what is frozen is not stepped
+
+
 # ---- the plan ----------------------------------------------------------------------------------------------------
 
 
@@ -832,7 +968,8 @@ def test_a_plan_of_a_gpt() -> None:
     choice = plan.choice
     assert choice.micro_batch * choice.accumulation_steps == choice.effective_batch == 24
     assert plan.buffer == "split24"
-    assert plan.attach == (choice.accumulation_steps > 1)
+    assert plan.master_weights == "split32"
+    assert plan.attach
     assert plan.fit is not None
     assert plan.is_limited_by_memory
     assert choice.memory_bytes <= 0.9 * 4e6
@@ -849,7 +986,11 @@ def test_a_plan_of_a_gpt() -> None:
     text = str(plan)
     assert f"micro-batch {choice.micro_batch}, accumulation steps {choice.accumulation_steps}" in text
     assert "kept exactly" in text
-    assert plan.attach == ("accumkern.attach(optimizer, 'split24'" in text)
+    steps = choice.accumulation_steps
+    assert f"accumkern.attach(optimizer, 'split24', master_weights='split32', average_over={steps})\n" in text
+    assert "Master weights: 'split32', because without them updates below 1/512 of a weight are lost" in text
+    assert "This costs 2 bytes per parameter (173 kB), optimizer states in FP32 (4 bytes more per parameter" in text
+    assert "up to 694 kB for the FP32 weights and gradients of a step" in text
     data = json.loads(json.dumps(plan.to_dict(), allow_nan=False))
     assert data["choice"]["effective_batch"] == 24
 
@@ -876,8 +1017,13 @@ def test_accumulation_that_is_not_worth_it_is_called_so(monkeypatch: pytest.Monk
     assert "arXiv 2507.07101" in str(plan)
     assert "beta2 raised to the power" in str(plan)
     alone = accumkern.plan(setup, effective_batch=4, noise_windows=0)
-    assert (alone.choice.accumulation_steps, alone.attach) == (1, False)
+    assert (alone.choice.accumulation_steps, alone.attach) == (1, True)
     assert "not needed" in str(alone)
+    assert alone.attach_line == "accumkern.attach(optimizer, 'split24', master_weights='split32')"
+    stock = accumkern.plan(setup, effective_batch=4, noise_windows=0, master_weights=None)
+    assert (stock.attach, stock.attach_line) == (False, None)
+    assert "Master weights: none were asked for, and updates below 1/512 of a weight are lost" in str(stock)
+    assert "master_weights='split32' would keep them for 2 bytes per parameter (128 B)" in str(stock)
 
 
 def test_accumulation_that_spreads_a_slow_step_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -899,6 +1045,7 @@ def test_accumulation_that_spreads_a_slow_step_is_worth_it(monkeypatch: pytest.M
     assert plan.accumulation_pays is True
     assert "worth it here" in str(plan)
     assert "Buffer: none" in str(plan)
+    assert "Master weights" not in str(plan)
     free = accumkern.plan(setup, largest_micro_batch=4, noise_windows=32)
     assert free.choice.accumulation_steps > 8
     assert free.target is None
@@ -913,6 +1060,58 @@ def test_a_target_that_nothing_divides_gets_the_nearest(monkeypatch: pytest.Monk
     assert plan.choice.effective_batch != 97
     assert "the nearest to the 97 that was asked for" in str(plan)
     assert "What helps training: the gradient noise scale was not measured." in str(plan)
+
+
+def gradient_release() -> Setup:
+    """Return a setup whose optimizer cannot step FP32 weights, by its option."""
+    setup = mlp()
+    group = {"params": list(setup.model.parameters()), "gradient_release": True}
+    return setup._replace(optimizer=torch.optim.SGD([group], lr=0.1))
+
+
+def test_an_optimizer_that_cannot_step_fp32_weights_is_planned_for_without_and_told_why() -> None:
+    plan = accumkern.plan(gradient_release, effective_batch=4, noise_windows=4)
+    assert (plan.master_weights, plan.attach) == (None, plan.choice.accumulation_steps > 1)
+    why = (
+        "SGD cannot step FP32 weights: gradient_release is on: its steps are hooks in the backward pass, and not step()"
+    )
+    assert plan.master_problem == why
+    assert (
+        f"Master weights: none, and updates below 1/512 of a weight are lost in rounding it to bfloat16; {why}."
+        in str(plan)
+    )
+    for measure in (True, False):
+        with pytest.raises(TypeError, match="master_weights is 'split24', and SGD cannot step FP32 weights: gradient"):
+            accumkern.plan(gradient_release, memory="1 GB", master_weights="split24", measure=measure)
+
+
+@pytest.mark.parametrize(("master_weights", "dtype"), [("auto", torch.float32), (None, torch.bfloat16)])
+def test_all_that_is_measured_steps_what_will_be_stepped(master_weights: str | None, dtype: torch.dtype) -> None:
+    stages: dict[str, set[tuple[torch.dtype, bool]]] = {}
+    stage = "what fits"
+
+    def told(name: str, _detail: str) -> None:
+        nonlocal stage
+        stage = name
+
+    def setup() -> Setup:
+        made = mlp()
+
+        def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if type(next(iter(made.model.parameters()))) is nn.Parameter:  # not what is predicted with
+                found = {state["exp_avg"].dtype for state in optimizer.state.values()}
+                attached = accumkern.accumulator_of(optimizer) is not None
+                stages.setdefault(stage, set()).update((of, attached) for of in found)
+
+        made.optimizer.register_step_post_hook(after_step)
+        return made
+
+    asked: Any = {"effective_batch": 4, "largest_micro_batch": 4, "noise_windows": 4, "progress": told}
+    plan = accumkern.plan(setup, **asked, master_weights=master_weights)
+    assert plan.choice.accumulation_steps == 1
+    assert {"what fits", "what is fast", "what helps training", "the plan"} <= set(stages)
+    assert {of for found in stages.values() for of, _ in found} == {dtype}
+    assert stages["the plan"] == {(dtype, master_weights is not None)}  # with one micro-batch
 
 
 def test_batchnorm_gets_a_warning() -> None:
@@ -932,6 +1131,8 @@ def test_batchnorm_gets_a_warning() -> None:
         ({"margin": 1.0}, ValueError, "margin is 1.0; it must be a number of at least 0 and less than 1"),
         ({"margin": "10%"}, TypeError, "margin is a str"),
         ({"buffer": "split16"}, ValueError, "buffer is 'split16'; it must be one of split24, split32, fp32"),
+        ({"master_weights": "fp32"}, ValueError, "is 'fp32'; it must be one of auto, split24, split32, or None"),
+        ({"master_weights": True}, TypeError, "master_weights is a bool; it must be one of auto, split24, split32"),
         ({"noise_windows": 2}, ValueError, "noise_windows is 2; it must be at least 4, or 0"),
         ({"largest_micro_batch": -1}, ValueError, "largest_micro_batch is -1"),
         ({"memory": "1 kB"}, ValueError, "less than what the model and its optimizer hold already"),
@@ -943,11 +1144,21 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[Except
     assert message in str(raised.value)
 
 
-def test_an_attached_optimizer_is_refused_and_left_attached() -> None:
+@pytest.mark.parametrize("master_weights", [None, "split32"])
+def test_an_attached_optimizer_is_refused_and_left_attached(master_weights: str | None) -> None:
     setup = mlp()
-    accumulator = accumkern.attach(setup.optimizer)
+    accumulator = accumkern.attach(setup.optimizer, master_weights=master_weights)
+    train_window(setup, [make_batch(setup, 2) for _ in range(2)], 2, accumulator)
+    params = list(setup.model.parameters())
+    before = fingerprint(setup)
+    masters = [] if master_weights is None else [accumulator.master_weight(param) for param in params]
     with pytest.raises(ValueError, match="attached already; detach"):
         accumkern.plan(lambda: setup, effective_batch=8)
+    assert accumkern.accumulator_of(setup.optimizer) is accumulator
+    if master_weights is not None:
+        assert any(not torch.equal(master, param) for master, param in zip(masters, params, strict=True))
+        assert same(masters, [accumulator.master_weight(param) for param in params])
+    assert same(before, fingerprint(setup))
     train_window(setup, [make_batch(setup, 2) for _ in range(2)], 2, accumulator)
 
 
@@ -974,6 +1185,7 @@ def test_a_plan_on_a_gpu_respects_its_limit_and_gives_the_memory_back() -> None:
     assert torch.cuda.get_per_process_memory_fraction(device) == fraction
     with fake_setup(setup) as fake:
         size = plan.choice.micro_batch
-        predicted = predict_memory(fake, size, "split24", min(2, plan.choice.accumulation_steps)).total
+        micro_batches = min(2, plan.choice.accumulation_steps)
+        predicted = predict_memory(fake, size, "split24", micro_batches, plan.master_weights).total
     print(f"predicted {predicted / plan.choice.memory_bytes - 1:+.1%} of the measured peak on {plan.machine['device']}")
     assert predicted == pytest.approx(plan.choice.memory_bytes, rel=0.25)

@@ -50,6 +50,11 @@ SCRIPT = """
     def raising():
         return 1 / 0
 
+    def refused():
+        made = setup()
+        group = {"params": list(made.model.parameters()), "gradient_release": True}
+        return made._replace(optimizer=torch.optim.SGD([group], lr=1e-2))
+
     def wrong_shapes():
         return setup()._replace(make_batch=lambda size: torch.randn(size, 15, dtype=torch.bfloat16))
 
@@ -117,6 +122,9 @@ def test_plan_prints_a_table_and_reasons(results: Results) -> None:
     assert re.search(r"^ +8 +\d+ +\d+ +48 ", results.plan_out, re.MULTILINE)  # eight ranks
     for head in ("What fits:", "What is fast:", "Effective batch:", "What helps training:", "Accumulation:"):
         assert head in results.plan_out
+    assert "Master weights: 'split32', because" in " ".join(results.plan_out.split())
+    line = r"^accumkern.attach\(optimizer, 'split24', master_weights='split32', average_over=\d+\)$"
+    assert re.search(line, results.plan_out, re.MULTILINE)
     assert "tokens/s" in results.plan_out
     assert "what fits: micro-batch 8:" in results.plan_err
 
@@ -130,12 +138,44 @@ def test_json_is_all_that_goes_to_stdout(script: Path, capsys: pytest.CaptureFix
     assert plan["machine"]["device"] == "none: predicted on fake tensors"
 
 
+@pytest.mark.parametrize(
+    ("asked", "function", "master_weights", "reason"),
+    [
+        ("auto", "setup", "split32", "Master weights: 'split32', because"),
+        ("split24", "setup", "split24", "Master weights: 'split24', because"),
+        ("none", "setup", None, "Master weights: none were asked for"),
+        ("auto", "refused", None, "SGD cannot step FP32 weights: gradient_release is on"),
+    ],
+)
+def test_master_weights_are_an_option(
+    script: Path,
+    capsys: pytest.CaptureFixture[str],
+    asked: str,
+    function: str,
+    master_weights: str | None,
+    reason: str,
+) -> None:
+    command = ["plan", f"{script}:{function}", "--predict", "--memory", "1MB", "--effective-batch", "64"]
+    assert main([*command, "--master-weights", asked, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["master_weights"] == master_weights
+    assert any(reason in text for text in plan["reasons"])
+    numel = 16 * 64 + 64 + 64 + 1
+    each = {"split24": 1, "split32": 2, None: 0}[master_weights]
+    assert plan["predictions"][0]["memory"]["master_residuals"] == each * numel
+    assert plan["bfloat16_numel"] == numel
+    line = f"accumkern.attach(optimizer, 'split24', master_weights={master_weights!r}"
+    assert (plan["attach_line"] or "").startswith(line) == (master_weights is not None)
+    assert plan["attach"] == (plan["attach_line"] is not None)
+
+
 def test_sweep_prints_a_table_and_fails_where_nothing_was_learnt(
     results: Results, script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "tokens to" in results.sweep_out
     assert "Fastest to the loss 8:" in results.sweep_out
     assert "batch 64, sqrt, seed 0: finished: loss" in results.sweep_err
+    assert "All runs stepped FP32 master weights" in results.sweep_out
     assert main([*sweep_command(script, "learning_nothing", "64"), "--output", str(tmp_path)]) == 1
     assert "Nothing was learnt" in capsys.readouterr().out
 
@@ -145,6 +185,8 @@ def test_sweep_prints_a_table_and_fails_where_nothing_was_learnt(
     [
         (["plan", "{script}:raising"], "accumkern plan: setup() raised ZeroDivisionError: division by zero"),
         (["plan", "{script}:raising"], "script.py:17: return 1 / 0"),
+        (["plan", "{script}:setup", "--master-weights", "fp32"], "it must be one of auto, split24, split32, or None"),
+        (["plan", "{script}:refused", "--master-weights", "split32"], "is 'split32', and SGD cannot step FP32 weights"),
         (["plan", "{script}:wrong_shapes"], "loss of setup() raised RuntimeError: mat1 and mat2 shapes cannot be"),
         (["plan", "{script}:wrong_shapes"], "script.py:12: lambda model, batch: (model(batch)"),
         (["plan", "{script}:none"], "has no function 'none'"),
@@ -234,6 +276,7 @@ def test_a_folder_holds_every_form(folder: Path) -> None:
         rows = list(csv.DictReader(stream))
     plan = json.loads((folder / "plan.json").read_text())
     assert {1, 2, 4, 8} <= {int(row["micro_batch"]) for row in rows}
+    assert {row["predicted_master_residuals_bytes"] for row in rows} - {""} == {str(2 * (16 * 64 + 64 + 64 + 1))}
     for row in rows:
         if row["predicted_total_bytes"] and row["measured_peak_bytes"]:
             assert int(row["predicted_total_bytes"]) <= int(row["measured_peak_bytes"])
@@ -324,6 +367,16 @@ def test_the_page_holds_everything_itself(folder: Path) -> None:
     for name, content in page.images.items():
         assert content == (folder / f"{name}.png").read_bytes()
         assert content.startswith(b"\x89PNG")
+
+
+def test_the_page_and_its_bars_have_master_weights(folder: Path) -> None:
+    plan = json.loads((folder / "plan.json").read_text())
+    page = (folder / "report.html").read_text()
+    assert f"<pre>{plan['attach_line'].replace(chr(39), '&#39;')}</pre>" in page
+    assert "<li><b>Master weights:</b> &#39;split32&#39;, because without them" in page
+    (axes,) = plan_figures(plan)["memory"].axes
+    labels = [text.get_text() for legend in axes.figure.legends for text in legend.get_texts()]  # type: ignore[union-attr]
+    assert "master residuals" in labels
 
 
 def test_what_a_page_quotes_is_escaped(folder: Path, tmp_path: Path) -> None:

@@ -98,6 +98,64 @@ def test_a_run_is_what_training_by_hand_gives(tmp_path: Path) -> None:
             assert result.runs[0].points[(step + 1) // 4].loss == pytest.approx(loss, rel=1e-6)
 
 
+def short(**fields: Any) -> Setup:
+    """Return the regression in bfloat16."""
+    setup = regression()
+    setup.model.to(torch.bfloat16)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (model(batch[0].bfloat16())[:, 0].float() - batch[1]).square().mean()
+
+    optimizer = torch.optim.SGD(setup.model.parameters(), lr=1e-3)
+    return setup._replace(**({"optimizer": optimizer, "loss": loss} | fields))
+
+
+def refused() -> Setup:
+    setup = short()
+    group = {"params": list(setup.model.parameters()), "gradient_release": True}
+    return setup._replace(optimizer=torch.optim.SGD([group], lr=1e-3))
+
+
+@pytest.mark.parametrize("master_weights", ["auto", "split24", None])
+def test_runs_step_master_weights(tmp_path: Path, master_weights: str | None) -> None:
+    result = small(short, tmp_path, base_batch=16, master_weights=master_weights)
+    name = "split32" if master_weights == "auto" else master_weights
+    assert (result.master_weights, result.master_problem) == (name, None)
+    assert json.loads((tmp_path / "sweep.json").read_text())["master_weights"] == name
+    text = " ".join(result.findings)
+    assert (f"All runs stepped FP32 master weights: attach with master_weights={name!r}." in text) == (name is not None)
+    torch.manual_seed(sweep_module.VALIDATION_SEED)
+    made = short()
+    validation = [made.make_batch(4) for _ in range(8)]
+    torch.manual_seed(0)
+    setup = short()
+    setup.optimizer.param_groups[0]["lr"] /= 2  # sqrt(4 / 16)
+    accumkern.attach(setup.optimizer, master_weights=name)  # one micro-batch is a window
+    for _ in range(16):
+        setup.loss(setup.model, setup.make_batch(4)).backward()
+        setup.optimizer.step()
+        setup.optimizer.zero_grad()
+    loss = sum(setup.loss(setup.model, batch).item() for batch in validation) / 8
+    assert result.runs[0].accumulation_steps == 1
+    assert result.runs[0].points[-1].loss == pytest.approx(loss, rel=1e-6)
+
+
+def test_master_weights_make_another_sweep(tmp_path: Path) -> None:
+    small(short, tmp_path)
+    with pytest.raises(ValueError, match="its master_weights is 'split32', now it is None; choose another"):
+        small(short, tmp_path, master_weights=None)
+    assert small(short, tmp_path, master_weights="split32") == small(short, tmp_path)
+
+
+def test_why_there_are_no_master_weights_is_said(tmp_path: Path) -> None:
+    result = small(refused, tmp_path)
+    assert result.master_weights is None
+    assert "No run had master weights: SGD cannot step FP32 weights: gradient_release is on" in result.findings[-2]
+    with pytest.raises(TypeError, match="master_weights is 'split32', and SGD cannot step FP32 weights"):
+        small(refused, tmp_path / "other", master_weights="split32")
+    assert not (tmp_path / "other").exists()
+
+
 def test_beta2_is_kept_in_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     original = sweep_module.train
@@ -210,6 +268,8 @@ def test_a_setup_that_returns_the_same_model_again_is_refused(tmp_path: Path) ->
         ({"rules": ["cubic"]}, ValueError, "rules is 'cubic'; it must be one of none, sqrt, linear"),
         ({"rules": "sqrt"}, TypeError, "rules is a str; it must be a list"),
         ({"seeds": []}, ValueError, "seeds is empty"),
+        ({"master_weights": "fp32"}, ValueError, "'fp32'; it must be one of auto, split24, split32, or None"),
+        ({"master_weights": 32}, TypeError, "master_weights is a int; it must be one of auto"),
         ({"micro_batch": 0}, ValueError, "micro_batch is 0"),
         ({"margin": 2}, ValueError, "margin is 2; it must be a number of at least 0 and less than 1"),
         ({"memory": "1 kB", "micro_batch": None}, ValueError, "memory limit"),

@@ -139,9 +139,8 @@ def _plan_table(plan: Plan) -> RenderableType:
     lines: list[RenderableType] = [_table("the plan", rows, chosen=plan.by_ranks.index(plan.choice))]
     lines += [_bullet(reason, "") for reason in plan.reasons]
     lines += [_bullet(f"Warning: {warning}", "yellow") for warning in plan.warnings]
-    if plan.attach:
-        steps = plan.choice.accumulation_steps
-        lines.append(Text(f"\naccumkern.attach(optimizer, {plan.buffer!r}, average_over={steps})", style="bold"))
+    if plan.attach_line is not None:
+        lines.append(Text(f"\n{plan.attach_line}", style="bold"))
     return Group(*lines)
 
 

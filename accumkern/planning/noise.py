@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from accumkern.noise_scale import Estimate
-from accumkern.planning.protocol import choose_buffer, make_batch
+from accumkern.planning.precision import choose_buffer
+from accumkern.planning.protocol import make_batch
 from accumkern.planning.speed import Rate, Split, split
 from accumkern.planning.trial import Preserved, accumulate
 from accumkern.wiring import attach
@@ -67,7 +68,8 @@ def measure_noise(preserved: Preserved, micro_batch: int, windows: int) -> Noise
     setup = preserved.setup
     estimates: list[Estimate] = []
     losses: list[float] = []
-    with attach(setup.optimizer, choose_buffer(setup, None) or "split24", stats=True) as accumulator:
+    buffer = choose_buffer(setup, None) or "split24"
+    with attach(setup.optimizer, buffer, master_weights=preserved.master_weights, stats=True) as accumulator:
         accumulator.scale = 1 / _MICRO_BATCHES
         for window in range(windows):
             of_window = [

@@ -15,8 +15,9 @@ from accumkern.checks import integer
 from accumkern.planning.memory import available_bytes, check_margin, format_bytes, parse_bytes
 from accumkern.planning.noise import accumulation_pays, best_batch, costs, measure_noise, useful_batches
 from accumkern.planning.plan_result import Choice, Plan, explain
+from accumkern.planning.precision import choose_buffer, choose_masters, masters_problem, step_bytes, with_masters
 from accumkern.planning.predict import Prediction, PredictionError, fake_setup, predict_memory
-from accumkern.planning.protocol import Setup, SetupFunction, choose_buffer, run_setup
+from accumkern.planning.protocol import Setup, SetupFunction, run_setup
 from accumkern.planning.ranks import Ranks
 from accumkern.planning.speed import Split, knee, measure_speeds, sizes_to_time, split, split_by_size
 from accumkern.planning.trial import Preserved, Trial, find_fit, largest, verify
@@ -36,6 +37,7 @@ def plan(
     memory: int | str | None = None,
     margin: float = 0.1,
     buffer: str | None = None,
+    master_weights: str | None = "auto",
     largest_micro_batch: int = 1024,
     noise_windows: int = 32,
     measure: bool = True,
@@ -55,6 +57,8 @@ def plan(
         memory: of the device, in bytes or as text such as ``"24GB"``. None takes what is available now.
         margin: the part of it to leave free, 0 to 1 (excluded).
         buffer: of :func:`accumkern.attach`; None chooses by the parameters' dtype.
+        master_weights: of :func:`accumkern.attach`; ``"auto"`` is ``"split32"`` where the optimizer has bfloat16
+            parameters and can be stepped on FP32 ones, or else None.
         largest_micro_batch: not to be exceeded, if memory allows more.
         noise_windows: windows to train for the noise scale, 4 or more, or 0 to leave it out.
         measure: False predicts what fits on fake tensors, and uses neither the device nor its memory.
@@ -85,6 +89,7 @@ def plan(
                 effective_batch=effective_batch,
                 margin=margin,
                 buffer=buffer,
+                master_weights=master_weights,
                 largest_micro_batch=largest_micro_batch,
                 noise_windows=noise_windows,
                 measure=measure,
@@ -92,18 +97,20 @@ def plan(
         if limit is not None and not measure:
             limit = min(ranks.gathered(limit))
             with ranks.phase("what would fit"):
-                plan = _predicted_plan(setup, effective_batch, limit, margin, buffer, largest_micro_batch, progress)
+                asked = effective_batch, limit, margin, buffer, master_weights, largest_micro_batch
+                plan = _predicted_plan(setup, *asked, progress)
             return ranks.gathered(plan)[0]
         with ranks.phase("setup()"):
             made = run_setup(setup)
             if isinstance(made.model, DistributedDataParallel):
                 made = made._replace(model=made.model.module)  # whose backward pass waits for no other rank
             buffer = choose_buffer(made, buffer)
+            master_weights = choose_masters(made, master_weights)
             limit = min(ranks.gathered(limit or available_bytes(made.device)))
         at_most = largest_micro_batch
         if effective_batch is not None:
             at_most = min(at_most, max(1, math.ceil(effective_batch / ranks.count)))
-        with Preserved(made, buffer, ranks) as preserved:
+        with Preserved(made, buffer, ranks, master_weights) as preserved:
             plan = _measured_plan(setup, preserved, effective_batch, limit, margin, at_most, noise_windows, progress)
         return ranks.gathered(plan)[0]  # predictions, losses and the machine may differ
 
@@ -144,7 +151,7 @@ def _measured_plan(
     peaks = {trial.micro_batch: trial.peak_bytes for trial in fit.trials if trial.fits}
     powers = [size for size in sorted(peaks) if size & (size - 1) == 0 or size == max(peaks)]
     with ranks.phase("what would fit elsewhere"):
-        predictions, problem = _predictions(function, powers, preserved.buffer, progress)
+        predictions, problem = _predictions(function, powers, preserved, progress)
 
     by_size = {speed.micro_batch: speed for speed in speeds}
     sizes = list(by_size)
@@ -179,6 +186,7 @@ def _measured_plan(
         prospects,
         target=target,
         buffer=preserved.buffer,
+        master_weights=preserved.master_weights,
         accumulation_pays=accumulation_pays(way, sizes, rate, noise),
         memory_limit_bytes=limit,
         margin=margin,
@@ -201,6 +209,7 @@ def _predicted_plan(
     limit: int,
     margin: float,
     buffer: str | None,
+    master_weights: str | None,
     at_most: int,
     progress: Progress,
 ) -> Plan:
@@ -209,10 +218,13 @@ def _predicted_plan(
     at_most = at_most if target is None else min(at_most, target)
     found: dict[int, Prediction] = {}
     with fake_setup(function) as setup:
-        buffer = choose_buffer(setup, buffer)
+        buffer, master_weights = choose_buffer(setup, buffer), choose_masters(setup, master_weights)
+
+        def predict(micro_batch: int, micro_batches: int = 2) -> Prediction:
+            return Prediction(micro_batch, predict_memory(setup, micro_batch, buffer, micro_batches, master_weights))
 
         def fits(micro_batch: int) -> bool:
-            prediction = found[micro_batch] = Prediction(micro_batch, predict_memory(setup, micro_batch, buffer))
+            prediction = found[micro_batch] = predict(micro_batch)
             total = prediction.memory.total
             progress("what would fit", f"micro-batch {micro_batch}: {format_bytes(total)} predicted")
             return total <= allowed
@@ -221,14 +233,15 @@ def _predicted_plan(
             memory = found[1].memory
             raise ValueError(
                 f"no micro-batch would fit into {format_bytes(limit)} with a margin of {margin:.0%}: one sample needs "
-                f"{format_bytes(memory.total)}, of which parameters {format_bytes(memory.parameters)}, gradients and "
-                f"residuals {format_bytes(memory.gradients + memory.residuals)}, optimizer state "
+                f"{format_bytes(memory.total)}, of which parameters {format_bytes(memory.parameters)}, their master "
+                f"weights {format_bytes(memory.master_residuals)}, gradients and residuals "
+                f"{format_bytes(memory.gradients + memory.residuals)}, optimizer state "
                 f"{format_bytes(memory.optimizer_state)}; take more memory, a smaller model, or activation "
                 "checkpointing"
             )
         most = largest(fits, at_most)
         way = split_by_size(target or most, 1, most)
-        peak = predict_memory(setup, way.micro_batch, buffer, min(2, way.accumulation_steps)).total
+        peak = predict(way.micro_batch, min(2, way.accumulation_steps)).memory.total
         return _plan_of(
             setup,
             way,
@@ -237,6 +250,7 @@ def _predicted_plan(
             lambda way: (None, None, None),
             target=target,
             buffer=buffer,
+            master_weights=master_weights,
             memory_limit_bytes=limit,
             margin=margin,
             largest_micro_batch=most,
@@ -266,7 +280,10 @@ def _plan_of(
         Plan(
             choice=choice(way),
             by_ranks=tuple(choice(way if n == way.ranks else way_on(n)) for n in sorted({*_RANKS, way.ranks})),
-            attach=known["buffer"] is not None and way.accumulation_steps > 1,
+            attach=known["buffer"] is not None and (way.accumulation_steps > 1 or known["master_weights"] is not None),
+            master_problem=masters_problem(setup) if known["master_weights"] is None else None,
+            bfloat16_numel=sum(param.numel() for param in with_masters(setup)),
+            step_bytes=step_bytes(setup),
             warnings=_warnings(setup, way.micro_batch),
             tokens_per_sample=setup.tokens_per_sample,
             gradient_bytes=gradient_bytes,
@@ -277,12 +294,13 @@ def _plan_of(
 
 
 def _predictions(
-    function: SetupFunction, sizes: Sequence[int], buffer: str | None, progress: Progress
+    function: SetupFunction, sizes: Sequence[int], preserved: Preserved, progress: Progress
 ) -> tuple[tuple[Prediction, ...], str | None]:
     """Return predictions for the sizes, and why there are none."""
     try:
         with fake_setup(function) as setup:
-            predictions = tuple(Prediction(size, predict_memory(setup, size, buffer)) for size in sizes)
+            how = preserved.buffer, 2, preserved.master_weights
+            predictions = tuple(Prediction(size, predict_memory(setup, size, *how)) for size in sizes)
     except PredictionError as error:
         progress("what would fit elsewhere", str(error))
         return (), str(error)

@@ -15,6 +15,7 @@ from accumkern.planning.predict import Prediction
 from accumkern.planning.speed import Speed
 from accumkern.planning.trial import Fit
 
+_MASTER_BYTES = {"split24": 1, "split32": 2}  # per parameter, of a residual
 _FEW_MICRO_BATCHES = 8  # the gain of FP32 accumulation may be invisible up to here
 
 
@@ -53,7 +54,9 @@ class Plan:
         by_ranks: how it changes with others.
         target: the effective batch that was asked for; None where the plan chose it.
         buffer: for :func:`accumkern.attach`; None where stock PyTorch accumulates in FP32 already.
-        attach: whether to call it: there is something to accumulate, and a buffer to do it in.
+        master_weights: likewise; None steps the weights as they are.
+        master_problem: why bfloat16 weights have no masters; None where they have, or where none were asked for.
+        attach: whether to call it: there is something to accumulate and a buffer to do it in, or there are masters.
         accumulation_pays: whether the effective batch trains faster than one of a single micro-batch would; None where
             noise or speed were not measured.
         reasons: in words.
@@ -71,6 +74,8 @@ class Plan:
         batches: what effective batches cost; none where noise or speed were not measured.
         tokens_per_sample: of the setup.
         gradient_bytes: of all parameters together, in their own dtypes.
+        bfloat16_numel: elements of the bfloat16 weights that are trained.
+        step_bytes: of the FP32 weights and gradients that a step with master weights makes at a time.
         adam: whether the optimizer's settings have Adam's betas.
         machine: what it was measured on.
     """
@@ -79,6 +84,8 @@ class Plan:
     by_ranks: tuple[Choice, ...]
     target: int | None
     buffer: str | None
+    master_weights: str | None
+    master_problem: str | None
     attach: bool
     accumulation_pays: bool | None = None
     reasons: tuple[str, ...] = ()
@@ -96,8 +103,22 @@ class Plan:
     batches: tuple[Batch, ...] = ()
     tokens_per_sample: float | None
     gradient_bytes: int
+    bfloat16_numel: int
+    step_bytes: int
     adam: bool
     machine: dict[str, str]
+
+    @property
+    def attach_line(self) -> str | None:
+        """The call of :func:`accumkern.attach`; None where there is no reason for it."""
+        if not self.attach:
+            return None
+        arguments = ["optimizer", repr(self.buffer)]
+        if self.master_weights is not None:
+            arguments.append(f"master_weights={self.master_weights!r}")
+        if self.choice.accumulation_steps > 1:
+            arguments.append(f"average_over={self.choice.accumulation_steps}")
+        return f"accumkern.attach({', '.join(arguments)})"
 
     @property
     def prediction_error(self) -> float | None:
@@ -110,7 +131,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data for JSON: infinite numbers become None."""
-        data = dataclasses.asdict(self) | {"prediction_error": self.prediction_error}
+        own = {"attach_line": self.attach_line, "prediction_error": self.prediction_error}
+        data = dataclasses.asdict(self) | own
         for entry in data["speeds"]:
             entry["samples_per_second"] = entry["micro_batch"] / entry["seconds"]
         for entry in data["predictions"]:
@@ -124,15 +146,15 @@ class Plan:
             f"micro-batch {c.micro_batch}, accumulation steps {c.accumulation_steps}, ranks {c.ranks}: "
             f"effective batch {c.effective_batch}"
         ]
-        if self.attach:
-            lines.append(f"accumkern.attach(optimizer, {self.buffer!r}, average_over={c.accumulation_steps})")
+        if self.attach_line is not None:
+            lines.append(self.attach_line)
         lines += [f"- {reason}" for reason in self.reasons] + [f"- warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
 
 def explain(plan: Plan) -> Plan:
     """Return the plan with its reasons."""
-    parts = (_memory, _speed, _target, _accumulation, _noise, _verdict, _buffer, _ranks)
+    parts = (_memory, _speed, _target, _accumulation, _noise, _verdict, _buffer, _masters, _ranks)
     return dataclasses.replace(plan, reasons=tuple(reason for part in parts for reason in part(plan)))
 
 
@@ -270,12 +292,37 @@ def _buffer(plan: Plan) -> list[str]:
     steps = plan.choice.accumulation_steps
     if plan.buffer is None:
         return ["Buffer: none. The parameters are float32, and stock PyTorch accumulates in FP32 already."]
-    if not plan.attach:
+    if steps == 1:
         return []
     reason = f"Buffer: {plan.buffer!r}, so that {steps} micro-gradients are summed in FP32"
     if steps <= _FEW_MICRO_BATCHES:
         reason += "; with so few, the loss may not show the difference to stock accumulation"
     return [reason + "."]
+
+
+def _masters(plan: Plan) -> list[str]:
+    if not plan.bfloat16_numel:
+        return []
+    lost = "updates below 1/512 of a weight are lost in rounding it to bfloat16"
+    if plan.master_problem is not None:
+        return [f"Master weights: none, and {lost}; {plan.master_problem}."]
+    name = plan.master_weights or "split32"
+    each = _MASTER_BYTES[name]
+    cost = f"{each} byte{'s' if each > 1 else ''} per parameter ({format_bytes(each * plan.bfloat16_numel)})"
+    states = "optimizer states in FP32"
+    if plan.adam:
+        states += " (4 bytes more per parameter for Adam's two moments, where they were bfloat16)"
+    if plan.master_weights is None:
+        return [
+            f"Master weights: none were asked for, and {lost}. master_weights={name!r} would keep them for {cost} and "
+            f"{states}."
+        ]
+    kept = "what that rounds off" if name == "split32" else "8 bits of what that rounds off"
+    return [
+        f"Master weights: {name!r}, because without them {lost}. The step reads and writes FP32 weights; a residual "
+        f"beside each bfloat16 weight keeps {kept}. This costs {cost}, {states}, up to {format_bytes(plan.step_bytes)} "
+        "for the FP32 weights and gradients of a step, and time of the step. Memory and speeds here are with all of it."
+    ]
 
 
 def _ranks(plan: Plan) -> list[str]:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from accumkern import backends
+from accumkern.casting import set_cut_off_aside
+from accumkern.planning.precision import accumulation
 from accumkern.planning.protocol import Setup, SetupFunction, make_batch, run_setup
-from accumkern.planning.trial import RandomState, accumulate, accumulation, train_window
+from accumkern.planning.trial import RandomState, accumulate, train_window
 from accumkern.torch_private import FakeTensor, FakeTensorMode, memory_tracker, pop_mode_temporarily, tree_leaves
 
 
@@ -26,20 +28,22 @@ class Memory:
         parameters: with buffers.
         gradients: ``.grad``, and a new gradient that is just being folded.
         residuals: what accumkern keeps beside ``.grad``.
-        optimizer_state: with what its step needs for a moment.
+        master_residuals: what it keeps beside the weights.
+        optimizer_state: with what its step needs for a moment, such as FP32 weights and gradients of a bucket.
         activations: with the batch, gradients of activations, and what operations need for a moment.
     """
 
     parameters: int
     gradients: int
     residuals: int
+    master_residuals: int
     optimizer_state: int
     activations: int
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.parameters + self.gradients + self.residuals + self.optimizer_state + self.activations
+        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,12 @@ def fake_setup(function: SetupFunction) -> Iterator[Setup]:
         TypeError, ValueError: ``setup()`` does not follow the protocol.
     """
     random_state = RandomState(torch.device("cpu"))
+    put_cut_off_back = set_cut_off_aside()
     try:
         with _fake_mode():
-            setup = run_setup(function)
+            with backends.without_kernels():
+                setup = run_setup(function)
+            set_cut_off_aside()  # what is fake has no values to begin masters with
             # Training a real model in this mode would leave fake gradients and states in it.
             if not all(isinstance(param, FakeTensor) for param in setup.model.parameters()):
                 raise RuntimeError("setup() returned a model that was made before it was called")
@@ -79,10 +86,13 @@ def fake_setup(function: SetupFunction) -> Iterator[Setup]:
             "device instead (and without a GPU, let setup() choose the CPU: tensors are as large there)"
         ) from error
     finally:
+        put_cut_off_back()
         random_state.put_back()
 
 
-def predict_memory(setup: Setup, micro_batch: int, buffer: str | None, micro_batches: int = 2) -> Memory:
+def predict_memory(
+    setup: Setup, micro_batch: int, buffer: str | None, micro_batches: int = 2, master_weights: str | None = None
+) -> Memory:
     """Return the peak memory of training with a micro-batch, without having that memory.
 
     Two windows run, with the optimizer's step; the peak is of the second. Tensors on a GPU count as its allocator
@@ -93,6 +103,7 @@ def predict_memory(setup: Setup, micro_batch: int, buffer: str | None, micro_bat
         micro_batch: samples in a micro-batch, of the longest.
         buffer: of :func:`accumkern.attach`; None accumulates as stock PyTorch does.
         micro_batches: in a window; 1 accumulates nothing.
+        master_weights: of :func:`accumkern.attach`.
     """
     tracker, kinds = memory_tracker()
 
@@ -107,17 +118,20 @@ def predict_memory(setup: Setup, micro_batch: int, buffer: str | None, micro_bat
     # The hooks run, and allocate what they do in training; fake tensors have nothing that kernels could read.
     with (
         backends.without_kernels(),
-        accumulation(setup, buffer, micro_batches, backend="eager") as accumulator,
+        accumulation(setup, buffer, micro_batches, master_weights, backend="eager") as accumulator,
     ):
         for _ in range(micro_batches):
             accumulate(setup, make_batch(setup, micro_batch, "longest_batch"), micro_batches, accumulator)
-        if accumulator is not None:
-            parts = [accumulator.parts(param) for group in setup.optimizer.param_groups for param in group["params"]]
-            tracker.track_external(*(p.residual for p in parts if p is not None and p.residual is not None))
-        setup.optimizer.step()
+        with tracker:
+            setup.optimizer.step()  # what a step keeps for the next one counts from here on
+        state = {} if accumulator is None else accumulator.state_dict()
         setup.optimizer.zero_grad()
+        tracker.track_external(*state.get("residuals", {}).values())
+        residuals = tracker.get_tracker_snapshot().get(setup.device, {}).get(kinds.OTH, 0)
+        tracker.track_external(*state.get("master_weights", {}).get("residuals", {}).values())
+        kept = tracker.get_tracker_snapshot().get(setup.device, {}).get(kinds.OTH, 0)
         tracker.track_external(setup.model, setup.optimizer)
-        residuals = tracker.get_tracker_snapshot()[setup.device][kinds.OTH]
+        del state  # which holds gradients
         with tracker:
             train_window(setup, (batch_beside_tracker() for _ in range(micro_batches)), micro_batches, accumulator)
     peak = tracker.get_tracker_snapshot("peak")[setup.device]
@@ -125,8 +139,9 @@ def predict_memory(setup: Setup, micro_batch: int, buffer: str | None, micro_bat
         parameters=peak[kinds.PARAM] + peak[kinds.BUFFER],
         gradients=peak[kinds.GRAD],
         residuals=residuals,
+        master_residuals=kept - residuals,
         optimizer_state=peak[kinds.OPT],
-        activations=peak[kinds.ACT] + peak[kinds.TEMP] + peak[kinds.OTH] - residuals,
+        activations=peak[kinds.ACT] + peak[kinds.TEMP] + peak[kinds.OTH] - kept,
     )
 
 

@@ -29,8 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from accumkern.checks import one_of, real
-from accumkern.formats import BUFFERS
+from accumkern.checks import real
 from accumkern.planning.memory import is_out_of_memory
 from accumkern.torch_private import tree_leaves
 
@@ -165,22 +164,6 @@ def _check_parameters(setup: Setup) -> None:
         raise ValueError(f"model of setup() is on several devices ({', '.join(devices)}); put it on one")
     if setup.device.type == "meta":
         raise ValueError("model of setup() is on the meta device, without memory; put it on the device to train on")
-
-
-def choose_buffer(setup: Setup, buffer: str | None) -> str | None:
-    """Return the ``buffer`` for :func:`accumkern.attach`, or None where stock PyTorch accumulates in FP32 already.
-
-    Where the user asked for none, trainable parameters decide: ``"fp32"`` if some are float16, else ``"split24"``.
-
-    Raises:
-        TypeError, ValueError: ``buffer`` is unknown.
-    """
-    if buffer is not None:
-        one_of("buffer", buffer, BUFFERS, ", or None to choose")
-    dtypes = {param.dtype for param in setup.model.parameters() if param.requires_grad}
-    if not dtypes & {torch.bfloat16, torch.float16}:
-        return None
-    return buffer or ("fp32" if torch.float16 in dtypes else "split24")
 
 
 def make_batch(setup: Setup, size: int, kind: str = "make_batch") -> Any:

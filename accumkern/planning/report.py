@@ -24,6 +24,7 @@ _CATEGORIES = {
     "parameters": ("parameters", "#30343f"),
     "gradients": ("gradients", "#1f77b4"),
     "residuals": ("residuals", "#7fc8f8"),
+    "master_residuals": ("master residuals", "#6a4c93"),
     "optimizer_state": ("optimizer state", "#2a9d8f"),
     "activations": ("activations and batch", "#f2b134"),
 }

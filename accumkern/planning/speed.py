@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from accumkern.planning.precision import accumulation
 from accumkern.planning.protocol import make_batch
-from accumkern.planning.trial import Preserved, accumulation, train_window
+from accumkern.planning.trial import Preserved, train_window
 
 LEAST_SECONDS = 0.25  # to time a size for
 _MICRO_BATCHES = 2  # in a window
@@ -57,7 +58,7 @@ def measure_speed(preserved: Preserved, micro_batch: int) -> Speed:
     setup, ranks = preserved.setup, preserved.ranks
     times: list[float] = []
     step_times: list[float] = []
-    with accumulation(setup, preserved.buffer, _MICRO_BATCHES) as accumulator:
+    with accumulation(setup, preserved.buffer, _MICRO_BATCHES, preserved.master_weights) as accumulator:
         for window in range(1 + _MOST_WINDOWS):
             batches = (make_batch(setup, micro_batch) for _ in range(_MICRO_BATCHES))
             seconds, step_seconds = train_window(setup, batches, _MICRO_BATCHES, accumulator)

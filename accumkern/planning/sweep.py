@@ -20,10 +20,11 @@ from torch import Tensor
 
 from accumkern.checks import integer, items, one_of, real
 from accumkern.planning.memory import available_bytes, check_margin, is_out_of_memory, parse_bytes
-from accumkern.planning.protocol import Setup, SetupFunction, choose_buffer, compute_loss, make_batch, run_setup
+from accumkern.planning.precision import accumulation, choose_buffer, choose_masters, masters_problem
+from accumkern.planning.protocol import Setup, SetupFunction, compute_loss, make_batch, run_setup
 from accumkern.planning.ranks import Ranks
 from accumkern.planning.sweep_result import Point, Run, Sweep, write_json
-from accumkern.planning.trial import Preserved, RandomState, accumulation, find_fit, train_window, verify
+from accumkern.planning.trial import Preserved, RandomState, find_fit, train_window, verify
 from accumkern.torch_private import tree_leaves
 
 #: Factor of the learning rate for an effective batch that is ``ratio`` times the one it was chosen for.
@@ -55,6 +56,7 @@ def sweep(
     memory: int | str | None = None,
     margin: float = 0.1,
     buffer: str | None = None,
+    master_weights: str | None = "auto",
     target_loss: float | None = None,
     evaluations: int = 20,
     validation_samples: int = 256,
@@ -84,6 +86,8 @@ def sweep(
         memory: of the device, in bytes or as text; None takes what is available now.
         margin: the part of it to leave free.
         buffer: of :func:`accumkern.attach`; None chooses by the parameters' dtype.
+        master_weights: of :func:`accumkern.attach`; ``"auto"`` is ``"split32"`` where the optimizer has bfloat16
+            parameters and can be stepped on FP32 ones, or else None.
         target_loss: what to reach. None takes the lowest that every run with a finished end has reached.
         evaluations: of the loss, in each run, beside the one before it begins.
         validation_samples: to measure the loss on.
@@ -111,12 +115,14 @@ def sweep(
             )
         made = _seeded_setup(setup, VALIDATION_SEED)
         limit = int((available_bytes(made.device) if memory is None else parse_bytes(memory)) * (1 - margin))
-        settings |= {"buffer": choose_buffer(made, buffer), "script_sha256": _source_hash(setup)}
+        masters = choose_masters(made, master_weights)
+        settings |= {"buffer": choose_buffer(made, buffer), "master_weights": masters}
+        settings["script_sha256"] = _source_hash(setup)
         folder = Path(folder).expanduser()
         found = _claim(folder, settings)
         if micro_batch is None:
             if "micro_batch_found" not in found:
-                with Preserved(made, settings["buffer"]) as preserved:
+                with Preserved(made, settings["buffer"], master_weights=masters) as preserved:
                     fit = find_fit(preserved, limit, settings["effective_batches"][-1])
                 found = settings | {"micro_batch_found": fit.micro_batch}
                 write_json(folder / SETTINGS, found)
@@ -132,7 +138,8 @@ def sweep(
                 write_json(path, run.to_dict())
             runs.append(run)
             progress(run)
-        return Sweep(tuple(runs), target_loss, made.tokens_per_sample, settings["base_batch"])
+        problem = masters_problem(made) if masters is None else None
+        return Sweep(tuple(runs), target_loss, made.tokens_per_sample, settings["base_batch"], masters, problem)
     finally:
         random_state.put_back()
 
@@ -161,7 +168,7 @@ def _run(
     accumulation_steps = batch // micro_batch
     setup = _scaled_setup(function, batch / settings["base_batch"], rule, seed)
     learning_rate = float(setup.optimizer.param_groups[0]["lr"])
-    with Preserved(setup, settings["buffer"]) as preserved:
+    with Preserved(setup, settings["buffer"], master_weights=settings["master_weights"]) as preserved:
         trial = verify(preserved, micro_batch, accumulation_steps, limit_bytes)
     points: list[Point] = []
     status = "out of memory"
@@ -199,7 +206,7 @@ def train(
     seconds = 0.0
     first = Point(0, seconds, _validation_loss(setup, validation))
     yield first
-    with accumulation(setup, settings["buffer"], accumulation_steps) as accumulator:
+    with accumulation(setup, settings["buffer"], accumulation_steps, settings["master_weights"]) as accumulator:
         for step in range(1, steps + 1):
             batches = (make_batch(setup, micro_batch) for _ in range(accumulation_steps))
             of_micro_batches, of_step = train_window(setup, batches, accumulation_steps, accumulator)

@@ -133,12 +133,16 @@ class Sweep:
         asked_target_loss: None where none was asked for.
         tokens_per_sample: of the setup.
         base_batch: the effective batch that the setup's learning rate is for.
+        master_weights: of :func:`accumkern.attach` in all runs.
+        master_problem: why bfloat16 weights have no masters; None where they have, or where none were asked for.
     """
 
     runs: tuple[Run, ...]
     asked_target_loss: float | None
     tokens_per_sample: float | None
     base_batch: int
+    master_weights: str | None = None
+    master_problem: str | None = None
 
     @property
     def learnt(self) -> bool:
@@ -225,6 +229,12 @@ class Sweep:
         ]
         if failed:
             findings.append(f"Not finished: {', '.join(failed)}.")
+        if self.master_weights is not None:
+            findings.append(
+                f"All runs stepped FP32 master weights: attach with master_weights={self.master_weights!r}."
+            )
+        elif self.master_problem is not None:
+            findings.append(f"No run had master weights: {self.master_problem}.")
         if len({run.seed for run in self.runs}) == 1:
             findings.append("There was one seed: small differences may be chance.")
         return findings

@@ -11,7 +11,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +18,13 @@ import torch
 from torch import Tensor
 
 from accumkern.accumulator import GradAccumulator
+from accumkern.casting import set_cut_off_aside
 from accumkern.memory import storage_bytes
 from accumkern.planning.memory import MemoryMeter, format_bytes, held_tensors, is_out_of_memory
+from accumkern.planning.precision import accumulation
 from accumkern.planning.protocol import Setup, compute_loss, make_batch
 from accumkern.planning.ranks import Ranks
 from accumkern.torch_private import tree_flatten, tree_unflatten
-from accumkern.wiring import attach
 
 # The optimizer's states appear in its first step, so only the second window needs all the memory that training needs.
 _TRIAL_WINDOWS = 2
@@ -41,16 +41,24 @@ class Preserved:
     That is: parameters, buffers and gradients, the modules' modes, the optimizer's state and settings, the random
     numbers of torch, Python and numpy. The tensors that were there are there again, with the values that they had.
     Copies are kept in the host's memory, so that the device's is free. Gradients are set aside: in the block ``.grad``
-    begins as None.
+    begins as None. So is what :func:`accumkern.to_bfloat16` has cut off: in the block masters begin as the weights.
 
     Attributes:
         setup: what is trained.
         buffer: what its gradients are accumulated in; None leaves it to stock PyTorch.
         ranks: that train it together; None makes it one rank's.
+        master_weights: how the masters of its weights are kept; None steps the weights themselves.
     """
 
-    def __init__(self, setup: Setup, buffer: str | None = None, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        buffer: str | None = None,
+        ranks: Ranks | None = None,
+        master_weights: str | None = None,
+    ) -> None:
         self.setup, self.buffer, self.ranks = setup, buffer, ranks or Ranks()
+        self.master_weights = master_weights
         model, optimizer = setup.model, setup.optimizer
         self._modules = [(m, m.training, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
         self._values = _Values([*model.parameters(), *model.buffers()])
@@ -71,6 +79,7 @@ class Preserved:
             gc.freeze()
         for param, _ in self._grads:
             param.grad = None
+        self._put_cut_off_back = set_cut_off_aside()
         return self
 
     def rewind(self) -> None:
@@ -96,6 +105,7 @@ class Preserved:
         self.rewind()
         for param, grad in self._grads:
             param.grad = grad
+        self._put_cut_off_back()
         if self._froze:
             gc.unfreeze()
         if self.setup.device.type == "cuda":
@@ -140,15 +150,6 @@ class _Values:
                 leaf.data.copy_(leaves[i])  # .data: to autograd they never changed
                 leaves[i] = leaf
         return tree_unflatten(leaves, self._structure)
-
-
-def accumulation(
-    setup: Setup, buffer: str | None, micro_batches: int, backend: str | None = None
-) -> AbstractContextManager[GradAccumulator | None]:
-    """Return a block in which the setup's gradients are accumulated, and averaged over ``micro_batches``, in FP32."""
-    if buffer is None or micro_batches == 1:
-        return nullcontext()
-    return attach(setup.optimizer, buffer, average_over=micro_batches, backend=backend)
 
 
 def accumulate(setup: Setup, batch: Any, micro_batches: int, accumulator: GradAccumulator | None) -> Tensor:
@@ -307,7 +308,7 @@ def try_windows(
     fits = True
     with MemoryMeter(setup.device, _held_bytes(setup), limit_bytes) as meter:
         try:
-            with accumulation(setup, preserved.buffer, micro_batches) as accumulator:
+            with accumulation(setup, preserved.buffer, micro_batches, preserved.master_weights) as accumulator:
                 for _ in range(windows):
                     batches = (make_batch(setup, micro_batch, "longest_batch") for _ in range(micro_batches))
                     train_window(setup, batches, micro_batches, accumulator)

@@ -1,0 +1,99 @@
+"""What FP32 a setup trains in: the choice of ``buffer`` and ``master_weights``, and ``attach()`` with them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from accumkern.accumulator import GradAccumulator
+from accumkern.attachment import stepped_by
+from accumkern.checks import one_of
+from accumkern.formats import BUFFERS
+from accumkern.master_weights import MASTER_FORMATS
+from accumkern.optimizers import is_stepped_in_parts, refusal
+from accumkern.planning.protocol import Setup
+from accumkern.stepping import STAND_IN_BYTES, bucket_bytes_on
+from accumkern.wiring import attach
+
+
+def choose_buffer(setup: Setup, buffer: str | None) -> str | None:
+    """Return the ``buffer`` for :func:`accumkern.attach`, or None where stock PyTorch accumulates in FP32 already.
+
+    Where the user asked for none, trainable parameters decide: ``"fp32"`` if some are float16, else ``"split24"``.
+
+    Raises:
+        TypeError, ValueError: ``buffer`` is unknown.
+    """
+    if buffer is not None:
+        one_of("buffer", buffer, BUFFERS, ", or None to choose")
+    dtypes = {param.dtype for param in setup.model.parameters() if param.requires_grad}
+    if not dtypes & {torch.bfloat16, torch.float16}:
+        return None
+    return buffer or ("fp32" if torch.float16 in dtypes else "split24")
+
+
+def choose_masters(setup: Setup, master_weights: str | None) -> str | None:
+    """Return the ``master_weights`` for :func:`accumkern.attach`; None where no trained weight is bfloat16.
+
+    ``"auto"`` is ``"split32"``, or None where there is a :func:`masters_problem`.
+
+    Raises:
+        TypeError: ``master_weights`` is no text, or there is a problem, and it was asked for by name.
+        ValueError: it is unknown.
+    """
+    if master_weights is None:
+        return None
+    one_of("master_weights", master_weights, ("auto", *MASTER_FORMATS), ", or None")
+    is_auto, problem = master_weights == "auto", masters_problem(setup)
+    if problem is not None and not is_auto:
+        raise TypeError(f"master_weights is {master_weights!r}, and {problem}; choose 'auto' or None")
+    if problem is not None or not with_masters(setup):
+        return None
+    return "split32" if is_auto else master_weights
+
+
+def masters_problem(setup: Setup) -> str | None:
+    """Return why the 16-bit weights of a setup can have no masters, or None."""
+    params = _trained(setup)
+    if any(param.dtype is torch.float16 for param in params):
+        return "some of the optimizer's parameters are float16, which can have no masters"
+    if not with_masters(setup):
+        return None
+    reason = refusal(stepped_by(setup.optimizer))
+    return None if reason is None else f"{type(setup.optimizer).__name__} cannot step FP32 weights: {reason}"
+
+
+def with_masters(setup: Setup) -> list[Tensor]:
+    """Return the parameters that master weights are for: those of bfloat16 that the optimizer trains."""
+    return [param for param in _trained(setup) if param.dtype is torch.bfloat16]
+
+
+def step_bytes(setup: Setup) -> int:
+    """Return the bytes of the FP32 weights and gradients that a step with master weights makes at a time."""
+    sizes = [STAND_IN_BYTES * param.numel() for param in with_masters(setup)]
+    if not is_stepped_in_parts(stepped_by(setup.optimizer)):
+        return sum(sizes)
+    return max([min(sum(sizes), bucket_bytes_on(setup.device)), *sizes])
+
+
+def accumulation(
+    setup: Setup,
+    buffer: str | None,
+    micro_batches: int,
+    master_weights: str | None = None,
+    backend: str | None = None,
+) -> AbstractContextManager[GradAccumulator | None]:
+    """Return a block in which a setup trains as :func:`accumkern.attach` lets it, where there is a reason to call that.
+
+    Several micro-batches are averaged in FP32; with ``master_weights`` the step is one of FP32 weights.
+    """
+    if buffer is None or (micro_batches == 1 and master_weights is None):
+        return nullcontext()
+    return attach(setup.optimizer, buffer, master_weights=master_weights, average_over=micro_batches, backend=backend)
+
+
+def _trained(setup: Setup) -> list[Tensor]:
+    params = (param for group in setup.optimizer.param_groups for param in group["params"])
+    return [param for param in dict.fromkeys(params) if param.requires_grad]
