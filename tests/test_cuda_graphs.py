@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 import accumkern
 
-pytestmark = [pytest.mark.gpu, pytest.mark.integration("CUDA graphs: backward with its folds, finish()")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.integration("CUDA graphs: backward with its folds, finish(), a step with master weights"),
+]
 
 
 def network(dtype: torch.dtype) -> nn.Module:
@@ -109,3 +112,61 @@ def test_model_compiled_with_graphs_of_its_own() -> None:
         sums.append([accumulator.gradient(param) for param in model.parameters()])
     for found, right in zip(*sums, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
+
+
+class Masters:
+    """A model that is trained with master weights by whole windows, into gradients that stay where they are."""
+
+    def __init__(self) -> None:
+        self.model = accumkern.to_bfloat16(network(torch.float32))
+        self.params = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(self.params, lr=1e-3, foreach=True, capturable=True)
+        self.accumulator = accumkern.attach(self.optimizer, "split32", master_weights="split32", bucket=2**19)
+        self.x = inputs(1)[0].clone()
+
+    def window(self) -> None:
+        for _ in range(2):
+            loss(self.model, self.x).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+
+    def masters(self) -> list[Tensor]:
+        torch.cuda.synchronize()
+        return [self.accumulator.master_weight(param) for param in self.params]
+
+
+def test_captured_step_with_master_weights_replays_like_the_loop() -> None:
+    loop = Masters()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run = Masters()
+        for _ in range(2):
+            run.window()
+    for _ in range(2):
+        loop.window()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run.window()
+    for x in inputs(4):
+        for one in (loop, run):
+            one.x.copy_(x)
+        loop.window()
+        graph.replay()
+        compare(run.masters(), loop.masters())
+
+
+def test_a_step_that_is_captured_before_there_are_masters_is_refused() -> None:
+    weight = nn.Parameter(torch.ones(64, dtype=torch.bfloat16, device="cuda"))
+    weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    accumkern.attach(optimizer, master_weights="split32")
+    torch.cuda.synchronize()
+
+    def capture() -> None:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            optimizer.step()
+
+    with pytest.raises(RuntimeError, match=r"a CUDA graph is being captured, and a weight of shape \(64,\) has no"):
+        capture()
