@@ -305,7 +305,8 @@ class GradAccumulator:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put back what :meth:`state_dict` returned: ``.grad`` of every parameter, and the residuals, as copies.
 
-        With master weights, load the states of model and optimizer before.
+        With master weights, load the states of model and optimizer before; with DTensors, all ranks have to call this
+        together then.
 
         Raises:
             TypeError: ``state_dict`` is not such a dictionary, or holds a tensor of another dtype.
@@ -316,9 +317,10 @@ class GradAccumulator:
         """
         self._check_parameters()
         params, masters = self._attachment.params, self._rooms.masters
+        sums = {} if masters is None else master_state.checksums_of_shards(params, masters)  # before one rank may raise
         of_gradients, of_masters = state.parts(state_dict, None if masters is None else masters.name)
         entries = state.checked(of_gradients, params, self.buffer)
-        residuals = [] if masters is None else master_state.checked(of_masters, params, masters)
+        residuals = [] if masters is None else master_state.checked(of_masters, params, masters, sums)
         self._passes.complete()
         state.load(entries, params, self._attachment.slots)
         for param, residual in zip(params, residuals, strict=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from accumkern import backends
-from accumkern.dtensor import distributed_as, is_dtensor, shard, with_shard
+from accumkern.dtensor import distributed_as, is_dtensor, is_in_group, shard, with_shard
 from accumkern.formats import Format, decode
 from accumkern.master_weights import MasterWeights, checksums, dense, local_of
 
@@ -81,6 +82,7 @@ def to_bfloat16(module: nn.Module, keep: Iterable[type[nn.Module] | str] = ()) -
 @torch.no_grad()
 def take_cut_off(masters: MasterWeights, params: Mapping[Tensor, Any]) -> None:
     """Begin masters with what :func:`to_bfloat16` has cut off, of parameters that are as it has left them."""
+    changed, written = 0, []
     for module, of_names in _cut_off.items():
         found = []
         for name in list(of_names):
@@ -89,6 +91,7 @@ def take_cut_off(masters: MasterWeights, params: Mapping[Tensor, Any]) -> None:
                 found.append((param, of_names.pop(name)))
         for (param, (residual, checksum)), now in zip(found, checksums([param for param, _ in found]), strict=True):
             if param.shape != residual.shape or int(now) != int(checksum):
+                changed += 1
                 continue
             if is_dtensor(param):
                 residual = shard(residual if is_dtensor(residual) else distributed_as(residual, param))
@@ -97,7 +100,15 @@ def take_cut_off(masters: MasterWeights, params: Mapping[Tensor, Any]) -> None:
             master = decode(Format.SPLIT32, local, low)
             masters.read([param], [torch.empty_like(master)])
             masters.write([param], [master])
-            masters.count_changes([param])
+            written.append(param)
+    masters.count_changes(written)
+    if changed and is_in_group():
+        warnings.warn(
+            f"{changed} weights have changed on this rank since to_bfloat16(), and what it had cut off of them is left "
+            "out. DistributedDataParallel hands on the weights of rank 0, but not that: give all ranks the same FP32 "
+            "weights before to_bfloat16(), or else their master weights differ",
+            stacklevel=4,  # attach() is called by the user, and torch.no_grad() is between
+        )
 
 
 def set_cut_off_aside() -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,11 +81,21 @@ def sum_over_shards(numbers: list[Tensor], of: list[Any]) -> list[Tensor]:
     sums = list(numbers)
     for groups, indices in members.items():
         together = torch.stack([numbers[i] for i in indices])
+        sent = together.to(of[indices[0]].device_mesh.device_type)  # shards may be on the CPU, where NCCL is not
         for group in groups:
-            torch.distributed.all_reduce(together, group=group)
-        for i, total in zip(indices, together, strict=True):
+            torch.distributed.all_reduce(sent, group=group)
+        for i, total in zip(indices, sent.to(together.device), strict=True):
             sums[i] = total
     return sums
+
+
+def largest_shard(tensor: Any) -> int:
+    """Return how many elements of a DTensor a rank holds, where it is most: the same number on every rank."""
+    shape = list(tensor.shape)
+    for dim, placement in enumerate(tensor.placements):
+        if not placement.is_replicate() and not placement.is_partial():
+            shape[placement.dim] = -(-shape[placement.dim] // tensor.device_mesh.size(dim))
+    return math.prod(shape)
 
 
 def check_layout(name: str, tensor: Tensor, of: str, param: Tensor) -> None:

@@ -14,10 +14,16 @@ _KEYS = ("format", "residuals", "checksums")
 
 
 def saved(params: list[Tensor], masters: MasterWeights) -> dict[str, Any]:
-    """Return the state of masters; see :meth:`accumkern.GradAccumulator.state_dict`."""
+    """Return the state of masters; see :meth:`accumkern.GradAccumulator.state_dict`.
+
+    A DTensor that is trained has a residual always, zeros if need be: on another rank it may be another one.
+    """
     residuals = {i: masters.residual(param) for i, param in enumerate(params)}
+    for i, param in enumerate(params):
+        if residuals[i] is None and is_dtensor(param) and param.requires_grad and masters.has(param):
+            residuals[i] = _zeros(param, masters)
     there = [i for i, residual in residuals.items() if residual is not None]
-    sums = dict(zip(there, checksums([params[i] for i in there]), strict=True))
+    sums = _checksums(params, there, checksums_of_shards(params, masters))
     return {
         "format": masters.name,
         "residuals": {str(i): None if r is None else _shaped(r, params[i]) for i, r in residuals.items()},
@@ -31,15 +37,28 @@ def empty(params: list[Tensor], masters: MasterWeights) -> dict[str, Any]:
     sums = dict(residuals)
     for i, param in enumerate(params):
         if param.requires_grad and masters.has(param):
-            local = local_of(param)
-            zeros = torch.zeros(local.numel(), dtype=masters.format.residual_dtype, device=local.device)
+            zeros = _zeros(param, masters)
             residuals[str(i)] = _shaped(zeros, param)
-            sums[str(i)] = torch.zeros((), dtype=torch.int64, device=local.device)
+            sums[str(i)] = torch.zeros((), dtype=torch.int64, device=zeros.device)
     return {"format": masters.name, "residuals": residuals, "checksums": sums}
 
 
-def checked(state: object, params: list[Tensor], masters: MasterWeights) -> list[Tensor | None]:
+def checksums_of_shards(params: list[Tensor], masters: MasterWeights) -> dict[int, Tensor]:
+    """Return the checksums of those weights that are DTensors, by their index. All ranks have to call this."""
+    spread = [i for i, param in enumerate(params) if is_dtensor(param) and masters.has(param)]
+    return dict(zip(spread, checksums([params[i] for i in spread]), strict=True))
+
+
+def checked(
+    state: object, params: list[Tensor], masters: MasterWeights, of_shards: dict[int, Tensor]
+) -> list[Tensor | None]:
     """Return what each weight lacks, flat in its memory order, after checking that a state fits the weights.
+
+    Args:
+        state: part of a state.
+        params: all parameters.
+        masters: of the parameters.
+        of_shards: what :func:`checksums_of_shards` has returned before: here one rank may raise, and ask no other.
 
     Raises:
         TypeError, ValueError: it does not.
@@ -63,7 +82,7 @@ def checked(state: object, params: list[Tensor], masters: MasterWeights) -> list
             if not isinstance(state["checksums"][str(i)], Tensor):
                 raise TypeError(f"checksums[{i}] of {name} is no tensor, and there is a residual")
     there = [i for i, residual in enumerate(residuals) if residual is not None]
-    for i, checksum in zip(there, checksums([params[i] for i in there]), strict=True):
+    for i, checksum in _checksums(params, there, of_shards).items():
         if int(checksum) != int(state["checksums"][str(i)]):
             raise ValueError(
                 f"residuals[{i}] of {name} belongs to another weight than parameter {i} is now: load the state of the "
@@ -84,6 +103,19 @@ def _check(name: str, residual: Any, of: str, param: Tensor, masters: MasterWeig
     if residual.shape != param.shape:
         raise ValueError(f"{name} has shape {tuple(residual.shape)}; {of} has {tuple(param.shape)}")
     check_layout(name, residual, of, param)
+
+
+def _checksums(params: list[Tensor], wanted: list[int], of_shards: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Return the checksums of some weights by their index; those of DTensors are known."""
+    plain = [i for i in wanted if i not in of_shards]
+    sums = {**of_shards, **dict(zip(plain, checksums([params[i] for i in plain]), strict=True))}
+    return {i: sums[i] for i in wanted}
+
+
+def _zeros(param: Tensor, masters: MasterWeights) -> Tensor:
+    """Return the residual, flat, of a weight that lacks nothing."""
+    local = local_of(param)
+    return torch.zeros(local.numel(), dtype=masters.format.residual_dtype, device=local.device)
 
 
 def _shaped(residual: Tensor, param: Any) -> Any:

@@ -55,6 +55,18 @@ REFUSED_OPTIONS = {
 }
 
 
+def that_steps(optimizer: Any) -> Any:
+    """Return the optimizer whose class has the ``step()`` that calls hooks: ``optimizer``, or what it stands for.
+
+    Fabric's and Lightning's optimizers are of a class that derives from the other's, but hand ``step()`` on to it.
+    """
+    while not getattr(getattr(type(optimizer), "step", None), "hooked", False) and has_step_hooks(
+        getattr(optimizer, "optimizer", None)
+    ):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def refusal(optimizer: Any) -> str | None:
     """Return why an optimizer cannot be stepped on FP32 stand-ins, or None."""
     if not has_step_hooks(optimizer):

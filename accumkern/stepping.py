@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from accumkern.backends import Kernels
-from accumkern.dtensor import is_dtensor, with_shard
+from accumkern.dtensor import is_dtensor, largest_shard, with_shard
 from accumkern.formats import Format
-from accumkern.master_weights import MasterWeights, dense, held, local_of, version_of
+from accumkern.master_weights import MasterWeights, dense, local_of, version_of
 from accumkern.optimizers import is_stepped_in_parts, raw_step
 from accumkern.slot import Slot
 from accumkern.torch_private import HOOKS_OF_STEP, call_first_after_step, call_last_before_step
@@ -138,13 +138,17 @@ class Stepping:
         return self.masters.has(param)
 
     def _buckets(self, optimizer: Any) -> Iterator[_Members]:
-        """Yield the parameters in order, as many at a time as a bucket takes; those without stand-ins take nothing."""
+        """Yield the parameters in order, as many at a time as a bucket takes; those without stand-ins take nothing.
+
+        Of DTensors all ranks yield the same: a step may take sums over ranks, several parameters at a time.
+        """
         groups = optimizer.param_groups
         members: _Members = {} if self.is_in_parts else {i: [] for i in range(len(groups))}
         size = 0
         for i, group in enumerate(groups):
             for param in group["params"]:
-                needed = STAND_IN_BYTES * held(param).numel() if self._has_stand_in(param) else 0
+                numel = largest_shard(param) if is_dtensor(param) else param.numel()
+                needed = STAND_IN_BYTES * numel if self._has_stand_in(param) else 0
                 limit = self._bucket_bytes or bucket_bytes_on(param.device)
                 if self.is_in_parts and size and size + needed > limit:
                     yield members

@@ -24,7 +24,7 @@ from accumkern.lost_bits import LostBitsMeter
 from accumkern.master_weights import MASTER_FORMATS, MasterWeights
 from accumkern.noise_scale import NoiseScaleMeter
 from accumkern.optimizer_state import Fp32State
-from accumkern.optimizers import refusal
+from accumkern.optimizers import refusal, that_steps
 from accumkern.passes import BackwardPasses
 from accumkern.sharded import ShardPasses, ShardSlot
 from accumkern.slot import Slot
@@ -121,8 +121,9 @@ def attach(
     masters = None if master_weights is None else MasterWeights(master_weights, fold.kernels_on)
     passes = BackwardPasses(fold, lost_bits, lambda param: here.put_on_hooks(param))
     shards = ShardPasses(passes, fold)
-    inner, stepping = attachment.optimizer, None
+    stepping = None
     if masters is not None:
+        inner = that_steps(attachment.optimizer)
         stepping = Stepping(inner, masters, attachment.slots, bucket_bytes, fold.kernels_on, passes.complete)
     attachment.rooms = Rooms(fold, passes, noise_scale, lost_bits, stepping)
     attachment.attach()
@@ -164,7 +165,7 @@ def _checked_masters(optimizer: Any, master_weights: Any, bucket: Any) -> int | 
             raise ValueError(f"bucket is {bucket}; it belongs to master_weights, which is None")
         return None
     one_of("master_weights", master_weights, MASTER_FORMATS, otherwise=", or None")
-    reason = refusal(stepped_by(optimizer))
+    reason = refusal(that_steps(stepped_by(optimizer)))
     if reason is not None:
         name = type(optimizer).__name__
         raise TypeError(f"optimizer is a {name}, which cannot be stepped with master_weights: {reason}")
