@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from fp32_twin import Fp32Twin
 from gradients import micro_gradients, parameter
 from tiny import Classifier, MicroGradients, assert_same_weights, examples
 from torch import Tensor, nn
@@ -58,6 +60,38 @@ def test_fp32_weights_under_autocast_train_as_stock_bit_for_bit(
     assert all(bool(param.isfinite().all()) for param in model.parameters())
     if scaled:
         assert min(numbers[1::2]) == (2.0**11 if overflow_in else 2.0**12)
+
+
+@pytest.mark.integration("Master weights: GradScaler")
+@pytest.mark.parametrize("enabled", [True, False], ids=["enabled", "disabled"])
+@pytest.mark.parametrize("unscales", [True, False], ids=["unscale_", "in the step"])
+@pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_master_weights_with_a_grad_scaler(how: dict[str, bool], unscales: bool, enabled: bool) -> None:
+    """Fused optimizers divide by the scale themselves, and step over what is not finite."""
+    make = partial(torch.optim.AdamW, lr=1e-3, **how)
+    model = accumkern.to_bfloat16(Classifier(torch.float32).to(DEVICE))
+    optimizer = make(model.parameters())
+    acc = accumkern.attach(optimizer, master_weights="split32", bucket=10_000)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**12, growth_interval=100, enabled=enabled)
+    twin = Fp32Twin(acc, model.parameters(), make)
+    overflows = (2, 3) if enabled else ()
+    for window in range(6):
+        for n, (tokens, classes) in enumerate(BATCHES[:WINDOW]):
+            loss = model(tokens.to(DEVICE), classes.to(DEVICE)) / WINDOW
+            scaler.scale(loss * torch.inf if n == 1 and window in overflows else loss).backward()
+        if unscales:
+            scaler.unscale_(optimizer)
+        scale = 1.0 if unscales else scaler.get_scale()
+        before = [acc.master_weight(param) for param in twin.of]
+        if window not in overflows:
+            twin.step(divide_by=scale)
+        scaler.step(optimizer)
+        scaler.update()
+        twin.check()
+        changed = [not torch.equal(acc.master_weight(param), old) for param, old in zip(twin.of, before, strict=True)]
+        assert all(changed) if window not in overflows else not any(changed)
+        optimizer.zero_grad()
+    assert scaler.get_scale() == (2.0**10 if enabled else 1.0)
 
 
 @pytest.mark.integration("AMP: GradScaler with bfloat16 weights")

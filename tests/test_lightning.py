@@ -1,24 +1,22 @@
-"""Lightning and Fabric: one line where the optimizer is made, and nothing else changes."""
+"""Lightning: one line where the optimizer is made, and nothing else changes."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fp32_twin import Fp32Twin, assert_same_masters
 from tiny import LIGHTNING, Classifier, MicroGradients, assert_same_weights, examples
 from torch.utils.data import DataLoader
 
 import accumkern
 
 L = pytest.importorskip("lightning.pytorch" if LIGHTNING == "lightning" else "pytorch_lightning")
-Fabric = importlib.import_module("lightning.fabric" if LIGHTNING == "lightning" else "lightning_fabric").Fabric
 
 lightning_feature = pytest.mark.integration("Lightning", version_of=LIGHTNING)
-fabric_feature = pytest.mark.integration("Fabric", version_of=LIGHTNING)
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -26,15 +24,15 @@ pytestmark = [
 ]
 
 
-# ---- Lightning ---------------------------------------------------------------------------------------------------
-
-
 class Module(L.LightningModule):  # type: ignore[name-defined,misc]
     """A module as any user writes it, but for the marked lines and what it notes for the tests."""
 
-    def __init__(self, attached: bool, dtype: torch.dtype) -> None:
+    def __init__(self, attached: bool, dtype: torch.dtype, master_weights: str | None = None) -> None:
         super().__init__()
-        self.model = Classifier(dtype)
+        self.model = Classifier(dtype if master_weights is None else torch.float32)
+        if master_weights is not None:
+            accumkern.to_bfloat16(self.model)  # <- accumkern
+        self.master_weights = master_weights
         self.attached = attached
         self.accumulator: accumkern.GradAccumulator | None = None
         self.window: Any = None
@@ -47,7 +45,7 @@ class Module(L.LightningModule):  # type: ignore[name-defined,misc]
         if self.accumulator is not None:
             self.accumulator.detach()  # <- accumkern; trained before, with another optimizer
         if self.attached:
-            self.accumulator = accumkern.attach(optimizer)  # <- accumkern
+            self.accumulator = accumkern.attach(optimizer, master_weights=self.master_weights)  # <- accumkern
         self.truth = MicroGradients(self.model)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -96,6 +94,8 @@ def assert_same_runs(found: Module, expected: Module) -> None:
     assert found.losses == expected.losses
     assert found.norms == expected.norms
     assert_same_weights(found.model, expected.model)
+    if found.master_weights is not None:
+        assert_same_masters(found.accumulator, found.model, expected.accumulator, expected.model)
 
 
 @lightning_feature
@@ -169,21 +169,68 @@ class SaveAndStop(L.Callback):  # type: ignore[name-defined,misc]
             raise KeyboardInterrupt
 
 
+def assert_resumes(micro_batches: int, folder: Path, master_weights: str | None, **changes: Any) -> None:
+    """Assert that a run that is saved after some micro-batches, and goes on, is the same as one that goes on."""
+    whole = Module(True, torch.bfloat16, master_weights)
+    trainer(folder, **changes).fit(whole, Resumable(examples(22)))
+
+    path = folder / "window.ckpt"
+    first = Module(True, torch.bfloat16, master_weights)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer(folder, callbacks=[SaveAndStop(micro_batches, path)], **changes).fit(first, Resumable(examples(22)))
+
+    resumed = Module(True, torch.bfloat16, master_weights)
+    resumed.losses, resumed.norms = first.losses, first.norms
+    trainer(folder, **changes).fit(resumed, Resumable(examples(22)), ckpt_path=path)
+    assert_same_runs(resumed, whole)
+
+
 @pytest.mark.integration("Lightning: checkpoint in a window", version_of=LIGHTNING)
 @pytest.mark.parametrize("micro_batches", [1, 3, 4, 6, 8], ids="after-{}".format)
 def test_saved_in_the_middle_of_a_window_and_resumed_bit_for_bit(micro_batches: int, tmp_path: Path) -> None:
-    whole = Module(True, torch.bfloat16)
-    trainer(tmp_path).fit(whole, Resumable(examples(22)))
+    assert_resumes(micro_batches, tmp_path, None)
 
-    path = tmp_path / "window.ckpt"
-    first = Module(True, torch.bfloat16)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        trainer(tmp_path, callbacks=[SaveAndStop(micro_batches, path)]).fit(first, Resumable(examples(22)))
 
-    resumed = Module(True, torch.bfloat16)
-    resumed.losses, resumed.norms = first.losses, first.norms
-    trainer(tmp_path).fit(resumed, Resumable(examples(22)), ckpt_path=path)
-    assert_same_runs(resumed, whole)
+masters_feature = pytest.mark.integration("Master weights: Lightning", version_of=LIGHTNING)
+
+
+@masters_feature
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("micro_batches", [1, 4, 6, 8], ids="after-{}".format)
+def test_master_weights_saved_and_resumed_bit_for_bit(micro_batches: int, precision: str, tmp_path: Path) -> None:
+    assert_resumes(micro_batches, tmp_path, "split32", precision=precision)
+
+
+class BesideFp32(Module):
+    """Compares each step, which Lightning makes with a closure, with one of FP32 weights."""
+
+    twin: Fp32Twin | None = None
+    steps = 0
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.twin = Fp32Twin(self.accumulator, self.model.parameters(), torch.optim.AdamW)
+        fp32 = dict(Classifier(torch.float32).named_parameters())
+        for name, param in self.model.named_parameters():
+            assert torch.equal(self.accumulator.master_weight(param), fp32[name])
+
+    def configure_gradient_clipping(self, optimizer: Any, *how: Any, **named: Any) -> None:
+        super().configure_gradient_clipping(optimizer, *how, **named)
+        self.twin.step()
+
+    def optimizer_step(self, *args: Any, **named: Any) -> None:
+        super().optimizer_step(*args, **named)
+        self.twin.check()
+        self.steps += 1
+
+
+@masters_feature
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("clip", [{}, {"gradient_clip_algorithm": "value"}, {"gradient_clip_val": None}], ids=str)
+def test_master_weights_have_the_bits_of_fp32_weights(precision: str, clip: dict[str, Any], tmp_path: Path) -> None:
+    module = BesideFp32(True, torch.bfloat16, "split32")
+    trainer(tmp_path, precision=precision, **clip).fit(module, DataLoader(examples(22), batch_size=2))
+    assert module.steps == 6
 
 
 class Adversaries(L.LightningModule):  # type: ignore[name-defined,misc]
@@ -240,96 +287,3 @@ def test_trained_after_a_search_for_a_learning_rate_and_again(tmp_path: Path) ->
         trainer(tmp_path, max_epochs=1).fit(module, loader)
         runs.append(module)
     assert_same_runs(runs[1], runs[0])
-
-
-# ---- Fabric ------------------------------------------------------------------------------------------------------
-
-
-class Run:
-    """The loop of Fabric's documentation, with windows, clipping and checkpoints."""
-
-    def __init__(self, precision: str, attach: str | None, accumulation_steps: int = 4) -> None:
-        self.fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
-        self.model = Classifier(torch.float32)
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
-        if attach == "before setup":
-            self.accumulator = accumkern.attach(optimizer)
-        self.wrapped, self.optimizer = self.fabric.setup(self.model, optimizer)
-        if attach == "after setup":
-            self.accumulator = accumkern.attach(self.optimizer)
-        self.truth = MicroGradients(self.model)
-        self.accumulation_steps = accumulation_steps
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.errors: list[float] = []
-
-    def epoch(self, data: list[Any], skip: int = 0, stop_after: int | None = None) -> None:
-        batches = self.fabric.setup_dataloaders(DataLoader(data, batch_size=2))
-        for n, batch in enumerate(batches, 1):
-            if n <= skip:
-                continue
-            steps = n % self.accumulation_steps == 0 or n == len(batches)
-            with self.fabric.no_backward_sync(self.wrapped, enabled=not steps):
-                loss = self.wrapped(*batch)
-                self.fabric.backward(loss / self.accumulation_steps)
-            self.losses.append(loss.item())
-            if steps:
-                self.errors.append(self.truth.error())
-                norm = self.fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=torch.inf)
-                self.norms.append(float(norm))
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            if n == stop_after:
-                return
-
-    def state(self) -> dict[str, Any]:
-        return {"model": self.wrapped, "optimizer": self.optimizer, "accumulator": self.accumulator}
-
-    def assert_same(self, other: Run) -> None:
-        assert self.losses == other.losses
-        assert self.norms == other.norms
-        assert_same_weights(self.model, other.model)
-
-
-@fabric_feature
-@pytest.mark.parametrize("attach", ["before setup", "after setup"])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_fabric_fp32_weights_train_as_stock_bit_for_bit(attach: str, precision: str) -> None:
-    runs = []
-    for how in (attach, None):
-        run = Run(precision, how)
-        run.epoch(examples(22))
-        run.epoch(examples(22))
-        assert len(run.norms) == 6
-        runs.append(run)
-    runs[0].assert_same(runs[1])
-
-
-@fabric_feature
-@pytest.mark.parametrize("attach", ["before setup", "after setup"])
-def test_fabric_bf16_gradients_and_norms_are_nearer_to_fp64_than_stock(attach: str) -> None:
-    errors, norm_errors = {}, {}
-    for how in (attach, None):
-        run = Run("bf16-true", how, accumulation_steps=384)
-        run.epoch(examples(4) * 192)
-        (errors[how],) = run.errors
-        norm_errors[how] = abs(run.norms[0] / run.truth.norm() - 1)
-    assert errors[attach] < 2.5e-3  # one rounding to bfloat16
-    assert errors[None] > 4 * errors[attach]
-    assert norm_errors[attach] < 2**-7
-    assert norm_errors[None] > 2 * norm_errors[attach]
-
-
-@pytest.mark.integration("Fabric: save and load in a window", version_of=LIGHTNING)
-@pytest.mark.parametrize("micro_batches", [1, 3, 6, 8], ids="after-{}".format)
-def test_fabric_saved_in_the_middle_of_a_window_and_resumed_bit_for_bit(micro_batches: int, tmp_path: Path) -> None:
-    whole, first, resumed = (Run("bf16-true", "after setup") for _ in range(3))
-    whole.epoch(examples(22))
-    whole.epoch(examples(22))
-    first.epoch(examples(22), stop_after=micro_batches)
-    first.fabric.save(tmp_path / "window.ckpt", first.state())
-    resumed.fabric.load(tmp_path / "window.ckpt", resumed.state())
-    resumed.losses, resumed.norms = first.losses, first.norms
-    resumed.epoch(examples(22), skip=micro_batches)
-    resumed.epoch(examples(22))
-    resumed.assert_same(whole)

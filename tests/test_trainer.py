@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fp32_twin import Fp32Twin, assert_same_masters
 from tiny import MicroGradients, assert_same_weights
 
 import accumkern
@@ -209,3 +210,84 @@ def test_batch_size_that_is_found_by_running_out_of_memory(tmp_path: Path) -> No
         runs.append(trainer)
     assert runs[0].state.train_batch_size < 4
     assert_same_runs(*runs, steps=len(logs(runs[1])))
+
+
+# ---- master weights ----------------------------------------------------------------------------------------------
+
+masters_feature = pytest.mark.integration("Master weights: HF Trainer", version_of="transformers")
+
+
+class SaveMasters(transformers.TrainerCallback):  # type: ignore[name-defined,misc]
+    """The recipe of docs/integrations.md."""
+
+    def on_save(self, args: Any, state: Any, control: Any, optimizer: Any = None, **others: Any) -> None:
+        if state.is_world_process_zero:
+            masters = accumkern.accumulator_of(optimizer).state_dict()
+            torch.save(masters, f"{args.output_dir}/checkpoint-{state.global_step}/accumkern.pt")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **others: Any) -> None:
+        if state.global_step:  # it goes on from a checkpoint
+            path = f"{args.output_dir}/checkpoint-{state.global_step}/accumkern.pt"
+            accumkern.accumulator_of(optimizer).load_state_dict(torch.load(path, weights_only=True))
+
+
+class BesideFp32(transformers.TrainerCallback):  # type: ignore[name-defined,misc]
+    """Compares each step with one of FP32 weights."""
+
+    def __init__(self, acc: accumkern.GradAccumulator, model: Any) -> None:
+        self.twin = Fp32Twin(acc, model.parameters(), torch.optim.AdamW)
+        self.steps = 0
+
+    def on_pre_optimizer_step(self, *_args: Any, **_named: Any) -> None:
+        self.twin.step()
+
+    def on_optimizer_step(self, *_args: Any, **_named: Any) -> None:
+        self.twin.check()
+        self.steps += 1
+
+
+def with_masters(folder: Path, callbacks: list[Any], **changes: Any) -> tuple[Any, accumkern.GradAccumulator]:
+    settings = arguments(folder, **{"save_strategy": "steps", "save_steps": 2, **changes})
+    model = accumkern.to_bfloat16(llama(torch.float32))
+    trainer = transformers.Trainer(model, settings, train_dataset=sequences(22), callbacks=callbacks)
+    return trainer, accumkern.attach(trainer.create_optimizer(), master_weights="split32", bucket=10_000)
+
+
+@masters_feature
+@pytest.mark.parametrize("changes", [{}, {"max_grad_norm": 0.0}, {"bf16": True}], ids=["clipped", "unclipped", "bf16"])
+def test_master_weights_have_the_bits_of_fp32_weights(changes: dict[str, Any], tmp_path: Path) -> None:
+    trainer, acc = with_masters(tmp_path, [], save_strategy="no", **changes)
+    for param, start in zip(trainer.model.parameters(), llama(torch.float32).parameters(), strict=True):
+        assert torch.equal(acc.master_weight(param), start)
+    beside = BesideFp32(acc, trainer.model)
+    trainer.add_callback(beside)
+    trainer.train()
+    assert beside.steps == 6
+
+
+@masters_feature
+def test_master_weights_go_on_from_the_trainers_checkpoint(tmp_path: Path) -> None:
+    class Interrupted(transformers.TrainerCallback):  # type: ignore[name-defined,misc]
+        def on_substep_end(self, _args: Any, state: Any, _control: Any, **_more: Any) -> None:
+            if state.global_step == 3:
+                raise KeyboardInterrupt  # in the middle of the fourth window
+
+    whole, whole_acc = with_masters(tmp_path / "whole", [SaveMasters])
+    whole.train()
+    first, _ = with_masters(tmp_path / "parts", [SaveMasters, Interrupted])
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    resumed, acc = with_masters(tmp_path / "parts", [SaveMasters])
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_runs(resumed, whole, steps=6)
+    assert_same_masters(acc, resumed.model, whole_acc, whole.model)
+
+
+@masters_feature
+def test_masters_of_another_checkpoint_are_an_error(tmp_path: Path) -> None:
+    for name, learning_rate in (("one", 1e-2), ("other", 1e-3)):
+        trainer, _ = with_masters(tmp_path / name, [SaveMasters], max_steps=2, learning_rate=learning_rate)
+        trainer.train()
+    resumed, _ = with_masters(tmp_path / "one", [SaveMasters], max_steps=4)
+    with pytest.raises(ValueError, match="load the state of the model before this one"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-2"))
