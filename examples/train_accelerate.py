@@ -25,7 +25,7 @@ def main() -> None:
     batches: Any = [random_batch(text, 2, generator) for _ in range(6 * 64)]
     model = GPT(width=64).to(torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    accumkern.attach(optimizer)  # this is all there is to it
+    accumkern.attach(optimizer, master_weights="split32")  # this is all there is to it
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(batches, batch_size=None))
 
     mean_loss = 0.0

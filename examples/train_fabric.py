@@ -22,7 +22,7 @@ def main() -> None:
     model = GPT(width=64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     model, optimizer = fabric.setup(model, optimizer)
-    accumkern.attach(optimizer)  # this is all there is to it
+    accumkern.attach(optimizer, master_weights="split32")  # this is all there is to it
 
     for _ in range(6):
         mean_loss = 0.0

@@ -37,7 +37,7 @@ def main() -> None:
             disable_tqdm=True,
         )
         trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
-        accumkern.attach(trainer.create_optimizer())  # this is all there is to it
+        accumkern.attach(trainer.create_optimizer(), master_weights="split32")  # this is all there is to it
         trainer.train()
 
 

@@ -30,7 +30,7 @@ class LanguageModel(lightning.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Make the optimizer."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=2e-3)
-        accumkern.attach(optimizer)  # this is all there is to it
+        accumkern.attach(optimizer, master_weights="split32")  # this is all there is to it
         return optimizer
 
     def training_step(self, batch: Tensor, _batch_idx: int) -> Tensor:
