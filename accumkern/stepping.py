@@ -91,7 +91,7 @@ class Stepping:
         # torch.compile of the step breaks its graph here, and compiles what is around.
         after = optimizer.register_step_post_hook(torch.compiler.disable(self._after))
         call_first_after_step(optimizer, after)  # the others see the new weights
-        return [_LastPreHook(optimizer, torch.compiler.disable(self._before)), after]
+        return [_LastPreHook(optimizer, self._before), after]
 
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Step all buckets but the last, and return what ``step()`` is to be called with for that one."""
@@ -309,7 +309,16 @@ class _LastPreHook:
 
     def __init__(self, optimizer: torch.optim.Optimizer, hook: Callable[..., Any]) -> None:
         self._optimizer = reference = weakref.ref(optimizer)
-        self._handle = handle = optimizer.register_step_pre_hook(hook)
+
+        def call(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if call_last_before_step(optimizer, handle):
+                raise RuntimeError(
+                    "a step pre-hook was registered after attach(), and not by the optimizer's own method: it would be "
+                    "called when parameters are stepped already. It comes before that now: call step() again"
+                )
+            return hook(optimizer, args, kwargs)
+
+        self._handle = handle = optimizer.register_step_pre_hook(torch.compiler.disable(call))
         register = weakref.WeakMethod(optimizer.register_step_pre_hook)
 
         def register_step_pre_hook(hook: Callable[..., Any]) -> Any:

@@ -141,9 +141,13 @@ def has_step_hooks(optimizer: object) -> bool:
     return hasattr(optimizer, HOOKS_OF_STEP[0])
 
 
-def call_last_before_step(optimizer: Any, handle: Any) -> None:
-    """Let a hook that was registered before the step be called after the others there."""
-    getattr(optimizer, HOOKS_OF_STEP[0]).move_to_end(handle.id)
+def call_last_before_step(optimizer: Any, handle: Any) -> bool:
+    """Let a hook that was registered before the step be called after the others there; return whether it was not."""
+    hooks = getattr(optimizer, HOOKS_OF_STEP[0])
+    if next(reversed(hooks)) == handle.id:
+        return False
+    hooks.move_to_end(handle.id)
+    return True
 
 
 def call_first_after_step(optimizer: Any, handle: Any) -> None:

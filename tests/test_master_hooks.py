@@ -56,6 +56,22 @@ def test_hooks_see_the_optimizer_as_always_and_gradients_may_change_in_them() ->
     assert len(seen["before"]) == len(seen["after"]) == 2
 
 
+def test_a_hook_that_would_come_too_late_is_found_out() -> None:
+    mine, reference = Masters(adamw), Reference(adamw)
+    called = []
+    optim.Optimizer.register_step_pre_hook(mine.optimizer, lambda *_: called.append(1))  # as wrappers do
+    before = mine.masters()
+    backward(mine.model, 0)
+    with pytest.raises(RuntimeError, match="a step pre-hook was registered after attach"):
+        mine.optimizer.step()
+    assert_equal(mine.masters(), before)
+    mine.optimizer.step()
+    backward(reference.model, 0)
+    reference.step()
+    assert_equal(mine.masters(), reference.masters())
+    assert called == [1]
+
+
 @pytest.mark.parametrize("by_name", [False, True])
 def test_closure_is_called_once_with_gradients_enabled_before_the_step(by_name: bool) -> None:
     mine, reference = Masters(adamw, bucket=BUCKET), Reference(adamw)
