@@ -14,8 +14,9 @@ from accumkern import ddp, master_state, ops, state
 from accumkern.attachment import Attachment
 from accumkern.finish import Finished, finish
 from accumkern.fold import Fold
+from accumkern.hooks import owner_of
 from accumkern.lost_bits import LostBitsMeter, LostBitsReport
-from accumkern.master_weights import MasterWeights
+from accumkern.master_weights import MasterWeights, state_dict_of
 from accumkern.memory import HeldMemory, storage_bytes, tensors_in
 from accumkern.noise_scale import NoiseScale, NoiseScaleMeter
 from accumkern.passes import BackwardPasses
@@ -91,8 +92,8 @@ class GradAccumulator:
             grad  = round((x / divide_by) * min(1, max_norm / (norm + 1e-6)))
 
         Ties are rounded to even, also where the folds of a split buffer have rounded them away from zero. With
-        ``attach(..., master_weights=...)`` nothing is lost: the step reads the FP32 value, ``.grad`` is that rounded as
-        folds do.
+        ``attach(..., master_weights=...)`` the value is kept to the precision of ``buffer``, as after a fold: that is
+        what the step reads; ``.grad`` is its rounding.
 
         The norm is always that of what is in memory, whoever wrote it: a pass that reads ``.grad`` and residuals before
         the one that writes. Nothing waits for the device, so it can be captured in a CUDA graph.
@@ -238,6 +239,9 @@ class GradAccumulator:
     def master_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """Return the state dict of ``model`` in FP32: master weights where there are, other 16-bit tensors cast.
 
+        Masters may be of several accumulators, as of Muon and AdamW on one model. What a hook of the model has put in
+        the place of a parameter is cast.
+
         What shares memory in the model shares it here: tied weights. The tensors are new, unless they are not of 16
         bits.
 
@@ -245,10 +249,15 @@ class GradAccumulator:
             RuntimeError: attached without ``master_weights``.
             TypeError: ``model`` is no module.
         """
-        masters = self._masters("master_state_dict()")
+        self._masters("master_state_dict()")
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
-        return masters.state_dict_of(model, self._attachment.slots)
+
+        def masters_of(param: Tensor) -> MasterWeights | None:
+            owner = owner_of(param)
+            return None if owner is None else owner.rooms.masters
+
+        return state_dict_of(model, masters_of)
 
     def memory(self) -> HeldMemory:
         """Return the bytes that are held between two micro-batches on this rank, by what they are for.
@@ -262,7 +271,7 @@ class GradAccumulator:
         params = tensors_in(self._attachment.params)
         return HeldMemory(
             weights=storage_bytes(params),
-            master_residuals=0 if stepping is None else storage_bytes(stepping.masters.residuals()),
+            master_residuals=0 if stepping is None else storage_bytes(stepping.masters.held_tensors()),
             gradients=storage_bytes(tensors_in([slot.param.grad for slot in slots])),
             residuals=storage_bytes(slot.residual for slot in slots if slot.residual is not None),
             optimizer_state=storage_bytes(tensors_in(dict(getattr(self._optimizer, "state", {})))),
@@ -368,6 +377,8 @@ class GradAccumulator:
         self._check_attached()
         if self._rooms.masters is None:
             raise RuntimeError(f"{asked} needs the master weights of attach(..., master_weights='split32')")
+        assert self._rooms.stepping is not None
+        self._rooms.stepping.begin_masters()
         return self._rooms.masters
 
     def _slot_of(self, param: Tensor) -> Slot:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from accumkern import backends
-from accumkern.dtensor import distributed_as, is_dtensor, is_in_group, shard, with_shard
+from accumkern.dtensor import distributed_as, is_dtensor, shard, with_shard
 from accumkern.formats import Format, decode
-from accumkern.master_weights import MasterWeights, checksums, dense, local_of
+from accumkern.master_weights import MasterWeights, checksums, dense, local_of, warn_of_ranks
 
 
 class _CutOff(NamedTuple):
@@ -24,7 +23,8 @@ class _CutOff(NamedTuple):
     checksum: Tensor
 
 
-# By name: a parameter may be moved, sharded or replaced before it gets a master.
+# By the module that has a weight, and its name there: a parameter may be moved, sharded or replaced before it gets a
+# master.
 _cut_off: weakref.WeakKeyDictionary[nn.Module, dict[str, _CutOff]] = weakref.WeakKeyDictionary()
 
 
@@ -52,63 +52,66 @@ def to_bfloat16(module: nn.Module, keep: Iterable[type[nn.Module] | str] = ()) -
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; it must be a torch.nn.Module")
     kept = _kept(module, keep)
-    names = {id(param): name for name, param in module.named_parameters() if id(param) not in kept}
     for name, param in module.named_parameters():
-        if param.grad is not None and id(param) in names:
+        if param.grad is not None and id(param) not in kept:
             raise ValueError(f"parameter {name!r} of module has a gradient, of float32; call zero_grad() before")
-    residuals: dict[str, Any] = {}
+    owners = {
+        id(param): (part, name)
+        for part in module.modules()
+        for name, param in part.named_parameters(recurse=False)
+        if id(param) not in kept
+    }
+    buffers = {id(buffer) for buffer in module.buffers()} - kept  # and no gradients, which come here too
+    residuals: dict[tuple[nn.Module, str], Any] = {}
 
     def cast(tensor: Any) -> Any:
-        if tensor.dtype is not torch.float32 or tensor.layout is not torch.strided or id(tensor) in kept:
+        if tensor.dtype is not torch.float32 or tensor.layout is not torch.strided:
             return tensor
-        if id(tensor) not in names:
-            return tensor.to(torch.bfloat16)
+        if id(tensor) not in owners:
+            return tensor.to(torch.bfloat16) if id(tensor) in buffers else tensor
         local = dense(local_of(tensor))
         weight = torch.empty_like(local, dtype=torch.bfloat16)
         residual = torch.empty_like(local, dtype=torch.int16)
         kernels = backends.kernels(backends.choose(None, local.device))
         kernels.encode(Format.SPLIT32, [local], 1.0, [weight], [residual])
-        residuals[names[id(tensor)]] = with_shard(residual, tensor) if is_dtensor(tensor) else residual
+        residuals[owners[id(tensor)]] = with_shard(residual, tensor) if is_dtensor(tensor) else residual
         return with_shard(weight, tensor) if is_dtensor(tensor) else weight
 
     module._apply(cast)
-    sums = checksums([module.get_parameter(name) for name in residuals])
-    _cut_off[module] = {
-        name: _CutOff(residual, checksum) for (name, residual), checksum in zip(residuals.items(), sums, strict=True)
-    }
+    sums = checksums([getattr(part, name) for part, name in residuals])
+    for ((part, name), residual), checksum in zip(residuals.items(), sums, strict=True):
+        _cut_off.setdefault(part, {})[name] = _CutOff(residual, checksum)
     return module
 
 
 @torch.no_grad()
 def take_cut_off(masters: MasterWeights, params: Mapping[Tensor, Any]) -> None:
     """Begin masters with what :func:`to_bfloat16` has cut off, of parameters that are as it has left them."""
-    changed, written = 0, []
-    for module, of_names in _cut_off.items():
-        found = []
+    found: list[tuple[Any, _CutOff]] = []
+    for part, of_names in list(_cut_off.items()):
         for name in list(of_names):
-            param: Any = dict(module.named_parameters()).get(name)
-            if param is not None and param in params:
+            param: Any = getattr(part, name, None)
+            if isinstance(param, Tensor) and param in params:
                 found.append((param, of_names.pop(name)))
-        for (param, (residual, checksum)), now in zip(found, checksums([param for param, _ in found]), strict=True):
-            if param.shape != residual.shape or int(now) != int(checksum):
-                changed += 1
-                continue
-            if is_dtensor(param):
-                residual = shard(residual if is_dtensor(residual) else distributed_as(residual, param))
-            local = dense(local_of(param))
-            low = torch.empty_like(local, dtype=torch.int16).copy_(residual)
-            master = decode(Format.SPLIT32, local, low)
-            masters.read([param], [torch.empty_like(master)])
-            masters.write([param], [master])
-            written.append(param)
+        if not of_names:
+            del _cut_off[part]
+    changed, written = 0, []
+    for (param, (residual, checksum)), now in zip(found, checksums([param for param, _ in found]), strict=True):
+        if param.shape != residual.shape or int(now) != int(checksum):
+            changed += 1
+            continue
+        if is_dtensor(param):
+            residual = shard(residual if is_dtensor(residual) else distributed_as(residual, param))
+        local = dense(local_of(param))
+        low = torch.empty_like(local, dtype=torch.int16).copy_(residual)
+        master = decode(Format.SPLIT32, local, low)
+        masters.read([param], [torch.empty_like(master)])
+        masters.write([param], [master])
+        masters.watch(param)
+        written.append(param)
     masters.count_changes(written)
-    if changed and is_in_group():
-        warnings.warn(
-            f"{changed} weights have changed on this rank since to_bfloat16(), and what it had cut off of them is left "
-            "out. DistributedDataParallel hands on the weights of rank 0, but not that: give all ranks the same FP32 "
-            "weights before to_bfloat16(), or else their master weights differ",
-            stacklevel=4,  # attach() is called by the user, and torch.no_grad() is between
-        )
+    if changed:
+        warn_of_ranks(changed)
 
 
 def set_cut_off_aside() -> Callable[[], None]:

@@ -5,14 +5,18 @@ With ``h`` the weight and ``l`` its residual, the master weight is ``decode(h, l
 master rounded to the nearest, ties away from zero.
 
 A residual belongs to a weight as it was written last. Whoever changes the weight is right: its residual counts as zero
-then, and the new master is what is there. What is written through ``weight.data`` leaves no trace and keeps the
-residual, which is at most half a unit in the last place of the weight.
+then, and the new master is what is there. A change is seen by the weight's version or its memory. Where a copy of the
+weight is kept, elements that are as they were keep their residuals: until the first step, and of a weight that somebody
+else has written twice (``Embedding(max_norm=...)``, clamping after the step, averages that are swapped in and out).
+What is written through ``weight.data`` leaves no trace and keeps the residual, which is at most half a unit in the last
+place of the weight.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +24,7 @@ import torch
 from torch import Tensor
 
 from accumkern.backends import Kernels
-from accumkern.dtensor import is_dtensor, shard, sum_over_shards, with_shard
+from accumkern.dtensor import is_dtensor, is_in_group, shard, sum_over_shards, with_shard
 from accumkern.formats import BUFFERS, decode
 from accumkern.ops import is_dense
 
@@ -28,6 +32,7 @@ from accumkern.ops import is_dense
 MASTER_FORMATS = {name: BUFFERS[name][torch.bfloat16] for name in ("split24", "split32")}
 
 _PART_NUMEL = 2**20
+_CHANGES = 2  # of a weight by others, from which on a copy of it is kept
 
 
 def local_of(param: Any) -> Tensor:
@@ -52,6 +57,8 @@ class _Residual:
     tensor: Tensor
     place: Any = None
     version: int = -1
+    seen: Tensor | None = None  # a copy of the weight, without holes in memory
+    changes: int = 0  # by others, between steps
 
 
 class MasterWeights:
@@ -102,11 +109,22 @@ class MasterWeights:
         found = self._residuals.get(param)
         if found is None or not self.has(param):
             return None
-        return found.tensor if (found.place, found.version) == (_place(param), version_of(param)) else None
+        if (found.place, found.version) == (_place(param), version_of(param)):
+            return found.tensor
+        weight = dense(local_of(param))
+        seen = found.seen
+        if seen is None or (seen.shape, seen.stride(), seen.device) != (weight.shape, weight.stride(), weight.device):
+            return None
+        return torch.where(_bits(weight) == _bits(seen), found.tensor, 0)
 
-    def residuals(self) -> list[Tensor]:
-        """Return all residuals that are held."""
-        return [found.tensor for found in self._residuals.values()]
+    def held_tensors(self) -> list[Tensor]:
+        """Return what is held beside the weights."""
+        both = [(found.tensor, found.seen) for found in self._residuals.values()]
+        return [tensor for pair in both for tensor in pair if tensor is not None]
+
+    def watch(self, param: Tensor) -> None:
+        """Keep a copy of a weight until the next step, to tell which elements are changed."""
+        self._residuals[param].seen = dense(local_of(param)).clone()
 
     def value(self, param: Any) -> Any:
         """Return the FP32 master as a new tensor, laid out as the parameter is; of another dtype, a copy."""
@@ -147,6 +165,8 @@ class MasterWeights:
             if weight is not local:
                 local.data.copy_(weight)
             self._remember(param)
+            found = self._residuals[param]
+            found.seen = weight.clone() if found.changes >= _CHANGES else None
 
     def count_changes(self, params: Iterable[Tensor]) -> None:
         """Let autograd know that parameters were written.
@@ -159,26 +179,6 @@ class MasterWeights:
         for param in belong:
             self._residuals[param].version = version_of(param)
 
-    def state_dict_of(self, model: torch.nn.Module, params: Mapping[Tensor, Any]) -> dict[str, Any]:
-        """Return the state dict of a model in FP32; see :meth:`accumkern.GradAccumulator.master_state_dict`.
-
-        Args:
-            model: the model.
-            params: those that have masters, of the dtype.
-        """
-        made: dict[int, Any] = {}
-        exported = model.state_dict(keep_vars=True)
-        for key, value in exported.items():
-            if not isinstance(value, Tensor):
-                continue
-            if id(value) not in made:  # what is tied stays tied
-                is_short = value.dtype in (torch.bfloat16, torch.float16)
-                made[id(value)] = self.value(value) if value in params and is_short else value.detach()
-                if is_short:
-                    made[id(value)] = made[id(value)].float()
-            exported[key] = made[id(value)]
-        return exported
-
     def load(self, param: Tensor, residual: Tensor | None) -> None:
         """Make a residual, flat in the weight's memory order, what belongs to the weight as it is now; None is zero."""
         if residual is None:
@@ -186,10 +186,11 @@ class MasterWeights:
         else:
             self._residuals[param] = _Residual(residual)
             self._remember(param)
+            self.watch(param)
 
     def _residual_or_zeros(self, param: Tensor) -> Tensor:
-        residual = self.residual(param)
-        if residual is not None:
+        found, residual = self._residuals.get(param), self.residual(param)
+        if found is not None and residual is found.tensor:
             return residual
         local = local_of(param)
         if local.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -198,17 +199,40 @@ class MasterWeights:
                 "changed since the last step: each replay would begin its master again. Call optimizer.step() once "
                 "before"
             )
-        found = self._residuals.get(param)
-        if found is not None and found.tensor.numel() == local.numel() and found.tensor.device == local.device:
-            residual = found.tensor.zero_()
-        else:
-            residual = torch.zeros(local.numel(), dtype=self.format.residual_dtype, device=local.device)
-        self._residuals[param] = _Residual(residual)
-        return residual
+        zeros = torch.zeros(local.numel(), dtype=self.format.residual_dtype, device=local.device)
+        if found is None:
+            found = self._residuals[param] = _Residual(zeros)
+            return zeros
+        if found.changes == 0 and residual is not None and not torch.equal(residual, found.tensor):
+            warn_of_ranks(1)
+        found.tensor = zeros if residual is None else residual
+        found.changes += 1
+        return found.tensor
 
     def _remember(self, param: Tensor) -> None:
         found = self._residuals[param]
         found.place, found.version = _place(param), version_of(param)
+
+
+def state_dict_of(model: torch.nn.Module, masters_of: Callable[[Tensor], MasterWeights | None]) -> dict[str, Any]:
+    """Return the state dict of a model in FP32; see :meth:`accumkern.GradAccumulator.master_state_dict`.
+
+    Args:
+        model: the model.
+        masters_of: returns the masters that a parameter's is among, if there is one.
+    """
+    made: dict[int, Any] = {}
+    exported = model.state_dict(keep_vars=True)
+    for key, value in exported.items():
+        if not isinstance(value, Tensor):
+            continue
+        if id(value) not in made:  # what is tied stays tied
+            is_short = value.dtype in (torch.bfloat16, torch.float16)
+            masters = masters_of(value) if is_short else None
+            whole = value.detach() if masters is None else masters.value(value)
+            made[id(value)] = whole.float() if is_short else whole
+        exported[key] = made[id(value)]
+    return exported
 
 
 @torch.no_grad()
@@ -217,7 +241,7 @@ def checksums(params: list[Any]) -> list[Tensor]:
 
     The same weights spread over other ranks have the same number. For DTensors, all ranks have to call this.
     """
-    sums = [_sum_of_bits(dense(local_of(param))) for param in params]
+    sums = [sum_of_bits(dense(local_of(param))) for param in params]
     spread = [i for i, param in enumerate(params) if is_dtensor(param)]
     over_ranks = sum_over_shards([sums[i] for i in spread], [params[i] for i in spread])
     for i, total in zip(spread, over_ranks, strict=True):
@@ -225,8 +249,25 @@ def checksums(params: list[Any]) -> list[Tensor]:
     return sums
 
 
-def _sum_of_bits(weight: Tensor) -> Tensor:
-    bits = weight.as_strided((weight.numel(),), (1,)).view(torch.int16)
+def warn_of_ranks(count: int) -> None:
+    """Warn of weights that have changed since to_bfloat16(), where ranks may have changed them alone."""
+    if is_in_group():
+        warnings.warn(
+            f"{count} weights have changed on this rank since to_bfloat16(), and what it had cut off of them is left "
+            "out. DistributedDataParallel hands on the weights of rank 0, but not that: give all ranks the same FP32 "
+            "weights before to_bfloat16(), or else their master weights differ",
+            stacklevel=5,  # attach() is called by the user, and torch.no_grad() is between
+        )
+
+
+def _bits(weight: Tensor) -> Tensor:
+    """Return the bits of a weight without holes in memory, flat in its memory order."""
+    return weight.as_strided((weight.numel(),), (1,)).view(torch.int16)
+
+
+def sum_of_bits(weight: Tensor) -> Tensor:
+    """Return the sum of a weight's bits as int16; the weight has no holes in memory."""
+    bits = _bits(weight)
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     for part in bits.split(_PART_NUMEL):  # torch makes an int64 copy
         total += part.sum(dtype=torch.int64)

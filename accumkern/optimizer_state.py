@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accumkern.torch_private import LastHook
+
 
 class Fp32State:
     """Keeps the state of an optimizer's bfloat16 parameters in FP32, until it is removed.
@@ -29,11 +31,11 @@ class Fp32State:
             for param in group["params"]:
                 state = optimizer.state.get(param)
                 if state and has_master(param):
-                    _widen(state, state)
+                    _widen(state, state, also_bfloat16=True)
                     if "initial_accumulator_value" in group and state.get("step") == 0:  # Adagrad has rounded it
                         state["sum"].fill_(group["initial_accumulator_value"])
-        self._handles = [
-            optimizer.register_load_state_dict_pre_hook(self._before_load),
+        self._handles: list[Any] = [
+            LastHook(optimizer, "load_state_dict", self._before_load),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
 
@@ -45,12 +47,13 @@ class Fp32State:
         for handle in self._handles:
             handle.remove()
         optimizer = self._optimizer()
-        if optimizer is None or not type(optimizer).__module__.startswith("torch.optim."):
+        if optimizer is None or not _is_torchs(optimizer):
             return
         for param, state in optimizer.state.items():
             if isinstance(param, Tensor) and self._has_master(param):
                 for key, value in state.items():
-                    if isinstance(value, Tensor) and value.dtype is torch.float32 and value.dim() > 0:
+                    has_values = key != "step" and isinstance(value, Tensor) and (value.dim() > 0 or param.dim() == 0)
+                    if has_values and value.dtype is torch.float32:
                         state[key] = value.to(param.dtype)
 
     def _before_load(self, _optimizer: Any, state_dict: dict[str, Any]) -> None:
@@ -63,15 +66,27 @@ class Fp32State:
         for group, loaded_group in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
             for param, key in zip(group["params"], loaded_group["params"], strict=True):
                 if key in loaded["state"] and self._has_master(param):
-                    _widen(optimizer.state.get(param), loaded["state"][key])
+                    _widen(optimizer.state.get(param), loaded["state"][key], also_bfloat16=_is_torchs(optimizer))
 
 
-def _widen(live: Any, loaded: Any) -> None:
-    """Put what was loaded, in FP32, in the place of bfloat16 tensors in nested dictionaries and lists."""
+def _is_torchs(optimizer: Any) -> bool:
+    """Return whether an optimizer is one of torch's, or derives from one: its states have the weights' dtype."""
+    kinds = [kind for kind in type(optimizer).__mro__ if kind is not torch.optim.Optimizer]
+    return any(kind.__module__.startswith("torch.optim.") for kind in kinds)
+
+
+def _widen(live: Any, loaded: Any, also_bfloat16: bool) -> None:
+    """Put what was loaded, in FP32, in the place of bfloat16 tensors in nested dictionaries and lists.
+
+    Args:
+        live: the state.
+        loaded: what it was made of.
+        also_bfloat16: whether tensors become FP32 that were bfloat16 before they were loaded.
+    """
     items = live.items() if isinstance(live, dict) else enumerate(live) if isinstance(live, list) else ()
     for key, value in list(items):
         if isinstance(value, Tensor):
-            if value.dtype is torch.bfloat16:
+            if value.dtype is torch.bfloat16 and (also_bfloat16 or loaded[key].dtype is not torch.bfloat16):
                 live[key] = loaded[key].detach().to(value.device, torch.float32, copy=True)
         else:
-            _widen(value, loaded[key])
+            _widen(value, loaded[key], also_bfloat16)

@@ -7,6 +7,7 @@ together (as Prodigy's do): those that are not in the table are stepped with all
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,12 @@ def refusal(optimizer: Any) -> str | None:
         for beginning, reason in REFUSED.items():
             if name.startswith(beginning):
                 return reason
+    if not getattr(type(optimizer).step, "hooked", False):
+        return (
+            "its step() calls no hooks: it has not called torch.optim.Optimizer.__init__(), or hands all on to another"
+        )
+    if any(vars(kind).get("__slots__") for kind in type(optimizer).__mro__):
+        return "it has __slots__, which a stand-in of it cannot share"
     for option, reason in REFUSED_OPTIONS.items():
         if any(group.get(option) for group in optimizer.param_groups):
             return f"{option} is on: {reason}"
@@ -91,12 +98,19 @@ def refusal(optimizer: Any) -> str | None:
 def is_stepped_in_parts(optimizer: Any) -> bool:
     """Return whether an optimizer's ``step()`` may be called for a few of its parameters after the others."""
     step = raw_step(optimizer)
-    return f"{step.__module__}.{step.__qualname__}" in STEPPED_IN_PARTS
+    name = f"{step.__module__}.{step.__qualname__}"
+    if name not in STEPPED_IN_PARTS:
+        return False
+    kind = getattr(sys.modules[step.__module__], step.__qualname__.partition(".")[0])
+    return _without_hooks(kind.step) is step  # and not what functools.wraps() has given its name
 
 
 def raw_step(optimizer: Any) -> Callable[..., Any]:
     """Return the ``step()`` of an optimizer's class without what calls the step hooks."""
-    step = type(optimizer).step
+    return _without_hooks(type(optimizer).step)
+
+
+def _without_hooks(step: Any) -> Callable[..., Any]:
     while getattr(step, "hooked", False) and hasattr(step, "__wrapped__"):
         step = step.__wrapped__
     return step

@@ -11,6 +11,7 @@ of ``step()`` steps; a hook after it stores that one.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -20,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from accumkern.backends import Kernels
+from accumkern.casting import take_cut_off
 from accumkern.dtensor import is_dtensor, largest_shard, with_shard
 from accumkern.formats import Format
-from accumkern.master_weights import MasterWeights, dense, local_of, version_of
+from accumkern.master_weights import MasterWeights, dense, local_of, sum_of_bits, version_of
 from accumkern.optimizers import is_stepped_in_parts, raw_step
 from accumkern.slot import Slot
-from accumkern.torch_private import HOOKS_OF_STEP, call_first_after_step, call_last_before_step
+from accumkern.torch_private import HOOKS_OF_STEP, LastHook, call_first_after_step
 
 STAND_IN_BYTES = 8  # of an element: FP32 weight and gradient
 _ALIGNMENT = 64  # elements
@@ -40,7 +42,10 @@ class _StandIn(NamedTuple):
 
     param: Tensor
     version: int  # of the parameter, before the step
+    bits: Tensor | None  # the sum of its bits, as long as it is to be seen that the step leaves it alone
     parameter: nn.Parameter
+    made_version: int  # of the stand-in, before the step
+    own: frozenset[str]  # its attributes that the parameter has not
     master: Tensor
 
 
@@ -80,21 +85,29 @@ class Stepping:
         self.is_in_parts = is_stepped_in_parts(optimizer)
         self._bucket_bytes = bucket_bytes
         kind = type(optimizer)
-        own = ("param_groups", "state", "members", "stand_ins", *HOOKS_OF_STEP)
+        own = ("param_groups", "state", "_accumkern_members", "_accumkern_stand_ins", *HOOKS_OF_STEP)
         # On a CPU, large memory that is freed goes back to the system, and takes ten times as long as the step to come
         # again, page by page. On other devices torch keeps it.
         self._kept: dict[torch.device, Tensor] = {}
-        self._kind: Any = type(kind.__name__, (kind,), {"__slots__": own, "__module__": kind.__module__})
+        try:
+            self._kind: Any = type(kind.__name__, (kind,), {"__slots__": own, "__module__": kind.__module__})
+        except Exception as error:
+            raise TypeError(f"optimizer is a {kind.__name__}, which cannot be derived from: {error}") from error
+        self._begun = 0  # how many parameters had come when that was looked for last
+        self._of_last_step: list[Any] = []  # weak references to stand-ins, of what is not stepped in parts
+        self._is_known = self.is_in_parts  # whether a step was seen to step stand-ins
 
     def hook(self, optimizer: torch.optim.Optimizer) -> list[Any]:
         """Have ``optimizer.step()`` step stand-ins from now on; return handles whose ``remove()`` ends it."""
         # torch.compile of the step breaks its graph here, and compiles what is around.
         after = optimizer.register_step_post_hook(torch.compiler.disable(self._after))
         call_first_after_step(optimizer, after)  # the others see the new weights
-        return [_LastPreHook(optimizer, self._before), after]
+        return [LastHook(optimizer, "step", torch.compiler.disable(self._before)), after]
 
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Step all buckets but the last, and return what ``step()`` is to be called with for that one."""
+        self._check_last_step(optimizer)
+        self.begin_masters()
         args, kwargs, closure = _after_closure(args, kwargs)
         self._complete()
         self.masters.keep_only(self._slots)
@@ -106,12 +119,12 @@ class Stepping:
         written: list[Tensor] = []
         try:
             for members in buckets[:-1]:
-                made = self._with_stand_ins(optimizer, members, memory)
+                made = self._with_stand_ins(optimizer, members, memory, closure)
                 step(made, *args[1:], **kwargs)
                 written += self._store(optimizer, made)
         finally:
             self.masters.count_changes(written)
-        last = self._with_stand_ins(optimizer, buckets[-1], memory)
+        last = self._with_stand_ins(optimizer, buckets[-1], memory, closure)
         if self.is_in_parts:  # else the optimizer may have kept what it was given
             self._kept = {device: flat for device, flat in memory.items() if device.type == "cpu"}
         return (last, *args[1:]), kwargs
@@ -119,6 +132,12 @@ class Stepping:
     def _after(self, optimizer: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         if isinstance(args[0], self._kind):
             self.masters.count_changes(self._store(optimizer, args[0]))
+
+    def begin_masters(self) -> None:
+        """Begin the masters of parameters that have come with what ``to_bfloat16()`` has cut off them."""
+        if len(self._slots) != self._begun:
+            take_cut_off(self.masters, self._slots)
+            self._begun = len(self._slots)
 
     def remove(self) -> None:
         """Let go of what the weights lack, and of the memory that is kept."""
@@ -128,6 +147,17 @@ class Stepping:
     def kept_bytes(self) -> int:
         """Return the bytes of the memory that is kept for the next step's stand-ins."""
         return sum(flat.nbytes for flat in self._kept.values())
+
+    def _check_last_step(self, optimizer: Any) -> None:
+        """Raise where an optimizer still holds stand-ins of its last step: what it keeps for them is lost."""
+        if any(reference() is not None for reference in self._of_last_step):
+            gc.collect()
+        if any(reference() is not None for reference in self._of_last_step):
+            self._of_last_step = []
+            raise RuntimeError(
+                f"{type(optimizer).__name__} keeps parameters of its last step outside of optimizer.state, which are "
+                "other ones in each step with master_weights; attach without master_weights"
+            )
 
     # ---- buckets -------------------------------------------------------------------------------------------------
 
@@ -158,22 +188,29 @@ class Stepping:
         yield members
 
     @torch.no_grad()
-    def _with_stand_ins(self, optimizer: Any, members: _Members, memory: dict[torch.device, Tensor]) -> Any:
+    def _with_stand_ins(
+        self, optimizer: Any, members: _Members, memory: dict[torch.device, Tensor], closure: _CalledClosure | None
+    ) -> Any:
         """Return the optimizer with stand-ins of some of its parameters in the place of all parameters.
 
         Args:
             optimizer: the optimizer.
             members: the parameters.
             memory: what earlier buckets had, to be used again.
+            closure: what stands for the closure of the step, if there is one.
         """
         params = [param for some in members.values() for param in some]
         stepped = [param for param in dict.fromkeys(params) if self._has_stand_in(param)]
         of = dict(zip(stepped, self._stand_ins(stepped, memory), strict=True))
+        if closure is not None:
+            closure.stand_ins = list(of.values())
         made = object.__new__(self._kind)
         made.__dict__ = optimizer.__dict__
         for name in HOOKS_OF_STEP:
             setattr(made, name, {})  # of a step() that calls super().step()
-        made.members, made.stand_ins = members, of
+        made._accumkern_members, made._accumkern_stand_ins = members, of
+        if not self.is_in_parts:
+            self._of_last_step = [weakref.ref(stand_in.parameter) for stand_in in of.values()]
         made.param_groups = [
             {**optimizer.param_groups[i], "params": [of[param].parameter if param in of else param for param in some]}
             for i, some in members.items()
@@ -192,23 +229,31 @@ class Stepping:
         Raises:
             RuntimeError: the step has written the parameters themselves.
         """
-        stand_ins: list[_StandIn] = list(made.stand_ins.values())
-        if any(version_of(param) != version for param, version, *_ in stand_ins):
+        stand_ins: list[_StandIn] = list(made._accumkern_stand_ins.values())
+        if any(
+            version_of(one.param) != one.version
+            or (one.bits is not None and not torch.equal(one.bits, sum_of_bits(dense(local_of(one.param)))))
+            for one in stand_ins
+        ):
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step() has written parameters that it does not take from its "
                 "param_groups; attach without master_weights"
             )
-        for _, _, parameter, master in stand_ins:
-            now = local_of(parameter)
-            if now.untyped_storage()._cdata != master.untyped_storage()._cdata:  # by parameter.data = ...
-                master.copy_(now)
-        params = [param for param, *_ in stand_ins]
-        self.masters.write(params, [master for *_, master in stand_ins])
-        of = {parameter: param for param, _, parameter, _ in stand_ins}
-        for param in made.stand_ins:
+        for one in stand_ins:
+            now = local_of(one.parameter)
+            if now.untyped_storage()._cdata != one.master.untyped_storage()._cdata:  # by parameter.data = ...
+                one.master.copy_(now)
+            if one.parameter.grad is None:
+                one.param.grad = None
+            vars(one.param).update((key, value) for key, value in vars(one.parameter).items() if key not in one.own)
+        params = [one.param for one in stand_ins]
+        self.masters.write(params, [one.master for one in stand_ins])
+        self._is_known |= any(one.parameter._version != one.made_version for one in stand_ins)
+        of = {one.parameter: one.param for one in stand_ins}
+        for param in made._accumkern_stand_ins:
             optimizer.state.pop(param, None)
         optimizer.state.update((of.get(key, key), state) for key, state in made.state.items())
-        for i, group in zip(made.members, made.param_groups, strict=True):
+        for i, group in zip(made._accumkern_members, made.param_groups, strict=True):
             optimizer.param_groups[i].update((key, value) for key, value in group.items() if key != "params")
         return params
 
@@ -236,14 +281,16 @@ class Stepping:
         for i, (param, master) in enumerate(zip(params, masters, strict=True)):
             whole = with_shard(master, param.detach()) if is_dtensor(param) else master
             parameter = nn.Parameter(whole, requires_grad=param.requires_grad)
-            vars(parameter).update({key: value for key, value in vars(param).items() if key not in vars(parameter)})
+            own = frozenset(vars(parameter))
+            vars(parameter).update((key, value) for key, value in vars(param).items() if key not in own)
             slot, grad = self._slots[param], param.grad
             assert grad is not None
             if i in values:
                 parameter.grad = slot.whole(values[i], grad)
             else:  # one of FP32 as it is; sparse ones and those with holes in memory are rare
                 parameter.grad = grad.detach() if grad.dtype is torch.float32 else slot.value(grad)
-            found.append(_StandIn(param, version_of(param), parameter, master))
+            bits = None if self._is_known else sum_of_bits(weights[i])
+            found.append(_StandIn(param, version_of(param), bits, parameter, parameter._version, own, master))
         return found
 
 
@@ -278,12 +325,14 @@ class _CalledClosure:
     def __init__(self, loss: Any) -> None:
         self.loss = loss
         self.calls_left = 0
+        self.stand_ins: list[_StandIn] = []
 
     def __call__(self) -> Any:
-        if self.calls_left == 0:
+        has_moved = any(one.parameter._version != one.made_version for one in self.stand_ins)
+        if self.calls_left == 0 or has_moved:
             raise RuntimeError(
-                "the optimizer calls its closure several times in a step, with other weights each time; attach without "
-                "master_weights"
+                "the optimizer calls its closure several times in a step, or with other weights than those before the "
+                "step; attach without master_weights"
             )
         self.calls_left -= 1
         return self.loss
@@ -302,37 +351,3 @@ def _after_closure(
     if by_name:
         return args, {**kwargs, "closure": called}, called
     return (args[0], called, *args[2:]), kwargs, called
-
-
-class _LastPreHook:
-    """A step pre-hook that is called after all others, also those that are registered later: they may clip."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, hook: Callable[..., Any]) -> None:
-        self._optimizer = reference = weakref.ref(optimizer)
-
-        def call(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if call_last_before_step(optimizer, handle):
-                raise RuntimeError(
-                    "a step pre-hook was registered after attach(), and not by the optimizer's own method: it would be "
-                    "called when parameters are stepped already. It comes before that now: call step() again"
-                )
-            return hook(optimizer, args, kwargs)
-
-        self._handle = handle = optimizer.register_step_pre_hook(torch.compiler.disable(call))
-        register = weakref.WeakMethod(optimizer.register_step_pre_hook)
-
-        def register_step_pre_hook(hook: Callable[..., Any]) -> Any:
-            bound = register()
-            assert bound is not None  # it is an attribute of the optimizer
-            other = bound(hook)
-            call_last_before_step(reference(), handle)
-            return other
-
-        optimizer.register_step_pre_hook = register_step_pre_hook  # type: ignore[method-assign]
-
-    def remove(self) -> None:
-        """Remove the hook."""
-        self._handle.remove()
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            vars(optimizer).pop("register_step_pre_hook", None)

@@ -10,6 +10,8 @@ import functools
 import importlib.util
 import operator
 import sys
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -141,18 +143,50 @@ def has_step_hooks(optimizer: object) -> bool:
     return hasattr(optimizer, HOOKS_OF_STEP[0])
 
 
-def call_last_before_step(optimizer: Any, handle: Any) -> bool:
-    """Let a hook that was registered before the step be called after the others there; return whether it was not."""
-    hooks = getattr(optimizer, HOOKS_OF_STEP[0])
-    if next(reversed(hooks)) == handle.id:
-        return False
-    hooks.move_to_end(handle.id)
-    return True
-
-
 def call_first_after_step(optimizer: Any, handle: Any) -> None:
     """Let a hook that was registered after the step be called before the others there."""
     getattr(optimizer, HOOKS_OF_STEP[1]).move_to_end(handle.id, last=False)
+
+
+class LastHook:
+    """A hook before a method of an optimizer that is called after all others there, also after later ones.
+
+    Args:
+        optimizer: whose method.
+        method: ``"step"`` or ``"load_state_dict"``.
+        hook: as ``register_<method>_pre_hook`` takes it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, method: str, hook: Callable[..., Any]) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._register = name = f"register_{method}_pre_hook"
+        hooks = getattr(optimizer, f"_optimizer_{method}_pre_hooks")
+
+        def call(*args: Any) -> Any:
+            if next(reversed(hooks)) != handle.id:
+                hooks.move_to_end(handle.id)
+                raise RuntimeError(
+                    f"a hook before {method}() was registered after attach(), and not by the optimizer's own method: "
+                    f"it would come too late. It is put before accumkern's now; call {method}() again"
+                )
+            return hook(*args)
+
+        bound = weakref.WeakMethod(getattr(optimizer, name))
+        self._handle = handle = bound()(call)  # type: ignore[misc]
+
+        def register(hook: Callable[..., Any], **options: Any) -> Any:
+            other = bound()(hook, **options)  # type: ignore[misc]
+            hooks.move_to_end(handle.id)
+            return other
+
+        setattr(optimizer, name, register)
+
+    def remove(self) -> None:
+        """Remove the hook."""
+        self._handle.remove()
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            vars(optimizer).pop(self._register, None)
 
 
 def is_flattened(param: Tensor) -> bool:

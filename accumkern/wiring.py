@@ -15,7 +15,6 @@ from torch import Tensor
 from accumkern import backends, ops, torch_private
 from accumkern.accumulator import GradAccumulator, Rooms
 from accumkern.attachment import Attachment, attachment_of, stepped_by
-from accumkern.casting import take_cut_off
 from accumkern.checks import integer, one_of
 from accumkern.dtensor import is_dtensor
 from accumkern.fold import Fold
@@ -131,7 +130,7 @@ def attach(
         try:
             attachment.keep([*stepping.hook(inner), stepping])
             attachment.keep([Fp32State(inner, stepping.masters.has)])
-            take_cut_off(stepping.masters, attachment.slots)
+            stepping.begin_masters()
         except BaseException:  # there may be no memory for it
             attachment.detach()
             raise

@@ -35,7 +35,7 @@ def test_first_masters_are_the_fp32_weights() -> None:
     model = accumkern.to_bfloat16(fp32_model())
     assert_equal(weights(model), [encode(Format.SPLIT32, weight)[0] for weight in weights(fp32)])
     assert_equal(masters(model, attach(model)), weights(fp32))
-    assert not any(casting._cut_off[model])
+    assert not any(part in casting._cut_off for part in model)
 
 
 def test_split24_masters_are_the_fp32_weights_rounded() -> None:
@@ -90,6 +90,32 @@ def test_attached_without_masters_and_again_with() -> None:
     optimizer = adamw(list(model.parameters()))
     accumkern.attach(optimizer).detach()
     assert_equal(masters(model, accumkern.attach(optimizer, master_weights="split32")), weights(fp32_model()))
+
+
+def test_in_several_calls_and_of_parts_of_a_model() -> None:
+    model = fp32_model()
+    accumkern.to_bfloat16(nn.ModuleList([model[0], model[1]]))
+    accumkern.to_bfloat16(model, keep=["3"])
+    accumkern.to_bfloat16(model)
+    accumkern.to_bfloat16(model)
+    gc.collect()
+    assert_equal(masters(model, attach(model)), weights(fp32_model()))
+
+
+def test_parameters_that_are_added_later() -> None:
+    model = accumkern.to_bfloat16(fp32_model())
+    params = list(model.parameters())
+    optimizer = adamw(params[:2])
+    acc = accumkern.attach(optimizer, master_weights="split32")
+    optimizer.add_param_group({"params": params[2:]})
+    assert_equal(masters(model, acc), weights(fp32_model()))
+
+
+def test_gradients_of_what_stays_fp32_are_left_alone() -> None:
+    model = fp32_model()
+    model[1].weight.grad = torch.ones_like(model[1].weight)
+    accumkern.to_bfloat16(model, keep=[nn.LayerNorm])
+    assert model[1].weight.grad.dtype is torch.float32
 
 
 def test_tied_weights() -> None:

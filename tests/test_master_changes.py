@@ -59,6 +59,51 @@ def test_a_new_master_starts_from_what_was_written(change: Callable[[nn.Paramete
     assert torch.equal(mine.acc.master_weight(weight), stepped.detach())
 
 
+@pytest.mark.parametrize("how", ["max_norm", "clamp_", "swap"])
+def test_writing_what_is_there_keeps_masters(how: str) -> None:
+    """After the second time, when a copy of the weight is kept; elements that do change begin again."""
+    table = nn.Embedding(50, 16, max_norm=100.0 if how == "max_norm" else None).bfloat16()
+    weight = table.weight
+    stock = nn.Parameter(weight.detach().float())
+    optimizer, reference = optim.SGD([weight], lr=1e-4), optim.SGD([stock], lr=1e-4)
+    acc = accumkern.attach(optimizer, "split32", master_weights="split32")
+    for _ in range(100):
+        table(torch.arange(50)).sum().backward()
+        stock.grad = acc.gradient(weight)
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.step()
+        with torch.no_grad():
+            if how == "clamp_":
+                weight.clamp_(-10, 10)
+            if how == "swap":
+                kept = weight.clone()
+                weight.copy_(torch.zeros_like(weight))
+                assert not acc.master_weight(weight).any()
+                weight.copy_(kept)
+    # Two times what was left out was half a unit in the last place at most.
+    assert bool(((acc.master_weight(weight) - stock).abs() <= 2**-8 * stock.abs() + 1e-3).all())
+    moved = acc.master_weight(weight) - weight.detach().float()
+    assert float(moved.abs().max()) > 0
+    before = acc.master_weight(weight)
+    with torch.no_grad():
+        weight[3] = 5.0
+    assert bool((acc.master_weight(weight)[3] == 5.0).all())
+    assert torch.equal(acc.master_weight(weight)[4:], before[4:])
+    assert acc.memory().master_residuals == 4 * weight.numel()
+
+
+def test_writing_what_is_there_before_the_first_step_keeps_what_was_cut_off() -> None:
+    """DistributedDataParallel does so when it is made after attach()."""
+    mine = Masters(adamw)
+    with torch.no_grad():
+        for param in mine.params:
+            param.copy_(param.clone())
+    assert_equal(mine.masters(), [param.detach() for param in fp32_model().parameters()])
+    mine.window(0)
+    assert mine.acc.memory().master_residuals == 2 * sum(param.numel() for param in mine.params)
+
+
 def test_what_is_written_through_data_is_at_most_half_a_unit_off() -> None:
     mine = Masters(adamw)
     mine.window(0)

@@ -62,7 +62,7 @@ def test_a_hook_that_would_come_too_late_is_found_out() -> None:
     optim.Optimizer.register_step_pre_hook(mine.optimizer, lambda *_: called.append(1))  # as wrappers do
     before = mine.masters()
     backward(mine.model, 0)
-    with pytest.raises(RuntimeError, match="a step pre-hook was registered after attach"):
+    with pytest.raises(RuntimeError, match=r"a hook before step\(\) was registered after attach"):
         mine.optimizer.step()
     assert_equal(mine.masters(), before)
     mine.optimizer.step()
@@ -102,7 +102,7 @@ class CallsTwice(optim.SGD):
 def test_an_optimizer_that_calls_its_closure_again_is_found_out() -> None:
     mine = Masters(lambda params: CallsTwice(params, lr=0.1))
     before = mine.masters()
-    with pytest.raises(RuntimeError, match="calls its closure several times in a step, with other weights each time"):
+    with pytest.raises(RuntimeError, match="calls its closure several times in a step"):
         mine.optimizer.step(lambda: backward(mine.model, 0))
     assert_equal(mine.masters(), before)
     assert_holds_the_parameters(mine)
@@ -203,7 +203,7 @@ def test_nothing_is_left_after_detach() -> None:
 def test_optimizer_model_and_residuals_go_when_nobody_holds_them(no_collector: None) -> None:
     mine = Masters(adamw, bucket=BUCKET)
     mine.window(0)
-    residuals = [weakref.ref(r) for r in mine.acc._rooms.masters.residuals()]  # type: ignore[union-attr]
+    residuals = [weakref.ref(r) for r in mine.acc._rooms.masters.held_tensors()]  # type: ignore[union-attr]
     optimizer, model = weakref.ref(mine.optimizer), weakref.ref(mine.model)
     del mine
     gc.collect()  # the scheduler is in a circle with its optimizer
