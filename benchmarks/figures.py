@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image
-from tables import COMPARED_WITH, README_CASES, Content, Result, grouped
+from tables import ALONE, COMPARED_WITH, HELD, README_CASES, Content, Result, grouped
 
 COLORS = {
     "split24": "#1f77b4",
@@ -32,6 +32,14 @@ CONVERGENCE_COLORS = {
     "split24_masters24": "#e9a23b",
     "split24_masters": "#2a9d8f",
     "autocast": "#30343f",
+}
+HELD_COLORS = {
+    "weights": "#1f77b4",
+    "masters": "#2a9d8f",
+    "gradients": "#d1495b",
+    "residuals": "#7b5ea7",
+    "optimizer_state": "#8d929c",
+    "bucket": "#e9a23b",
 }
 LINEAR_BELOW = 1e-3  # differences of the loss: those of seeds that went the same way, and no more
 
@@ -217,6 +225,34 @@ def convergence(machine: str, content: Content) -> Figure | None:
     return figure
 
 
+def step_memory(machine: str, content: Content) -> Figure | None:
+    """Draw the bytes that each design holds for a weight, by what they are for, as stacked bars."""
+    results = [
+        r
+        for r in content["results"]
+        if r["end"] == ALONE and r["bucket_bytes"] is None and r["tensors"] > 1 and "error" not in r
+    ]
+    if not results:
+        return None
+    figure = Figure(figsize=(8, 1.3 + 0.4 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    ends = [0.0] * len(results)
+    for key, name in HELD.items():
+        values = [r["held_bytes"][key] / r["numel"] for r in results]
+        bars = axes.barh([r["label"] for r in results], values, 0.7, left=ends, color=HELD_COLORS[key], label=name)
+        inside = [f"{value:g}" if value >= 0.5 else "" for value in values]
+        axes.bar_label(bars, inside, label_type="center", fontsize=8, color="white")
+        ends = [end + value for end, value in zip(ends, values, strict=True)]
+    for place, end in enumerate(ends):
+        axes.text(end + 0.15, place, f"{end:.1f}", va="center", fontsize=9, weight="bold")
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(ends) + 1)
+    axes.set_xlabel("bytes held for a weight at the end of a window")
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=len(HELD))
+    _finish(axes, f"A step of AdamW on {results[0]['numel']:,} bf16 weights: all that is held\n{machine}", "x")
+    return figure
+
+
 def _design_color(result: Result) -> str:
     return COLORS[next((kind for kind in ("split24", "split32") if result["design"].startswith(kind)), "stock")]
 
@@ -245,6 +281,7 @@ FIGURES: dict[str, list[Drawing]] = {
         Drawing("training-time", "time of a training micro-batch over stock bf16", training_time),
         Drawing("training-memory", "gradient bytes per weight of every design", training_memory, in_readme=True),
     ],
+    "step": [Drawing("step-memory", "bytes held for a weight, by what they are for", step_memory, in_readme=True)],
     "convergence": [Drawing("convergence", "validation loss less that of FP32 masters, by N", convergence)],
     "accuracy": [Drawing("error", "error of the accumulated gradient against N", error_against_n)],
 }

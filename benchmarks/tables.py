@@ -415,6 +415,108 @@ def _side(found: Result, middle: float, above: str, below: str, neither: str) ->
     return above if found["low"] > middle else below
 
 
+# ---- the step ----------------------------------------------------------------------------------------------------
+
+#: Key of ``held_bytes`` -> its name.
+HELD = {
+    "weights": "weights",
+    "masters": "masters",
+    "gradients": "gradients",
+    "residuals": "their residuals",
+    "optimizer_state": "states",
+    "bucket": "bucket",
+}
+ALONE = "step"  # the end of a window without mean and clipping
+
+
+def step_tables(content: Content) -> list[str]:
+    """Return tables of time and memory for weights in many tensors and in one, and one of the sizes of buckets."""
+    lines = paragraph(
+        "Everything between two windows of bf16 weights with a fused AdamW. *step* is the step and zeroing alone: the "
+        "mean was taken before, by dividing the loss or with `average_over`. *mean* and *clip* are by "
+        "`_foreach_div_` and `clip_grad_norm_` (stock bf16), inside the fused AdamW (stock fp32 + masters), and by "
+        "`finish()`. Ratios are to stock fp32 + masters with the same end in the same round: median and interval."
+    )
+    for of_weights in grouped(content["results"], "tensors").values():
+        lines += [_of_weights(of_weights[0]), ""]
+        designs = grouped([r for r in of_weights if r["bucket_bytes"] is None], "design")
+        ends = list(dict.fromkeys(r["end"] for r in of_weights))
+        rows = []
+        for results in designs.values():
+            cells = [_design(results[0])]
+            for result in results:
+                cells += [result.get("error") or spread(result), _interval(result.get("over_fp32_masters"))]
+            rows.append(cells)
+        lines += table(["design", *(cell for end in ends for cell in (end, "/ fp32 + masters"))], rows)
+        lines += _bytes_held(of_weights)
+        swept = [r for r in of_weights if r["bucket_bytes"] is not None]
+        if swept:
+            lines += paragraph("By bytes of a bucket, the step alone:")
+            lines += table(
+                ["bucket", "step", "/ fp32 + masters", "MB held of it", "MB more at the peak"],
+                [
+                    [
+                        f"{_design(r)}, {r['bucket_bytes'] // 2**20} MiB",
+                        *(
+                            [r["error"], "", "", ""]
+                            if "error" in r
+                            else [
+                                spread(r),
+                                _interval(r.get("over_fp32_masters")),
+                                f"{r['held_bytes']['bucket'] / 1e6:,.1f}",
+                                f"{r['peak_bytes'] / 1e6:,.1f}",
+                            ]
+                        ),
+                    ]
+                    for r in swept
+                ],
+            )
+    return lines
+
+
+def step_summary(content: Content) -> list[str]:
+    """Return the time of a step over that of FP32 masters, and the bytes of a weight."""
+    results = [r for r in content["results"] if r["bucket_bytes"] is None]
+    by_weights = grouped(results, "tensors")
+    rows = []
+    for of_design in grouped(results, "design").values():
+        alone = [r for r in of_design if r["end"] == ALONE]
+        cells = [r.get("error") or (_interval(r.get("over_fp32_masters")) or spread(r)) for r in alone]
+        kept = next((r for r in alone if "error" not in r), None)
+        size = kept and (sum(kept["held_bytes"].values()) - kept["held_bytes"]["bucket"]) / kept["numel"]
+        rows.append([_design(of_design[0]), *cells, f"{size:.1f}" if size else ""])
+    header = [f"{'1 tensor' if tensors == 1 else f'{tensors} tensors'}" for tensors in by_weights]
+    return [
+        *paragraph(
+            f"A step of a fused AdamW on {results[0]['numel']:,} bf16 weights and `zero_grad()`: time over that with "
+            "FP32 sums and FP32 masters, median and interval; and all that is held for a weight, gradients and states "
+            "of AdamW included, but for a bucket:"
+        ),
+        *table(["design", *header, "bytes / weight"], rows),
+    ]
+
+
+def _of_weights(result: Result) -> str:
+    return f"**{result['numel']:,} weights in {result['tensors']} tensor{'s' if result['tensors'] > 1 else ''}**"
+
+
+def _bytes_held(results: list[Result]) -> list[str]:
+    """Return the table of what each design holds for a weight at the end of a window, and what its step adds."""
+    rows = []
+    for of_design in grouped([r for r in results if r["bucket_bytes"] is None and "error" not in r], "design").values():
+        result = next(r for r in of_design if r["end"] == ALONE)
+        sizes = [result["held_bytes"][key] / result["numel"] for key in HELD]
+        peak = max(r["peak_bytes"] for r in of_design) / result["numel"]
+        rows.append([_design(result), *(f"{size:.2f}" for size in [*sizes, sum(sizes), peak])])
+    return [
+        *paragraph(
+            "Bytes for a weight that are held at the end of a window, and the most that any end of it allocates beyond "
+            "that. The bucket is the FP32 weights and gradients of a step, which a CPU keeps for the next one:"
+        ),
+        *table(["design", *HELD.values(), "in all", "more at the peak"], rows),
+    ]
+
+
 # ---- convergence -------------------------------------------------------------------------------------------------
 
 
@@ -426,8 +528,8 @@ def convergence_tables(content: Content) -> list[str]:
     to = _reference_label(content)
     lines = paragraph(
         "Validation loss after the same number of tokens, from the same FP32 weights, as far as a design can hold "
-        "them, on the same text: the median over the seeds, with the least and the greatest. Then the difference to the "
-        f"loss of {to} with the same seed: its median, and an interval that holds it with the confidence below."
+        "them, on the same text: the median over the seeds, with the least and the greatest. Then the difference to "
+        f"the loss of {to} with the same seed: its median, and an interval that holds it with the confidence below."
     )
     for rate, results in grouped(content["results"], "learning_rate").items():
         lines += [f"**Learning rate {rate:g}: validation loss**", "", *_by_count(results, _loss)]
@@ -570,6 +672,7 @@ SECTIONS = {
     "finish": Section("The end of a window", finish_tables, finish_summary),
     "overhead": Section("Host time of the hook", overhead_tables, overhead_summary),
     "training": Section("Training", training_tables, training_summary),
+    "step": Section("The step", step_tables, step_summary),
     "convergence": Section("Convergence", convergence_tables, convergence_summary),
     "reduce": Section("The mean over ranks", reduce_tables, reduce_summary),
     "registers": Section("Registers of the GPU kernels", registers_tables),
