@@ -476,28 +476,35 @@ def step_tables(content: Content) -> list[str]:
 
 def step_summary(content: Content) -> list[str]:
     """Return the time of a step over that of FP32 masters, and the bytes of a weight."""
-    results = [r for r in content["results"] if r["bucket_bytes"] is None]
-    by_weights = grouped(results, "tensors")
-    rows = []
+    results = [r for r in content["results"] if r["bucket_bytes"] is None and r["end"] == ALONE]
+    rows: list[list[str]] = []
+    buckets: dict[Hashable, float] = {}
     for of_design in grouped(results, "design").values():
-        alone = [r for r in of_design if r["end"] == ALONE]
-        cells = [r.get("error") or (_interval(r.get("over_fp32_masters")) or spread(r)) for r in alone]
-        kept = next((r for r in alone if "error" not in r), None)
-        size = kept and (sum(kept["held_bytes"].values()) - kept["held_bytes"]["bucket"]) / kept["numel"]
-        rows.append([_design(of_design[0]), *cells, f"{size:.1f}" if size else ""])
-    header = [f"{'1 tensor' if tensors == 1 else f'{tensors} tensors'}" for tensors in by_weights]
+        times = [r.get("error") or _interval(r.get("over_fp32_masters")) or spread(r) for r in of_design]
+        sizes = {r["tensors"]: r["held_bytes"] for r in of_design if "error" not in r}
+        size = next(({**held, "bucket": 0} for held in sizes.values()), None)
+        rows.append(
+            [_design(of_design[0]), *times, f"{sum(size.values()) / of_design[0]['numel']:.1f}" if size else ""]
+        )
+        buckets |= {n: held["bucket"] / of_design[0]["numel"] for n, held in sizes.items() if held["bucket"]}
+    kept = " and ".join(f"{size:.2f} more where they are {_tensors(n)}" for n, size in buckets.items())
     return [
         *paragraph(
             f"A step of a fused AdamW on {results[0]['numel']:,} bf16 weights and `zero_grad()`: time over that with "
-            "FP32 sums and FP32 masters, median and interval; and all that is held for a weight, gradients and states "
-            "of AdamW included, but for a bucket:"
+            "FP32 sums and FP32 masters, median and interval, for weights in many tensors and in one. And the bytes "
+            "that are held for a weight, gradients and states of AdamW included"
+            + (f"; what a CPU keeps of a step's FP32 weights and gradients is {kept}:" if kept else ":")
         ),
-        *table(["design", *header, "bytes / weight"], rows),
+        *table(["design", *(_tensors(n) for n in grouped(results, "tensors")), "bytes / weight"], rows),
     ]
 
 
+def _tensors(number: Hashable) -> str:
+    return "1 tensor" if number == 1 else f"{number} tensors"
+
+
 def _of_weights(result: Result) -> str:
-    return f"**{result['numel']:,} weights in {result['tensors']} tensor{'s' if result['tensors'] > 1 else ''}**"
+    return f"**{result['numel']:,} weights in {_tensors(result['tensors'])}**"
 
 
 def _bytes_held(results: list[Result]) -> list[str]:

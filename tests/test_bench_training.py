@@ -221,6 +221,9 @@ def test_step(tmp_path: Path) -> None:
         assert result["peak_bytes"] < 0.01 * result["numel"]  # the bucket is kept
     buckets = {r["bucket_bytes"]: r["held_bytes"]["bucket"] for r in content["results"] if r["bucket_bytes"]}
     # A tensor of 2^20 weights needs 8 MiB, also where a bucket is smaller.
+    assert "is 4.00 more where they are 2 tensors and 8.00 more where they are 1 tensor" in " ".join(
+        tables.step_summary(content)
+    )
     assert buckets == {2 * 2**20: 2**23, 8 * 2**20: 2**23, 32 * 2**20: 2**24, 128 * 2**20: 2**24}
 
 
