@@ -3,10 +3,10 @@
 ``python benchmarks/bench_training.py [--device cpu|cuda] [--quick] [--model 10M|100M|1B|3B] [--regimes launch]
 [--designs stock_bf16,split24] [--windows 20]``
 
-A GPT with bfloat16 weights learns the source text of Python's standard library with AdamW, gradients clipped to norm 1.
-The designs are those of examples/designs.py. They begin with the same weights, see the same text and take turns, so
-that whatever else the machine does slows down all of them. What fails in a design is its result, and the others go on.
-Writes ``benchmarks/results/<machine>/training.json``.
+A GPT learns the source text of Python's standard library with AdamW, gradients clipped to norm 1. The designs are those
+of examples/designs.py. They begin with the same FP32 weights, as far as they can hold them, see the same text and take
+turns, so that whatever else the machine does slows down all of them. What fails in a design is its result, and the
+others go on. Writes ``benchmarks/results/<machine>/training.json``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from harness import parser, steps, write_results
 from paired import summary
 from timing import describe, percentile
-from torch import Tensor
+from torch import Tensor, nn
 
 from accumkern import backends
 from designs import DESIGNS, LEARNING_RATE, Split24, Split32, StockBF16, StockFP32Masters
@@ -194,22 +194,24 @@ class Measurement:
         self.validation = random_batch(held_out, VALIDATION_SEQUENCES, generator, regime.context).to(device)
         self.outcomes = {key: Outcome() for key in regime.designs}
         self.checkpoint: dict[str, Tensor] | None = None
-        parameters = list(self.new_model(0).parameters())
+        parameters = list(self.new_model(StockBF16.key, 0).parameters())
         self.numel, self.tensors = sum(param.numel() for param in parameters), len(parameters)
         self.on_step = on_step
         self.done = 0
 
-    def new_model(self, seed: int) -> GPT:
-        """Return the model, with the weights that belong to ``seed``."""
+    def new_model(self, key: str, seed: int, weights: dict[str, Tensor] | None = None) -> nn.Module:
+        """Return the model as a design trains it, with given weights or those that belong to ``seed``."""
         regime = self.regime
         torch.manual_seed(seed)
         with self.device:
             model = GPT(regime.width, regime.layers, regime.heads, regime.context)
-        return model.to(torch.bfloat16)
+        if weights is not None:
+            model.load_state_dict(weights)
+        return DESIGNS[key].cast(model)
 
     def new_design(self, key: str, seed: int) -> StockBF16:
         """Return a design with a model of its own."""
-        return DESIGNS[key](self.new_model(seed), max_norm=MAX_NORM)
+        return DESIGNS[key](self.new_model(key, seed), max_norm=MAX_NORM)
 
     def draw(self, count: int, generator: torch.Generator) -> list[Tensor]:
         """Return micro-batches."""
@@ -374,9 +376,7 @@ class Measurement:
 
     def error_of(self, key: str, batches: list[Tensor]) -> dict[str, float]:
         """Return the error of a design's sum, and of what AdamW would read."""
-        model = self.new_model(0)
-        assert self.checkpoint is not None
-        model.load_state_dict(self.checkpoint)
+        model = self.new_model(key, 0, self.checkpoint)
         errors, _ = measure_error(DESIGNS[key](model), batches, len(batches))
         return {name: errors[name] for name in ("sum", "optimizer")}
 

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image
-from tables import README_CASES, Content, Result, grouped
+from tables import ALONE, COMPARED_WITH, HELD, README_CASES, Content, Result, grouped
 
 COLORS = {
     "split24": "#1f77b4",
@@ -26,6 +26,22 @@ COLORS = {
     "stock": "#d1495b",
     "roof": "#8d929c",
 }
+CONVERGENCE_COLORS = {
+    "stock_bf16": "#d1495b",
+    "split24": "#1f77b4",
+    "split24_masters24": "#e9a23b",
+    "split24_masters": "#2a9d8f",
+    "autocast": "#30343f",
+}
+HELD_COLORS = {
+    "weights": "#1f77b4",
+    "masters": "#2a9d8f",
+    "gradients": "#d1495b",
+    "residuals": "#7b5ea7",
+    "optimizer_state": "#8d929c",
+    "bucket": "#e9a23b",
+}
+LINEAR_BELOW = 1e-3  # differences of the loss: those of seeds that went the same way, and no more
 
 
 @dataclass(frozen=True)
@@ -171,33 +187,69 @@ def training_memory(machine: str, content: Content) -> Figure | None:
 
 
 def convergence(machine: str, content: Content) -> Figure | None:
-    """Draw, for each N and seed, the validation loss less that of FP32 accumulation with the same seed."""
-    losses = {(r["design"], r["micro_batches"]): r for r in content["results"] if "error" not in r}
-    compared = grouped([r for r in losses.values() if "difference" in r], "label")
+    """Draw, for each learning rate, N, design and seed, the validation loss less the reference's with the same seed."""
+    measured = [r for r in content["results"] if "error" not in r]
+    reference = {
+        (r["learning_rate"], r["micro_batches"]): r["validation_loss"] for r in measured if r["design"] == COMPARED_WITH
+    }
+    compared = grouped([r for r in measured if "difference" in r], "learning_rate")
     if not compared:
         return None
-    counts = sorted({count for _, count in losses})
-    reference = next(key for key, _ in losses if not any(key == r["design"] for rs in compared.values() for r in rs))
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    all_axes = figure.subplots(1, len(compared), sharey=True, squeeze=False)[0]
+    for axes, (rate, results) in zip(all_axes, compared.items(), strict=True):
+        counts = sorted({r["micro_batches"] for r in results})
+        by_design = grouped(results, "label")
+        for i, (label, of_design) in enumerate(by_design.items()):
+            color = CONVERGENCE_COLORS.get(of_design[0]["design"], COLORS["roof"])
+            for r in of_design:
+                place = counts.index(r["micro_batches"]) + 0.15 * (i - (len(by_design) - 1) / 2)
+                pairs = zip(r["validation_loss"], reference[rate, r["micro_batches"]], strict=True)
+                values = [mine - other for mine, other in pairs]
+                axes.plot([place] * len(values), values, "o", color=color, markersize=3.5, alpha=0.6)
+                axes.hlines(r["difference"]["median"], place - 0.06, place + 0.06, color=color, linewidth=2)
+            axes.plot([], [], "o", color=color, label=label)
+        axes.axhline(0.0, color=COLORS["roof"], linestyle="--", linewidth=1, zorder=0)
+        axes.set_yscale("symlog", linthresh=LINEAR_BELOW, linscale=1.0)
+        axes.set_xticks(range(len(counts)), [f"N = {count}" for count in counts])
+        _finish(axes, f"learning rate {rate:g}", "y")
+    label = next(r["label"] for r in measured if r["design"] == COMPARED_WITH)
+    all_axes[0].set_ylabel(f"validation loss less that of {label}", fontsize=9)
+    figure.legend(
+        *all_axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=3
+    )
+    figure.suptitle(
+        f"Validation loss by N: a point for each seed, and the median; linear between ±{LINEAR_BELOW:g}\n{machine}",
+        fontsize=10,
+    )
+    return figure
+
+
+def step_memory(machine: str, content: Content) -> Figure | None:
+    """Draw the bytes that each design holds for a weight, by what they are for, as stacked bars."""
+    results = [
+        r
+        for r in content["results"]
+        if r["end"] == ALONE and r["bucket_bytes"] is None and r["tensors"] > 1 and "error" not in r
+    ]
+    if not results:
+        return None
+    figure = Figure(figsize=(8, 1.3 + 0.4 * len(results)), layout="constrained")
     axes = figure.subplots()
-    for i, (label, results) in enumerate(compared.items()):
-        for result in results:
-            place = counts.index(result["micro_batches"]) + 0.3 * (i - (len(compared) - 1) / 2)
-            pairs = zip(
-                result["validation_loss"],
-                losses[reference, result["micro_batches"]]["validation_loss"],
-                strict=True,
-            )
-            values = [mine - other for mine, other in pairs]
-            color = _design_color(result)
-            axes.plot([place] * len(values), values, "o", color=color, markersize=4, alpha=0.7)
-            axes.hlines(result["difference"]["median"], place - 0.1, place + 0.1, color=color, linewidth=2)
-        axes.plot([], [], "o", color=_design_color(results[0]), label=label)
-    axes.axhline(0.0, color=COLORS["roof"], linestyle="--", linewidth=1, zorder=0)
-    axes.set_xticks(range(len(counts)), [f"N = {count}" for count in counts])
-    axes.set_ylabel("validation loss less fp32's")
-    axes.legend(fontsize=8, frameon=False)
-    _finish(axes, f"Validation loss by N: one point for each seed, and the median\n{machine}", "y")
+    ends = [0.0] * len(results)
+    for key, name in HELD.items():
+        values = [r["held_bytes"][key] / r["numel"] for r in results]
+        bars = axes.barh([r["label"] for r in results], values, 0.7, left=ends, color=HELD_COLORS[key], label=name)
+        inside = [f"{value:g}" if value >= 0.5 else "" for value in values]
+        axes.bar_label(bars, inside, label_type="center", fontsize=8, color="white")
+        ends = [end + value for end, value in zip(ends, values, strict=True)]
+    for place, end in enumerate(ends):
+        axes.text(end + 0.15, place, f"{end:.1f}", va="center", fontsize=9, weight="bold")
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(ends) + 1)
+    axes.set_xlabel("bytes held for a weight at the end of a window")
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=len(HELD))
+    _finish(axes, f"A step of AdamW on {results[0]['numel']:,} bf16 weights: all that is held\n{machine}", "x")
     return figure
 
 
@@ -229,7 +281,8 @@ FIGURES: dict[str, list[Drawing]] = {
         Drawing("training-time", "time of a training micro-batch over stock bf16", training_time),
         Drawing("training-memory", "gradient bytes per weight of every design", training_memory, in_readme=True),
     ],
-    "convergence": [Drawing("convergence", "validation loss less that of fp32 accumulation, by N", convergence)],
+    "step": [Drawing("step-memory", "bytes held for a weight, by what they are for", step_memory, in_readme=True)],
+    "convergence": [Drawing("convergence", "validation loss less that of FP32 masters, by N", convergence)],
     "accuracy": [Drawing("error", "error of the accumulated gradient against N", error_against_n)],
 }
 

@@ -300,7 +300,8 @@ def training_tables(content: Content) -> list[str]:
     """Return, for each regime, a table of time and one of memory, error and loss, and what the times prove."""
     lines = paragraph(
         "A GPT with bf16 weights, trained with every way of accumulating in one run, by turns. Designs with masters "
-        "step FP32 copies of the weights: compare them with one another, and the others with one another. A "
+        "step FP32 weights, beside the bf16 ones or inside them, or instead of them (autocast): compare them with one "
+        "another, and the others with one another. A "
         "micro-batch is forward, backward and accumulation; a window is all micro-batches and the step. Ratios are to "
         "the time of another design for the same micro-batch, or in the same round: the median, and an interval that "
         "holds it with 95 % confidence where there were enough rounds. MB is all that is allocated at the peak, bytes "
@@ -414,65 +415,200 @@ def _side(found: Result, middle: float, above: str, below: str, neither: str) ->
     return above if found["low"] > middle else below
 
 
+# ---- the step ----------------------------------------------------------------------------------------------------
+
+#: Key of ``held_bytes`` -> its name.
+HELD = {
+    "weights": "weights",
+    "masters": "masters",
+    "gradients": "gradients",
+    "residuals": "their residuals",
+    "optimizer_state": "states",
+    "bucket": "bucket",
+}
+ALONE = "step"  # the end of a window without mean and clipping
+
+
+def step_tables(content: Content) -> list[str]:
+    """Return tables of time and memory for weights in many tensors and in one, and one of the sizes of buckets."""
+    lines = paragraph(
+        "Everything between two windows of bf16 weights with a fused AdamW. *step* is the step and zeroing alone: the "
+        "mean was taken before, by dividing the loss or with `average_over`. *mean* and *clip* are by "
+        "`_foreach_div_` and `clip_grad_norm_` (stock bf16), inside the fused AdamW (stock fp32 + masters), and by "
+        "`finish()`. Ratios are to stock fp32 + masters with the same end in the same round: median and interval."
+    )
+    for of_weights in grouped(content["results"], "tensors").values():
+        lines += [_of_weights(of_weights[0]), ""]
+        designs = grouped([r for r in of_weights if r["bucket_bytes"] is None], "design")
+        ends = list(dict.fromkeys(r["end"] for r in of_weights))
+        rows = []
+        for results in designs.values():
+            cells = [_design(results[0])]
+            for result in results:
+                cells += [result.get("error") or spread(result), _interval(result.get("over_fp32_masters"))]
+            rows.append(cells)
+        lines += table(["design", *(cell for end in ends for cell in (end, "/ fp32 + masters"))], rows)
+        lines += _bytes_held(of_weights)
+        swept = [r for r in of_weights if r["bucket_bytes"] is not None]
+        if swept:
+            lines += paragraph("By bytes of a bucket, the step alone:")
+            lines += table(
+                ["bucket", "step", "/ fp32 + masters", "MB held of it", "MB more at the peak"],
+                [
+                    [
+                        f"{_design(r)}, {r['bucket_bytes'] // 2**20} MiB",
+                        *(
+                            [r["error"], "", "", ""]
+                            if "error" in r
+                            else [
+                                spread(r),
+                                _interval(r.get("over_fp32_masters")),
+                                f"{r['held_bytes']['bucket'] / 1e6:,.1f}",
+                                f"{r['peak_bytes'] / 1e6:,.1f}",
+                            ]
+                        ),
+                    ]
+                    for r in swept
+                ],
+            )
+    return lines
+
+
+def step_summary(content: Content) -> list[str]:
+    """Return the time of a step over that of FP32 masters, and the bytes of a weight."""
+    results = [r for r in content["results"] if r["bucket_bytes"] is None and r["end"] == ALONE]
+    rows: list[list[str]] = []
+    buckets: dict[Hashable, float] = {}
+    for of_design in grouped(results, "design").values():
+        times = [r.get("error") or _interval(r.get("over_fp32_masters")) or spread(r) for r in of_design]
+        sizes = {r["tensors"]: r["held_bytes"] for r in of_design if "error" not in r}
+        size = next(({**held, "bucket": 0} for held in sizes.values()), None)
+        rows.append(
+            [_design(of_design[0]), *times, f"{sum(size.values()) / of_design[0]['numel']:.1f}" if size else ""]
+        )
+        buckets |= {n: held["bucket"] / of_design[0]["numel"] for n, held in sizes.items() if held["bucket"]}
+    kept = " and ".join(f"{size:.2f} more where they are {_tensors(n)}" for n, size in buckets.items())
+    return [
+        *paragraph(
+            f"A step of a fused AdamW on {results[0]['numel']:,} bf16 weights and `zero_grad()`: time over that with "
+            "FP32 sums and FP32 masters, median and interval, for weights in many tensors and in one. And the bytes "
+            "that are held for a weight, gradients and states of AdamW included"
+            + (f"; what a CPU keeps of a step's FP32 weights and gradients is {kept}:" if kept else ":")
+        ),
+        *table(["design", *(_tensors(n) for n in grouped(results, "tensors")), "bytes / weight"], rows),
+    ]
+
+
+def _tensors(number: Hashable) -> str:
+    return "1 tensor" if number == 1 else f"{number} tensors"
+
+
+def _of_weights(result: Result) -> str:
+    return f"**{result['numel']:,} weights in {_tensors(result['tensors'])}**"
+
+
+def _bytes_held(results: list[Result]) -> list[str]:
+    """Return the table of what each design holds for a weight at the end of a window, and what its step adds."""
+    rows = []
+    for of_design in grouped([r for r in results if r["bucket_bytes"] is None and "error" not in r], "design").values():
+        result = next(r for r in of_design if r["end"] == ALONE)
+        sizes = [result["held_bytes"][key] / result["numel"] for key in HELD]
+        peak = max(r["peak_bytes"] for r in of_design) / result["numel"]
+        rows.append([_design(result), *(f"{size:.2f}" for size in [*sizes, sum(sizes), peak])])
+    return [
+        *paragraph(
+            "Bytes for a weight that are held at the end of a window, and the most that any end of it allocates beyond "
+            "that. The bucket is the FP32 weights and gradients of a step, which a CPU keeps for the next one:"
+        ),
+        *table(["design", *HELD.values(), "in all", "more at the peak"], rows),
+    ]
+
+
 # ---- convergence -------------------------------------------------------------------------------------------------
 
 
+COMPARED_WITH = "stock_fp32_masters"  # the design that the others' losses are compared with
+
+
 def convergence_tables(content: Content) -> list[str]:
-    """Return a table of the losses, and say where they differ."""
-    return [
-        *paragraph(
-            "Validation loss after the same number of tokens, from the same weights on the same text. *Less fp32's* is "
-            "the difference to fp32 accumulation with the same seed: its median over the seeds, and the interval from "
-            "the least to the greatest."
-        ),
-        *_losses(content),
-        *_differences(content),
-    ]
+    """Return for each learning rate a table of losses and one of differences, and say where they differ."""
+    to = _reference_label(content)
+    lines = paragraph(
+        "Validation loss after the same number of tokens, from the same FP32 weights, as far as a design can hold "
+        "them, on the same text: the median over the seeds, with the least and the greatest. Then the difference to "
+        f"the loss of {to} with the same seed: its median, and an interval that holds it with the confidence below."
+    )
+    for rate, results in grouped(content["results"], "learning_rate").items():
+        lines += [f"**Learning rate {rate:g}: validation loss**", "", *_by_count(results, _loss)]
+        lines += [f"**Learning rate {rate:g}: less that of {to}**", "", *_by_count(results, _difference)]
+    return lines + _differences(content)
 
 
 def convergence_summary(content: Content) -> list[str]:
-    """Return the losses and what they show."""
-    first = content["results"][0]
-    seeds = max(len(r.get("validation_loss", [])) for r in content["results"])
-    return [
-        *paragraph(
-            f"Validation loss of a small GPT after {first['tokens']:,} tokens with N micro-batches in a window, median "
-            f"of {seeds} seeds, and its difference to fp32 accumulation with the same seed:"
-        ),
-        *_losses(content),
-        *_differences(content),
-    ]
+    """Return the differences, and which of them can be told from zero."""
+    results = content["results"]
+    seeds = max(len(r.get("validation_loss", [])) for r in results)
+    tokens = max(r["tokens"] for r in results)
+    lines = paragraph(
+        f"Validation loss of a small GPT after {tokens:,} tokens with N micro-batches in a window, less that of "
+        f"{_reference_label(content)} with the same seed: median of {seeds} seeds and interval."
+    )
+    for rate, of_rate in grouped(results, "learning_rate").items():
+        lines += _by_count(of_rate, _difference, f"learning rate {rate:g}")
+    return lines + _differences(content)
 
 
-def _losses(content: Content) -> list[str]:
+def _reference_label(content: Content) -> str:
+    return next(str(r["label"]) for r in content["results"] if r["design"] == COMPARED_WITH)
+
+
+def _by_count(results: list[Result], show: Callable[[Result], str], corner: str = "design") -> list[str]:
+    """Return a table with a row for each design and a column for each N."""
+    steps = {r["micro_batches"]: r["steps"] for r in results}
     rows = []
-    for count, results in grouped(content["results"], "micro_batches").items():
-        for result in results:
-            name = f"N = {count}, {result['steps']} steps: {_design(result)}"
-            if "error" in result:
-                rows.append([name, result["error"], ""])
-                continue
-            losses, found = result["validation_loss"], result.get("difference")
-            rows.append(
-                [
-                    name,
-                    f"{result['median_loss']:.4f} ({min(losses):.4f}-{max(losses):.4f})",
-                    f"{found['median']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})" if found else "",
-                ]
-            )
-    return table(["accumulation", "validation loss", "less fp32's"], rows)
+    for of_design in grouped(results, "design").values():
+        found = {r["micro_batches"]: r.get("error") or show(r) for r in of_design}
+        rows.append([_design(of_design[0]), *(found[count] for count in steps)])
+    return table([corner, *(f"N = {count}, {number} steps" for count, number in steps.items())], rows)
+
+
+def _loss(result: Result) -> str:
+    losses = result["validation_loss"]
+    return f"{result['median_loss']:.4f} ({min(losses):.4f}-{max(losses):.4f})"
+
+
+def _difference(result: Result) -> str:
+    found = result.get("difference")
+    if found is None:
+        return f"its loss: {result['median_loss']:.4f}" if result["design"] == COMPARED_WITH else ""
+    return f"{found['median']:+.5f} ({found['low']:+.5f} to {found['high']:+.5f})"
 
 
 def _differences(content: Content) -> list[str]:
-    """Say plainly for which N the loss differs visibly from that of FP32 accumulation, and for which it does not."""
+    """Say plainly where the loss of a design can be told from that of the reference, and where it cannot."""
+    to = _reference_label(content)
+    compared = [r for r in content["results"] if "difference" in r]
     lines = []
-    for label, results in grouped([r for r in content["results"] if "difference" in r], "label").items():
-        words = ("higher than", "lower than", "not visibly different from")
-        told: dict[str, list[str]] = {word: [] for word in words}
+    for label, results in grouped(compared, "label").items():
+        words = ("higher than", "lower than", "not to be told from")
+        told: dict[str, dict[float, list[str]]] = {word: {} for word in words}
         for result in results:
-            told[_side(result["difference"], 0, *words)].append(str(result["micro_batches"]))
-        said = "; ".join(f"at N = {', '.join(counts)} {word} fp32's" for word, counts in told.items() if counts)
-        lines += paragraph(f"{label}: the loss is {said} ({results[0]['difference']['confidence']:.0%} confidence).")
+            of_word = told[_side(result["difference"], 0, *words)]
+            of_word.setdefault(result["learning_rate"], []).append(str(result["micro_batches"]))
+        said = [
+            f"{word} that of {to} at "
+            + " and ".join(f"N = {', '.join(counts)} (learning rate {rate:g})" for rate, counts in of_word.items())
+            for word, of_word in told.items()
+            if of_word
+        ]
+        lines += paragraph(f"{label}: the loss is {'; '.join(said)}.")
+    if compared:
+        confidence = min(r["difference"]["confidence"] for r in compared)
+        by_chance = sum(1 - r["difference"]["confidence"] for r in compared)
+        lines += paragraph(
+            f"Each interval has a confidence of {confidence:.0%}: of {len(compared)}, about {by_chance:.0f} would "
+            "leave out zero by chance where nothing differs."
+        )
     return lines
 
 
@@ -543,6 +679,7 @@ SECTIONS = {
     "finish": Section("The end of a window", finish_tables, finish_summary),
     "overhead": Section("Host time of the hook", overhead_tables, overhead_summary),
     "training": Section("Training", training_tables, training_summary),
+    "step": Section("The step", step_tables, step_summary),
     "convergence": Section("Convergence", convergence_tables, convergence_summary),
     "reduce": Section("The mean over ranks", reduce_tables, reduce_summary),
     "registers": Section("Registers of the GPU kernels", registers_tables),

@@ -121,8 +121,13 @@ class StockBF16Masters(StockBF16):
 
     def stepped(self) -> list[nn.Parameter]:
         """Return FP32 copies of the weights."""
-        self.fp32_weights = [nn.Parameter(getattr(param, "fp32", param.detach().float())) for param in self.params]
+        self.fp32_weights = [nn.Parameter(weight) for weight in self.take_fp32()]
         return self.fp32_weights
+
+    def take_fp32(self) -> list[Tensor]:
+        """Return the weights in FP32, as they were before :meth:`cast` if it has cast them; they are not kept."""
+        kept = [vars(param).pop("fp32", None) for param in self.params]
+        return [p.detach().float() if fp32 is None else fp32 for p, fp32 in zip(self.params, kept, strict=True)]
 
     def gradients_for_step(self) -> list[Tensor]:
         """Return the sums in FP32."""
@@ -292,7 +297,7 @@ class Compiled(HookAdd):
         flat = iter(self.flat_weights.split([param.numel() for param in self.params]))
         for param in self.params:
             param.data = next(flat).view_as(param)
-        self.flat_fp32 = self.flat_weights.float()
+        self.flat_fp32 = torch.cat([weight.flatten() for weight in self.take_fp32()])
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.flat_fp32), torch.zeros_like(self.flat_fp32)
         self.steps = torch.zeros((), device=self.flat_fp32.device)
         rate = torch.tensor(learning_rate, device=self.flat_fp32.device)
@@ -468,6 +473,16 @@ class Split24Masters(Split24Finish):
     def attach(self) -> accumkern.GradAccumulator:
         """Attach to the optimizer, with masters of the weights."""
         return accumkern.attach(self.optimizer, self.buffer, master_weights=self.master_weights)
+
+    def make_state(self) -> None:
+        """Make the state of AdamW and of the masters, by a step with gradients of zero."""
+        self.begin()
+        super().make_state()
+
+    def begin(self) -> None:
+        """Attach, unless the state of the masters is there."""
+        if accumkern.accumulator_of(self.optimizer) is None:
+            super().begin()
 
     def gradients_for_step(self) -> list[Tensor]:
         """Return the sums in FP32."""

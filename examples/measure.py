@@ -94,7 +94,7 @@ class Memory:
     """Bytes that training needs.
 
     Attributes:
-        resident: weights, their FP32 copies and the state of AdamW.
+        resident: weights, their FP32 copies or what belongs to their masters, and the state of AdamW.
         held: sums of gradients and what belongs to them, after the last backward pass, when all activations are gone.
         peak: the most at any time, all included.
         peak_in_step: the most after the last backward pass, less ``resident``.

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_convergence  # noqa: E402
+import bench_step  # noqa: E402
 import bench_training  # noqa: E402
 import figures  # noqa: E402
 import report  # noqa: E402
@@ -53,7 +54,8 @@ def run(name: str, folder: Path, *options: str) -> dict[str, Any]:
 def trained(key: str) -> tuple[list[Tensor], list[Tensor]]:
     """Train a tiny model for two windows; return its weights, and the last gradients that were kept."""
     torch.manual_seed(0)
-    design = designs.DESIGNS[key](GPT(16, 1, 1, context=8).bfloat16(), max_norm=0.5)  # which clips here
+    kind = designs.DESIGNS[key]
+    design = kind(kind.cast(GPT(16, 1, 1, context=8)), max_norm=0.5)  # which clips here
     design.begin()
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
@@ -79,8 +81,9 @@ def test_the_compiled_step_is_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(designs, "_compile", lambda function: function)
     weights, _ = trained("compiled_masters")
     expected, _ = trained("stock_fp32_masters")
+    # The last bit of a master shows in a weight now and then, and that weight in all gradients of the next window.
     differing = sum((a != b).sum().item() for a, b in zip(weights, expected, strict=True))
-    assert differing <= 0.001 * sum(weight.numel() for weight in weights)
+    assert differing <= 0.005 * sum(weight.numel() for weight in weights)
     for mine, other in zip(weights, expected, strict=True):
         torch.testing.assert_close(mine, other)
 
@@ -113,7 +116,7 @@ def test_gradient_release_trains_and_keeps_no_gradient() -> None:
 
 @pytest.mark.slow
 def test_training(tmp_path: Path) -> None:
-    keys = "stock_bf16,stock_fp32,grad_dtype,split24,split32_finish,stock_fp32_masters,split24_masters"
+    keys = "stock_bf16,stock_fp32,grad_dtype,split24,split32_finish,stock_fp32_masters,split24_masters,autocast"
     content = run("training", tmp_path, "--regimes", "compute,launch", "--designs", keys)
     assert len(content["results"]) == 2 * len(keys.split(","))
     for regime in ("compute", "launch"):
@@ -132,6 +135,16 @@ def test_training(tmp_path: Path) -> None:
             14 * found["split24"]["parameters"], rel=0.02
         )
         assert found["split24"]["resident_bytes"] == pytest.approx(6 * found["split24"]["parameters"], rel=0.02)
+        # The residual of the masters is 2 and the states are FP32; a CPU keeps the FP32 weights and gradients of a
+        # step, which for so small a model are all of them.
+        assert found["split24_masters"]["resident_bytes"] == pytest.approx(
+            (2 + 2 + 8 + 8) * found["split24"]["parameters"], rel=0.02
+        )
+        assert held["split24_masters"] == pytest.approx(3, abs=0.05)
+        # FP32 weights, their states and their gradients.
+        assert found["autocast"]["resident_bytes"] == pytest.approx(12 * found["split24"]["parameters"], rel=0.02)
+        assert held["autocast"] == pytest.approx(4, abs=0.05)
+        assert errors["autocast"] < 2**-24
         assert set(found["split24"]["window_over"]) == {"stock_bf16", "stock_fp32_masters"}
         assert found["split24"]["micro_batch_over"]["stock_bf16"]["n"] == 2 * 3
     assert any("RuntimeError" in line for line in tables.training_tables(content))
@@ -185,6 +198,80 @@ def test_as_many_designs_at_a_time_as_fit_into_memory(monkeypatch: pytest.Monkey
         assert sorted(key for group in found for key in group[1:]) == sorted([*others, "split24"])
 
 
+# ---- the benchmark of the step -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_step(tmp_path: Path) -> None:
+    content = run("step", tmp_path)
+    assert {r["tensors"] for r in content["results"]} == {1, 2}
+    for results in tables.grouped(content["results"], "design", "tensors").values():
+        assert {r["end"] for r in results} == set(bench_step.ENDS)
+    in_bytes = {  # weights, masters, gradients, residuals, states
+        "stock_bf16": (2, 0, 2, 0, 4),
+        "stock_fp32_masters": (2, 4, 4, 0, 8),
+        "split24_masters": (2, 2, 2, 1, 8),
+        "split24_masters24": (2, 1, 2, 1, 8),
+    }
+    for result in content["results"]:
+        *held, bucket = result["held_bytes"].values()
+        assert [size / result["numel"] for size in held] == pytest.approx(in_bytes[result["design"]], abs=1e-4)
+        assert (bucket > 0) == result["design"].startswith("split24")
+        assert ("over_fp32_masters" in result) == (result["design"] != "stock_fp32_masters")
+        assert result["peak_bytes"] < 0.01 * result["numel"]  # the bucket is kept
+    buckets = {r["bucket_bytes"]: r["held_bytes"]["bucket"] for r in content["results"] if r["bucket_bytes"]}
+    # A tensor of 2^20 weights needs 8 MiB, also where a bucket is smaller.
+    assert "is 4.00 more where they are 2 tensors and 8.00 more where they are 1 tensor" in " ".join(
+        tables.step_summary(content)
+    )
+    assert buckets == {2 * 2**20: 2**23, 8 * 2**20: 2**23, 32 * 2**20: 2**24, 128 * 2**20: 2**24}
+
+
+@pytest.mark.parametrize("end", bench_step.ENDS)
+def test_an_end_of_a_window_is_the_same_step_in_every_design(end: str) -> None:
+    max_norm = None if "clip" not in end else 1e-4
+    weights: dict[type[Any], list[Tensor]] = {}
+    momenta: dict[type[Any], list[Tensor]] = {}
+    for kind in bench_step.DESIGNS:
+        made = bench_step.Measurement([(8, 8), (16,)], [kind], CPU)
+        made.make(0, kind)
+        design = made.designs[0]
+        for _ in range(3):
+            made.accumulate(design)
+            design.end(bench_step.ENDS[end][0], max_norm)
+        weights[kind] = [param.detach().clone() for param in design.params]
+        # AdamW's weights hardly depend on the scale of gradients; its first moment does.
+        momenta[kind] = [state["exp_avg"].float() for state in design.optimizer.state.values()]
+    for kind in bench_step.DESIGNS:
+        in_bf16 = kind is bench_step.InBF16
+        for mine, other in zip(momenta[kind], momenta[bench_step.BesideWeights], strict=True):
+            torch.testing.assert_close(mine, other, rtol=2**-5 if in_bf16 else 2**-14, atol=1e-6 if in_bf16 else 1e-9)
+        for mine, other in zip(weights[kind], weights[bench_step.BesideWeights], strict=True):
+            torch.testing.assert_close(mine, other, rtol=2**-6, atol=1e-3 if in_bf16 else 1e-5)
+
+
+def test_a_design_whose_step_fails_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def fails_late(self: Any, divide_by: float, max_norm: float | None) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 8:  # memory is measured, time is not
+            raise ValueError("late")
+
+    monkeypatch.setattr(bench_step.InsideWeights24, "end", fails_late)
+    kinds = [*bench_step.DESIGNS, bench_step.with_bucket(1)]
+    results = bench_step.Measurement([(64, 64)], kinds, CPU).results(2, lambda done, total: None)
+    assert len(results) == 4 * 3 + 1
+    failed = [r for r in results if "error" in r]
+    assert [(r["design"], r["error"]) for r in failed] == [("split24_masters24", "ValueError: late")] * 3
+    for result in results:
+        report.check(result, "step", "results")
+    assert all("n" not in r or r["n"] == 2 for r in results)
+    assert any("ValueError: late" in line for line in tables.step_tables({"results": results}))
+    assert "ValueError: late" in " ".join(tables.step_summary({"results": results}))
+
+
 # ---- the convergence benchmark -----------------------------------------------------------------------------------
 
 
@@ -192,23 +279,37 @@ def test_as_many_designs_at_a_time_as_fit_into_memory(monkeypatch: pytest.Monkey
 def test_convergence(tmp_path: Path) -> None:
     content = run("convergence", tmp_path, "--workers", "2")
     assert {(r["design"], r["micro_batches"]) for r in content["results"]} == {
-        (design, count) for design in ("stock_bf16", "stock_fp32", "split24") for count in (8, 64)
+        (design, count) for design in bench_convergence.DESIGN_KEYS for count in (1, 8)
     }
+    assert {r["learning_rate"] for r in content["results"]} == set(bench_convergence.LEARNING_RATES)
     for result in content["results"]:
         assert len(set(result["validation_loss"])) == 2  # the seeds
         assert all(3 < loss < 5.5 for loss in result["validation_loss"])  # it has learnt something
-        assert ("difference" in result) == (result["design"] != "stock_fp32")
+        assert ("difference" in result) == (result["design"] != tables.COMPARED_WITH)
+    # 16-bit weights swallow small updates; masters do not.
+    of = {
+        (r["design"], r["micro_batches"], r["learning_rate"]): r["difference"]
+        for r in content["results"]
+        if "difference" in r
+    }
+    for count, rate in ((1, 2e-4), (1, 1e-3), (8, 2e-4), (8, 1e-3)):
+        assert of["split24", count, rate]["low"] > 10 * abs(of["split24_masters", count, rate]["median"])
+
+
+def test_the_losses_are_compared_with_the_design_that_the_tables_name() -> None:
+    assert bench_convergence.REFERENCE == tables.COMPARED_WITH
+    assert set(figures.CONVERGENCE_COLORS) == set(bench_convergence.DESIGN_KEYS) - {tables.COMPARED_WITH}
 
 
 def test_a_run_is_the_same_again() -> None:
-    run_ = bench_convergence.Run("split24", 4, seed=1, total=8, device="cpu")
+    run_ = bench_convergence.Run("split24_masters", 4, 1e-3, seed=1, total=8, device="cpu")
     assert bench_convergence.train(run_) == bench_convergence.train(run_)
 
 
 def test_a_run_that_failed_is_the_result() -> None:
-    found = bench_convergence.result("split24", 8, 64, [3.0, "OOM"], [3.0, 3.1])
+    found = bench_convergence.result("split24", 8, 1e-3, 64, [3.0, "OOM"], [3.0, 3.1])
     assert found["error"] == "OOM"
-    found = bench_convergence.result("split24", 8, 64, [3.0, 3.2], [3.0, "OOM"])
+    found = bench_convergence.result("split24", 8, 1e-3, 64, [3.0, 3.2], [3.0, "OOM"])
     assert found["median_loss"] == pytest.approx(3.1)
     assert "difference" not in found
     report.check(found, "convergence", "split24")
@@ -248,15 +349,23 @@ def test_a_verdict_follows_the_interval(ratios: list[float], said: str) -> None:
 
 def test_where_there_is_a_visible_difference_it_is_said() -> None:
     results = []
-    for count, less in ((8, -0.01), (64, 0.0), (256, 0.02)):
-        reference = [3.0, 3.1, 3.2, 3.3, 3.4]
-        losses = [
+    reference = [3.0, 3.1, 3.2, 3.3, 3.4]
+    for rate, count, less in ((2e-4, 1, 0.02), (2e-4, 8, 0.0), (1e-3, 1, 0.02), (1e-3, 8, -0.01), (1e-3, 64, 0.0)):
+        losses: list[float | str] = [
             loss + less + noise for loss, noise in zip(reference, (0.001, -0.001, 0.0, 0.002, -0.002), strict=True)
         ]
-        results.append(bench_convergence.result("stock_bf16", count, 512, losses, reference))
-        results.append(bench_convergence.result("stock_fp32", count, 512, reference, reference))
+        results.append(bench_convergence.result("stock_bf16", count, rate, 512, losses, [*reference]))
+        results.append(bench_convergence.result("stock_fp32_masters", count, rate, 512, [*reference], [*reference]))
+        results.append(bench_convergence.result("split24", count, rate, 512, ["OOM"] * 5, [*reference]))
     content = {"results": results}
-    said = " ".join(tables.convergence_summary(content))
-    assert "the loss is at N = 256 higher than fp32's; at N = 8 lower than fp32's; at N = 64 not visibly" in said
-    assert "94% confidence" in said
+    summary_ = tables.convergence_summary(content)
+    said = " ".join(summary_)
+    assert (
+        "stock bf16: the loss is higher than that of stock fp32 + masters at N = 1 (learning rate 0.0002) and N = 1 "
+        "(learning rate 0.001); lower than that of stock fp32 + masters at N = 8 (learning rate 0.001); not to be told "
+        "from that of stock fp32 + masters at N = 8 (learning rate 0.0002) and N = 64 (learning rate 0.001)."
+    ) in said
+    assert "a confidence of 94%: of 5, about 0 would" in said
+    assert "| stock bf16 | +0.02000 (+0.01800 to +0.02200) | +0.00000 (-0.00200 to +0.00200) |" in summary_
+    assert "| **accumkern split24** | OOM | OOM | OOM |" in tables.convergence_tables(content)
     assert figures.convergence("a machine", content) is not None
