@@ -11,6 +11,7 @@ step allocates beyond that by the allocator. Writes ``benchmarks/results/<machin
 from __future__ import annotations
 
 import gc
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -197,6 +198,7 @@ class Measurement:
             for end in (ENDS if design.__dict__.get("bucket") is None else ["step"])
         }
         self.kinds = designs
+        self.copy_gb_per_s: list[float] = []
         self.designs: dict[int, Any] = {}
         generator = torch.Generator(device).manual_seed(1)
         self.grads = [
@@ -212,6 +214,7 @@ class Measurement:
             self.attempt(key[0], partial(self.measure_memory, key))
         for number in range(rounds):
             on_step(number, rounds)
+            self.copy_gb_per_s.append(self.time_copy())
             order = list(self.outcomes) if number % 2 == 0 else list(self.outcomes)[::-1]
             milliseconds = {key: found for key in order if (found := self.attempt(key[0], partial(self.time, key)))}
             for key, found in milliseconds.items():
@@ -269,6 +272,12 @@ class Measurement:
         self.accumulate(design)
         return timed(partial(design.end, *ENDS[key[1]]), self.device)
 
+    def time_copy(self) -> float:
+        """Return how many GB/s a copy of an FP32 tensor reads and writes now: a shared machine's memory has moods."""
+        source = torch.ones(sum(grad.numel() for grad in self.grads[0]), device=self.device)
+        target = torch.zeros_like(source)
+        return 2 * source.nbytes / 1e6 / timed(partial(target.copy_, source), self.device)
+
     def result(self, outcome: Outcome) -> dict[str, Any]:
         """Return what was measured of a design and a way to end a window."""
         made: dict[str, Any] = {
@@ -278,6 +287,7 @@ class Measurement:
             "label": outcome.design.label,
             "bucket_bytes": getattr(outcome.design, "bucket", None),
             "end": outcome.end,
+            "copy_gb_per_s": statistics.median(self.copy_gb_per_s),
         }
         if outcome.error is not None:
             return made | {"error": outcome.error}
@@ -322,6 +332,7 @@ def main() -> None:
         "held": "at the end of a window, counted from tensors; a CPU keeps the bucket of FP32 weights and gradients "
         "from step to step",
         "peak": "the most that is allocated at any time from there until the next window, less what was held",
+        "copy": "reads and writes of copy_ between two FP32 tensors of as many elements, once a round: median",
         "backend": backends.choose(None, device),
     }
     write_results(arguments, "step", method, results)

@@ -438,7 +438,7 @@ def step_tables(content: Content) -> list[str]:
         "`finish()`. Ratios are to stock fp32 + masters with the same end in the same round: median and interval."
     )
     for of_weights in grouped(content["results"], "tensors").values():
-        lines += [_of_weights(of_weights[0]), ""]
+        lines += [f"{_of_weights(of_weights[0])}, while `copy_` went at {of_weights[0]['copy_gb_per_s']:.0f} GB/s", ""]
         designs = grouped([r for r in of_weights if r["bucket_bytes"] is None], "design")
         ends = list(dict.fromkeys(r["end"] for r in of_weights))
         rows = []
