@@ -10,7 +10,7 @@ import accumkern
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.integration("CUDA graphs: backward with its folds, finish(), a step with master weights"),
+    pytest.mark.integration("CUDA graphs: backward with its folds, finish()"),
 ]
 
 
