@@ -253,7 +253,7 @@ def warn_of_ranks(count: int) -> None:
     """Warn of weights that have changed since to_bfloat16(), where ranks may have changed them alone."""
     if is_in_group():
         warnings.warn(
-            f"{count} weights have changed on this rank since to_bfloat16(), and what it had cut off of them is left "
+            f"weights ({count}) have changed on this rank since to_bfloat16(), and what it had cut off of them is left "
             "out. DistributedDataParallel hands on the weights of rank 0, but not that: give all ranks the same FP32 "
             "weights before to_bfloat16(), or else their master weights differ",
             stacklevel=6,  # whoever calls attach(); torch.no_grad() is between

@@ -17,7 +17,7 @@ class HeldMemory:
 
     Attributes:
         weights: the optimizer's parameters.
-        master_residuals: what they lack of their FP32 master weights.
+        master_residuals: what they lack of their FP32 master weights, and copies of weights that others write.
         gradients: ``.grad``.
         residuals: what ``.grad`` lacks of the accumulated sums, an FP32 buffer included.
         optimizer_state: of the optimizer, all tensors.
