@@ -56,7 +56,8 @@ def attach(
         master_weights: how the FP32 master of a bfloat16 parameter is kept: ``"split32"``, an int16 residual beside the
             weight, which together are every FP32 number; ``"split24"``, an int8 residual, 16 significant bits. Then
             ``optimizer.step()`` reads and writes FP32 weights, with the optimizer's state in FP32 and the accumulated
-            gradient to the precision of ``buffer``. None steps the bfloat16 weights themselves. float32 parameters are stepped as they are.
+            gradient to the precision of ``buffer``. None steps the bfloat16 weights themselves. float32 parameters are
+            stepped as they are.
         bucket: bytes of FP32 weights and gradients that a step makes at a time, 8 per parameter; a tensor that needs
             more is made whole. None takes 8 MiB on a CPU, 256 MiB elsewhere. Optimizers that may look at all parameters
             together (:mod:`accumkern.optimizers` has the table of those that do not) take all of them at once.
