@@ -24,11 +24,12 @@ from setuptools.command.build_ext import build_ext
 if int(setuptools.__version__.split(".")[0]) < 77:  # pip brings its own; `python setup.py` takes what is there
     sys.exit(f"setuptools is {setuptools.__version__}; accumkern is built with 77 or newer: pip install -U setuptools")
 
-SOURCES = ["csrc/bindings.cpp", "csrc/accumulate_cpu.cpp"]
-HEADERS = ["csrc/accumulate.h", "csrc/accumulate_math.h"]
-CUDA_SOURCE = "csrc/accumulate_cuda.cu"
-# Every fused multiply-add is spelled out; nobody reads floating-point flags, which otherwise forbid vectorisation.
-ARITHMETIC = ["-ffp-contract=off", "-fno-trapping-math"]
+SOURCES = ["csrc/bindings.cpp", "csrc/accumulate_cpu.cpp", "csrc/step_cpu.cpp"]
+HEADERS = [f"csrc/{name}.h" for name in ("accumulate", "accumulate_math", "step_math", "cpu", "cuda")]
+CUDA_SOURCES = ["csrc/accumulate_cuda.cu", "csrc/step_cuda.cu"]
+# Every fused multiply-add is spelled out; nobody reads floating-point flags or errno, which otherwise forbid
+# vectorisation.
+ARITHMETIC = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 # Machine code for these; later GPUs compile the newest one's PTX when they first load it.
 CUDA_ARCHITECTURES = ("80", "90", "100")
 
@@ -83,12 +84,13 @@ class BuildExtension(build_ext):
             listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
             targets = [a for a in CUDA_ARCHITECTURES if f"compute_{a}" in listed.split()]
             Path(self.build_temp).mkdir(parents=True, exist_ok=True)
-            compiled = str(Path(self.build_temp) / "accumulate_cuda.o")
             command = [nvcc, "-std=c++17", "-O3", "-fmad=false", "--threads", "0", "-Xcompiler", "-fPIC"]
             command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in targets]
             command += [f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}"]
-            self.announce(" ".join([*command, "-c", CUDA_SOURCE, "-o", compiled]), level=2)
-            subprocess.run([*command, "-c", CUDA_SOURCE, "-o", compiled], check=True)
+            compiled = {source: str(Path(self.build_temp) / Path(source).with_suffix(".o").name) for source in CUDA_SOURCES}
+            for source, target in compiled.items():
+                self.announce(" ".join([*command, "-c", source, "-o", target]), level=2)
+                subprocess.run([*command, "-c", source, "-o", target], check=True)
         except (OSError, subprocess.CalledProcessError, IndexError) as error:
             if CHOICE == "cuda":
                 raise
@@ -97,7 +99,7 @@ class BuildExtension(build_ext):
         toolkit = Path(nvcc).resolve().parent.parent
         if not (toolkit / "lib64" / "libcudart_static.a").exists():  # nvcc on PATH may be a script elsewhere
             toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-        ext.extra_objects.append(compiled)
+        ext.extra_objects += compiled.values()
         ext.library_dirs.append(str(toolkit / "lib64"))
         ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
         ext.define_macros.append(("ACCUMKERN_CUDA_TARGETS", '"' + " ".join(f"sm_{a}" for a in targets) + '"'))
@@ -112,7 +114,7 @@ def extensions() -> list[Extension]:
         Extension(
             "accumkern.backends._C",
             sources=SOURCES,
-            depends=[*HEADERS, CUDA_SOURCE],
+            depends=[*HEADERS, *CUDA_SOURCES],
             include_dirs=["csrc", pybind11.get_include()],
             define_macros=[("ACCUMKERN_VERSION", f'"{version()}"')],
             extra_compile_args=[*ARITHMETIC, "-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-g0"],

@@ -169,7 +169,7 @@ def fma(scale: float | Tensor, grads: Tensor, x: Tensor) -> Tensor:
     sums: proved algorithms using rounding to odd", IEEE Trans. Computers 57(4), 2008).
 
     Args:
-        scale: a number, or a 0-dim tensor; it is rounded to FP32 first.
+        scale: a number, or a tensor of no dimension or the shape of ``grads``; it is rounded to FP32 first.
         grads: any shape, any floating dtype whose values FP32 holds.
         x: the shape of ``grads``, FP32.
     """

@@ -59,11 +59,41 @@ struct Call {
   Scalar factor;  // finish's and rescale's
 };
 
+// Which optimizer's update a step computes (step_math.h). The numbers are shared with accumkern/updates.py.
+enum class Update : int { kAdam = 0, kAmsgrad = 1, kSgd = 2, kMomentum = 3 };
+
+constexpr int kMaxStates = 3;
+constexpr int kCoefficients = 9;  // FP32 numbers that a tensor's update is made with
+
+// A bfloat16 weight with its residual, and what its step reads and writes.
+struct StepTensor {
+  void* weight;
+  void* weight_residual;
+  const void* grad;
+  const void* grad_residual;  // nullptr where the gradient is complete in itself
+  float* states[kMaxStates];
+  int64_t numel;
+  const float* coefficients;  // of the update
+};
+
+// weight, states = update((gradient / divisor) * factor, weight, states), for every element of every tensor.
+struct StepCall {
+  Update update;
+  Format weight_format;
+  Format grad_format;
+  Start start;  // of the gradients: kContinue, or kFromSum for those without residuals
+  std::vector<StepTensor> tensors;
+  Scalar divisor, factor;
+  const float* skip;  // where this is not zero, nothing is written; nullptr for none
+};
+
 void run_cpu(const Call& call, int threads);
+void step_cpu(const StepCall& call, int threads);
 const char* cpu_instruction_set();
 
 // Launched on `stream` of `device` without waiting; throws std::runtime_error with CUDA's message.
 void run_cuda(const Call& call, int device, uintptr_t stream);
+void step_cuda(const StepCall& call, int device, uintptr_t stream);
 
 // Why the kernels cannot run on the current device (another architecture, an old driver), or an empty string.
 std::string cuda_problem();

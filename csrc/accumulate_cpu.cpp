@@ -1,22 +1,16 @@
 // The kernels on the CPU: one loop body each, compiled for three instruction sets and chosen at run time.
-#include "accumulate.h"
-
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 
+#include "accumulate.h"
 #include "accumulate_math.h"
+#include "cpu.h"
 
 namespace accumkern {
 namespace {
 
 // ---- kernels -------------------------------------------------------------------------------------------------
-
-constexpr int64_t kChunk = 128;   // elements between two rounds of prefetching
-constexpr int64_t kAhead = 1024;  // elements from what is folded to what is asked for
-constexpr int64_t kCacheLineBytes = 64;
-static_assert(kBlockNumel % kChunk == 0, "a block is a whole number of chunks");
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a word holds the first of two neighbours in its lower half");
 
 struct Range {
   const FoldTensor& tensor;
@@ -35,26 +29,6 @@ struct Squares {
   alignas(64) float of_grad[kChunk] = {}, of_value[kChunk] = {}, of_old_value[kChunk] = {};
 };
 
-// The i-th residual's address, of a format that has any.
-template <class F, class Residual>
-ACCUMKERN_INLINE Residual* at(Residual* residuals, int64_t i) {
-  if constexpr (F::kHasResidual) {
-    return residuals + i;
-  } else {
-    return nullptr;
-  }
-}
-
-// The i-th accumulated value: of sum and residual, or of the sum alone.
-template <class F, Start kStart = Start::kContinue>
-ACCUMKERN_INLINE float value_at(const typename F::Sum* sum, const typename F::Residual* residual, int64_t i) {
-  if constexpr (kStart == Start::kFromSum || !F::kHasResidual) {
-    return F::widen(sum[i]);
-  } else {
-    return F::decode(sum[i], residual[i]);
-  }
-}
-
 // The same of the i-th pair of neighbours, of a split format.
 template <class F, Start kStart>
 ACCUMKERN_INLINE void values_at(const SumPair* sums, const typename ResidualPairOf<F>::Type* residuals, int64_t i,
@@ -70,17 +44,6 @@ ACCUMKERN_INLINE void add_square(float x, float* total) { *total += x * x; }
 
 ACCUMKERN_INLINE void add_squares(float first, float second, float* total) {
   *total = __builtin_fmaf(first, first, __builtin_fmaf(second, second, *total));
-}
-
-// Asks for the chunk that is kAhead elements away. The processor's own prefetching stops at every page. Addresses past
-// the end are harmless, but not for pointer arithmetic.
-template <bool kWrites, class T>
-ACCUMKERN_INLINE void prefetch(const T* chunk) {
-  const uintptr_t ahead = reinterpret_cast<uintptr_t>(chunk) + kAhead * sizeof(T);
-#pragma GCC unroll 8
-  for (uintptr_t offset = 0; offset < kChunk * sizeof(T); offset += kCacheLineBytes) {
-    __builtin_prefetch(reinterpret_cast<const void*>(ahead + offset), kWrites);
-  }
 }
 
 // x = fma(scale, grad, decode(sum, residual)); (sum, residual) = encode(x), for `numel` elements of a chunk.
@@ -236,14 +199,6 @@ struct Finish {
   }
 };
 
-// value = decode(sum, residual), for `numel` elements of a chunk.
-template <class F>
-ACCUMKERN_INLINE void decode_elements(const typename F::Sum* sum, const typename F::Residual* residual, float* value,
-                                      int64_t numel) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < numel; ++i) value[i] = value_at<F>(sum, residual, i);
-}
-
 template <class F>
 struct Decode {
   static ACCUMKERN_INLINE void run(const Range& range, float, float) {
@@ -345,74 +300,30 @@ struct Square {
   }
 };
 
-// ---- instruction sets ----------------------------------------------------------------------------------------
+// ---- choice --------------------------------------------------------------------------------------------------
 
 using RangeFunction = void (*)(const Range&, float, float);
 
 template <class K>
-void run_baseline(const Range& range, float scalar, float factor) {
-  K::run(range, scalar, factor);
-}
-
-#if defined(__x86_64__)
-template <class K>
-__attribute__((target("avx2,fma"))) void run_avx2(const Range& range, float scalar, float factor) {
-  K::run(range, scalar, factor);
-}
-
-template <class K>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void run_avx512(const Range& range, float scalar,
-                                                                                       float factor) {
-  K::run(range, scalar, factor);
-}
-#endif
-
-enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
-
-InstructionSet instruction_set() {
-#if defined(__x86_64__)
-  static const InstructionSet found = [] {
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return avx2 && avx512 ? InstructionSet::kAvx512 : avx2 ? InstructionSet::kAvx2 : InstructionSet::kBaseline;
-  }();
-  return found;
-#else
-  return InstructionSet::kBaseline;
-#endif
-}
-
-template <class K>
-RangeFunction for_this_cpu() {
-  switch (instruction_set()) {
-#if defined(__x86_64__)
-    case InstructionSet::kAvx512:
-      return run_avx512<K>;
-    case InstructionSet::kAvx2:
-      return run_avx2<K>;
-#endif
-    default:
-      return run_baseline<K>;
-  }
+RangeFunction compiled() {
+  return for_this_cpu<K, const Range&, float, float>();
 }
 
 template <class F, Start kStart>
 RangeFunction choose_kernel(Kernel kernel, bool measured) {
   switch (kernel) {
     case Kernel::kFold:
-      return measured ? for_this_cpu<Fold<F, kStart, true>>() : for_this_cpu<Fold<F, kStart, false>>();
+      return measured ? compiled<Fold<F, kStart, true>>() : compiled<Fold<F, kStart, false>>();
     case Kernel::kFinish:
-      return for_this_cpu<Finish<F, kStart, false>>();
+      return compiled<Finish<F, kStart, false>>();
     case Kernel::kRescale:
-      return for_this_cpu<Finish<F, kStart, true>>();
+      return compiled<Finish<F, kStart, true>>();
     case Kernel::kDecode:
-      return for_this_cpu<Decode<F>>();
+      return compiled<Decode<F>>();
     case Kernel::kEncode:
-      return for_this_cpu<Encode<F>>();
+      return compiled<Encode<F>>();
     case Kernel::kSquares:
-      return for_this_cpu<Square<F, kStart>>();
+      return compiled<Square<F, kStart>>();
   }
   throw std::invalid_argument("accumkern: unknown kernel");
 }
@@ -446,8 +357,6 @@ RangeFunction choose_format(const Call& call, bool measured) {
   throw std::invalid_argument("accumkern: unknown format");
 }
 
-int64_t blocks_of(int64_t numel) { return (numel + kBlockNumel - 1) / kBlockNumel; }
-
 }  // namespace
 
 // ---- launcher ------------------------------------------------------------------------------------------------
@@ -463,44 +372,15 @@ const char* cpu_instruction_set() {
   }
 }
 
-static float value_of(Scalar scalar) { return scalar.address != nullptr ? *scalar.address : scalar.value; }
-
-// Runs over all blocks of a list: an even share for each thread, wherever tensors begin and end.
 void run_cpu(const Call& call, int threads) {
-  const std::vector<FoldTensor>& tensors = call.tensors;
-  const bool measured = std::any_of(tensors.begin(), tensors.end(), [](const FoldTensor& tensor) {
+  const bool measured = std::any_of(call.tensors.begin(), call.tensors.end(), [](const FoldTensor& tensor) {
     return tensor.partials != nullptr;  // an empty tensor has none
   });
   const RangeFunction kernel = choose_format(call, measured);
   const float scalar = value_of(call.scalar), factor = value_of(call.factor);
-  int64_t total_blocks = 0, total_numel = 0;
-  for (const FoldTensor& tensor : tensors) {
-    total_blocks += blocks_of(tensor.numel);
-    total_numel += tensor.numel;
-  }
-
-  const auto run_share = [&](int64_t first, int64_t last) {
-    int64_t offset = 0;  // block at which the tensor at hand begins
-    for (const FoldTensor& tensor : tensors) {
-      const int64_t blocks = blocks_of(tensor.numel);
-      const int64_t begin = std::max(first - offset, int64_t{0});
-      const int64_t end = std::min(last - offset, blocks);
-      if (begin < end) kernel({tensor, begin * kBlockNumel, std::min(end * kBlockNumel, tensor.numel)}, scalar, factor);
-      offset += blocks;
-      if (offset >= last) break;
-    }
-  };
-
-  constexpr int64_t kNumelWorthAThread = 8 * kBlockNumel;
-  const int64_t workers = std::min<int64_t>(threads, total_numel / kNumelWorthAThread);
-  if (workers <= 1) {
-    run_share(0, total_blocks);
-    return;
-  }
-#pragma omp parallel for num_threads(static_cast<int>(workers)) schedule(static)
-  for (int64_t worker = 0; worker < workers; ++worker) {
-    run_share(total_blocks * worker / workers, total_blocks * (worker + 1) / workers);
-  }
+  run_in_shares(call.tensors, threads, [&](const FoldTensor& tensor, int64_t begin, int64_t end) {
+    kernel({tensor, begin, end}, scalar, factor);
+  });
 }
 
 }  // namespace accumkern

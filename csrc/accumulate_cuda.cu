@@ -1,53 +1,19 @@
 // The kernels on NVIDIA GPUs. One launch takes a list of tensors: their addresses travel as kernel arguments, so
 // nothing is copied to the device first and a launch can be captured in a CUDA graph.
-#include "accumulate.h"
-
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 #include <string>
 
+#include "accumulate.h"
 #include "accumulate_math.h"
+#include "cuda.h"
 
 namespace accumkern {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kVector = 8;                                       // elements a thread loads at once: 16 B of a 16-bit sum
-constexpr int kSteps = kBlockNumel / (kThreads * kVector);       // vectors a thread has in flight
-static_assert(kSteps * kThreads * kVector == kBlockNumel, "a block is a whole number of vectors");
-
-constexpr int kMinBlocks = 4;                                    // per multiprocessor: 64 registers a thread, no spills
-constexpr int kMaxTensors = 90;                                  // of one launch: 4 KB of kernel arguments
-
-template <int kCapacity>
-struct TensorList {
-  FoldTensor tensors[kCapacity];
-  uint32_t first_block[kCapacity];  // of each tensor, in the launch; ascending
-  int count;
-};
-static_assert(sizeof(TensorList<kMaxTensors>) <= 4096 - 64, "kernel arguments may fill 4 KB on every GPU");
-
-// ---- vectors -------------------------------------------------------------------------------------------------
-
-template <class T>
-struct alignas(sizeof(T) * kVector < 16 ? sizeof(T) * kVector : 16) Vector {
-  T values[kVector];
-};
-
-template <class T>
-__device__ __forceinline__ Vector<T> load(const T* address) {
-  return *reinterpret_cast<const Vector<T>*>(address);
-}
-
-template <class T>
-__device__ __forceinline__ void store(T* address, const Vector<T>& vector) {
-  *reinterpret_cast<Vector<T>*>(address) = vector;
-}
-
-__host__ __device__ inline bool is_aligned(const void* address) {
-  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
-}
+constexpr int kMaxTensors = 90;  // of one launch
+static_assert(sizeof(TensorList<FoldTensor, kMaxTensors>) <= kArgumentBytes, "kernel arguments are limited");
 
 // ---- blocks --------------------------------------------------------------------------------------------------
 
@@ -63,18 +29,8 @@ struct Block {
 };
 
 template <class F, class Grad = typename F::Sum, class Sum = typename F::Sum, int kColumns = kPartials, int kCapacity>
-__device__ __forceinline__ Block<F, Grad, Sum> this_block(const TensorList<kCapacity>& list) {
-  // The last tensor whose first block is not past this one.
-  int index = 0;
-  for (int low = 1, high = list.count; low < high;) {
-    const int middle = (low + high) / 2;
-    if (list.first_block[middle] <= blockIdx.x) {
-      index = middle;
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
+__device__ __forceinline__ Block<F, Grad, Sum> this_block(const TensorList<FoldTensor, kCapacity>& list) {
+  const int index = tensor_of_this_block(list);
   const FoldTensor& tensor = list.tensors[index];
   const int64_t block = blockIdx.x - list.first_block[index];
   const int64_t begin = block * kBlockNumel;
@@ -85,16 +41,6 @@ __device__ __forceinline__ Block<F, Grad, Sum> this_block(const TensorList<kCapa
           tensor.partials == nullptr ? nullptr : tensor.partials + kColumns * block,
           static_cast<int>(left < kBlockNumel ? left : kBlockNumel),
           left >= kBlockNumel && is_aligned(tensor.grad) && is_aligned(tensor.sum) && is_aligned(tensor.residual)};
-}
-
-__device__ __forceinline__ float value_of(Scalar scalar) {
-  return scalar.address != nullptr ? *scalar.address : scalar.value;
-}
-
-// The accumulated value of an element: of sum and residual, or of the sum alone.
-template <class F>
-__device__ __forceinline__ float value_of(Start start, typename F::Sum sum, typename F::Residual residual) {
-  return start == Start::kFromSum ? F::widen(sum) : F::decode(sum, residual);
 }
 
 // ---- fold ----------------------------------------------------------------------------------------------------
@@ -142,7 +88,7 @@ __device__ __forceinline__ void write_partials(float* partials, const float (&sq
 
 template <class F, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    accumulate_kernel(const __grid_constant__ TensorList<kCapacity> list, const Start start, const Scalar scale_argument) {
+    accumulate_kernel(const __grid_constant__ TensorList<FoldTensor, kCapacity> list, const Start start, const Scalar scale_argument) {
   const auto block = this_block<F>(list);
   const float scale = value_of(scale_argument);
   const bool reads_sum = start != Start::kFromZero;
@@ -203,7 +149,7 @@ __device__ __forceinline__ void finish_element(Start start, float divisor, float
 }
 
 template <class F, bool kRescales, int kCapacity>
-__device__ __forceinline__ void finish_block(const TensorList<kCapacity>& list, Start start, Scalar divisor_argument,
+__device__ __forceinline__ void finish_block(const TensorList<FoldTensor, kCapacity>& list, Start start, Scalar divisor_argument,
                                              Scalar factor_argument) {
   const auto block = this_block<F>(list);
   const float divisor = value_of(divisor_argument), factor = value_of(factor_argument);
@@ -245,14 +191,14 @@ __device__ __forceinline__ void finish_block(const TensorList<kCapacity>& list, 
 
 template <class F, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    finish_kernel(const __grid_constant__ TensorList<kCapacity> list, const Start start, const Scalar divisor,
+    finish_kernel(const __grid_constant__ TensorList<FoldTensor, kCapacity> list, const Start start, const Scalar divisor,
                   const Scalar factor) {
   finish_block<F, false>(list, start, divisor, factor);
 }
 
 template <class F, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    rescale_kernel(const __grid_constant__ TensorList<kCapacity> list, const Start start, const Scalar divisor,
+    rescale_kernel(const __grid_constant__ TensorList<FoldTensor, kCapacity> list, const Start start, const Scalar divisor,
                    const Scalar factor) {
   finish_block<F, true>(list, start, divisor, factor);
 }
@@ -262,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 // value = decode(sum, residual), where the list holds the sums as grad and the FP32 values as sum.
 template <class F, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    decode_kernel(const __grid_constant__ TensorList<kCapacity> list) {
+    decode_kernel(const __grid_constant__ TensorList<FoldTensor, kCapacity> list) {
   const auto block = this_block<F, typename F::Sum, float>(list);
 
   if (block.is_whole) {
@@ -296,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 // (sum, residual) = encode(value / divisor), where the list holds the FP32 values as grad.
 template <class F, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    encode_kernel(const __grid_constant__ TensorList<kCapacity> list, const Scalar divisor_argument) {
+    encode_kernel(const __grid_constant__ TensorList<FoldTensor, kCapacity> list, const Scalar divisor_argument) {
   const auto block = this_block<F, float>(list);
   const float divisor = value_of(divisor_argument);
 
@@ -342,7 +288,7 @@ __device__ __forceinline__ void square_element(Start start, typename F::Sum sum,
 // The partial sums are those that a fold would leave of the same values.
 template <class F, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    squares_kernel(const __grid_constant__ TensorList<kCapacity> list, const Start start) {
+    squares_kernel(const __grid_constant__ TensorList<FoldTensor, kCapacity> list, const Start start) {
   const auto block = this_block<F, typename F::Sum, typename F::Sum, 1>(list);
   const bool reads_residual = F::kHasResidual && start == Start::kContinue;
   float total[1] = {};
@@ -378,40 +324,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 // ---- launcher ------------------------------------------------------------------------------------------------
 
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    cudaGetLastError();  // a launch error is ours alone: do not leave it for the next caller
-    throw std::runtime_error(std::string("accumkern: ") + what + ": " + cudaGetErrorString(error));
-  }
-}
-
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (device != previous_) {
-      check(cudaSetDevice(device), "cudaSetDevice");
-      changed_ = true;
-    }
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-};
-
 // What is launched: one of the kernels, for a list of either capacity.
 struct Fold {
   Start start;
   Scalar scale;
 
   template <class F, int kCapacity>
-  void launch(const TensorList<kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
+  void launch(const TensorList<FoldTensor, kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
     accumulate_kernel<F><<<blocks, kThreads, 0, stream>>>(list, start, scale);
   }
 };
@@ -421,7 +340,7 @@ struct Finish {
   Scalar divisor, factor;
 
   template <class F, int kCapacity>
-  void launch(const TensorList<kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
+  void launch(const TensorList<FoldTensor, kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
     finish_kernel<F><<<blocks, kThreads, 0, stream>>>(list, start, divisor, factor);
   }
 };
@@ -431,14 +350,14 @@ struct Rescale {
   Scalar divisor, factor;
 
   template <class F, int kCapacity>
-  void launch(const TensorList<kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
+  void launch(const TensorList<FoldTensor, kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
     rescale_kernel<F><<<blocks, kThreads, 0, stream>>>(list, start, divisor, factor);
   }
 };
 
 struct Decode {
   template <class F, int kCapacity>
-  void launch(const TensorList<kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
+  void launch(const TensorList<FoldTensor, kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
     decode_kernel<F><<<blocks, kThreads, 0, stream>>>(list);
   }
 };
@@ -447,7 +366,7 @@ struct Encode {
   Scalar divisor;
 
   template <class F, int kCapacity>
-  void launch(const TensorList<kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
+  void launch(const TensorList<FoldTensor, kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
     encode_kernel<F><<<blocks, kThreads, 0, stream>>>(list, divisor);
   }
 };
@@ -456,41 +375,18 @@ struct Square {
   Start start;
 
   template <class F, int kCapacity>
-  void launch(const TensorList<kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
+  void launch(const TensorList<FoldTensor, kCapacity>& list, uint32_t blocks, cudaStream_t stream) const {
     squares_kernel<F><<<blocks, kThreads, 0, stream>>>(list, start);
   }
 };
 
-template <class F, int kCapacity, class Launch>
-void launch_in_groups(const Launch& kernel, const std::vector<FoldTensor>& tensors, cudaStream_t stream) {
-  constexpr int64_t kMaxBlocks = 0x7FFFFFFF;  // of a grid
-  TensorList<kCapacity> list;
-  list.count = 0;
-  int64_t blocks = 0;
-  const auto launch = [&] {
-    kernel.template launch<F>(list, static_cast<uint32_t>(blocks), stream);
-    check(cudaGetLastError(), "launching a kernel");
-    list.count = 0;
-    blocks = 0;
-  };
-  for (const FoldTensor& tensor : tensors) {
-    if (tensor.numel == 0) continue;
-    const int64_t tensor_blocks = (tensor.numel + kBlockNumel - 1) / kBlockNumel;
-    if (list.count == kCapacity || (list.count > 0 && blocks + tensor_blocks > kMaxBlocks)) launch();
-    list.tensors[list.count] = tensor;
-    list.first_block[list.count] = static_cast<uint32_t>(blocks);
-    ++list.count;
-    blocks += tensor_blocks;
-  }
-  if (list.count > 0) launch();
-}
-
 template <class F, class Launch>
 void launch_all(const Launch& kernel, const std::vector<FoldTensor>& tensors, cudaStream_t stream) {
+  const auto launch = [&](const auto& list, uint32_t blocks) { kernel.template launch<F>(list, blocks, stream); };
   if (tensors.size() == 1) {
-    launch_in_groups<F, 1>(kernel, tensors, stream);
+    launch_in_groups<1>(tensors, launch);
   } else {
-    launch_in_groups<F, kMaxTensors>(kernel, tensors, stream);
+    launch_in_groups<kMaxTensors>(tensors, launch);
   }
 }
 

@@ -23,20 +23,36 @@ namespace {
 constexpr size_t kColumns = 5;
 constexpr int64_t kAbsent = -1;
 
+void* pointer_of(int64_t address, int64_t numel) {
+  if (address == 0 && numel > 0) {
+    throw std::runtime_error("accumkern: a tensor has no memory, as torch's immutable ZeroTensors; clone() it first");
+  }
+  return address == kAbsent ? nullptr : reinterpret_cast<void*>(address);
+}
+
 std::vector<FoldTensor> tensors_of(const std::vector<int64_t>& table) {
   if (table.size() % kColumns != 0) throw std::invalid_argument("accumkern.backends._C: columns differ in length");
   const size_t count = table.size() / kColumns;
   std::vector<FoldTensor> tensors(count);
   for (size_t i = 0; i < count; ++i) {
     const int64_t numel = table[4 * count + i];
-    const auto pointer = [&](size_t column) -> void* {
-      const int64_t address = table[column * count + i];
-      if (address == 0 && numel > 0) {
-        throw std::runtime_error("accumkern: a tensor has no memory, as torch's immutable ZeroTensors; clone() it first");
-      }
-      return address == kAbsent ? nullptr : reinterpret_cast<void*>(address);
-    };
+    const auto pointer = [&](size_t column) { return pointer_of(table[column * count + i], numel); };
     tensors[i] = {pointer(0), pointer(1), pointer(2), static_cast<float*>(pointer(3)), numel};
+  }
+  return tensors;
+}
+
+// The same for a step: seven columns of addresses and the numbers of elements, and a row of coefficients for each tensor.
+std::vector<StepTensor> step_tensors_of(const std::vector<int64_t>& table, uintptr_t coefficients) {
+  constexpr size_t kStepColumns = 8;
+  if (table.size() % kStepColumns != 0) throw std::invalid_argument("accumkern.backends._C: columns differ in length");
+  const size_t count = table.size() / kStepColumns;
+  std::vector<StepTensor> tensors(count);
+  for (size_t i = 0; i < count; ++i) {
+    const auto pointer = [&](size_t column) -> void* { return pointer_of(table[column * count + i], table[7 * count + i]); };
+    const auto state = [&](size_t index) { return static_cast<float*>(pointer(4 + index)); };
+    tensors[i] = {pointer(0), pointer(1), pointer(2), pointer(3), {state(0), state(1), state(2)}, table[7 * count + i],
+                  reinterpret_cast<const float*>(coefficients) + kCoefficients * i};
   }
   return tensors;
 }
@@ -51,6 +67,16 @@ void run(const Call& call, int device, uintptr_t threads_or_stream) {
   if (device < 0) return run_cpu(call, static_cast<int>(threads_or_stream));
 #if defined(ACCUMKERN_CUDA_TARGETS)
   run_cuda(call, device, threads_or_stream);
+#else
+  throw std::runtime_error("accumkern: built without CUDA kernels");
+#endif
+}
+
+void step(const StepCall& call, int device, uintptr_t threads_or_stream) {
+  const py::gil_scoped_release release;
+  if (device < 0) return step_cpu(call, static_cast<int>(threads_or_stream));
+#if defined(ACCUMKERN_CUDA_TARGETS)
+  step_cuda(call, device, threads_or_stream);
 #else
   throw std::runtime_error("accumkern: built without CUDA kernels");
 #endif
@@ -103,6 +129,20 @@ PYBIND11_MODULE(_C, module) {
       },
       py::arg("kernel"), py::arg("format"), py::arg("start"), py::arg("table"), py::arg("scalar"), py::arg("factor"),
       py::arg("device"), py::arg("threads_or_stream"));
+
+  module.def(
+      "step",
+      [](int update, int weight_format, int grad_format, int start, const std::vector<int64_t>& table,
+         uintptr_t coefficients, ScalarPair divisor, ScalarPair factor, uintptr_t skip, int device,
+         uintptr_t threads_or_stream) {
+        step({static_cast<Update>(update), static_cast<Format>(weight_format), static_cast<Format>(grad_format),
+              static_cast<Start>(start), step_tensors_of(table, coefficients), scalar_of(divisor), scalar_of(factor),
+              reinterpret_cast<const float*>(skip)},
+             device, threads_or_stream);
+      },
+      py::arg("update"), py::arg("weight_format"), py::arg("grad_format"), py::arg("start"), py::arg("table"),
+      py::arg("coefficients"), py::arg("divisor"), py::arg("factor"), py::arg("skip"), py::arg("device"),
+      py::arg("threads_or_stream"));
 
 #if defined(ACCUMKERN_CUDA_TARGETS)
   module.attr("cuda_targets") = ACCUMKERN_CUDA_TARGETS;

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from accumkern import formats
 from accumkern.formats import BLOCK_NUMEL, Format, Start, divide, fp32_scalar, round_to
+from accumkern.updates import Update, updated
 
 
 def fold(
@@ -95,6 +96,34 @@ def squares(
     for i, total in enumerate(sums):
         if total.numel() > 0:
             partials[i].copy_(_squares_of_blocks(_value(format_, start, total, residuals, i)))
+
+
+def step(
+    update: Update,
+    weight_format: Format,
+    grad_format: Format,
+    start: Start,
+    weights: list[Tensor],
+    weight_residuals: list[Tensor],
+    grads: list[Tensor],
+    grad_residuals: list[Tensor] | None,
+    states: list[list[Tensor]],
+    coefficients: Tensor,
+    divisor: float | Tensor,
+    factor: float | Tensor,
+    skip: Tensor | None,
+) -> None:
+    """Update each weight; see :class:`accumkern.backends.Kernels`."""
+    for i, weight in enumerate(_uncounted(weights)):
+        of_weight = [column[i].data for column in states]
+        new_states = [state.clone() for state in of_weight]
+        g = _value(grad_format, start, grads[i], grad_residuals, i)
+        g = divide(g, divisor) * fp32_scalar(factor, g.device)
+        old = _value(weight_format, Start.CONTINUE, weight, weight_residuals, i)
+        new = updated(update, coefficients[i], g, old, new_states)
+        for state, new_state in zip(of_weight, new_states, strict=True):
+            state.copy_(new_state if skip is None else torch.where(skip != 0, state, new_state))
+        _store(weight_format, new if skip is None else torch.where(skip != 0, old, new), weight, weight_residuals, i)
 
 
 def _value(format_: Format, start: Start, total: Tensor, residuals: list[Tensor] | None, i: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from accumkern.backends import _C  # type: ignore[attr-defined]
 from accumkern.formats import Format, Start
+from accumkern.updates import Update
 
 _Column = list[Tensor] | None
 
@@ -73,8 +74,34 @@ def squares(
     _run(_C.SQUARES, format_, start, None, sums, residuals, partials)
 
 
+def step(
+    update: Update,
+    weight_format: Format,
+    grad_format: Format,
+    start: Start,
+    weights: list[Tensor],
+    weight_residuals: list[Tensor],
+    grads: list[Tensor],
+    grad_residuals: list[Tensor] | None,
+    states: list[list[Tensor]],
+    coefficients: Tensor,
+    divisor: float | Tensor,
+    factor: float | Tensor,
+    skip: Tensor | None,
+) -> None:
+    """Update each weight; see :class:`accumkern.backends.Kernels`."""
+    columns = [weights, weight_residuals, grads, grad_residuals, *states, *[None] * (_MAX_STATES - len(states))]
+    table = _table(columns, weights)
+    (divisor_pair, kept), (factor_pair, kept_too) = _pair(divisor), _pair(factor)
+    skip_address = 0 if skip is None else skip.data_ptr()
+    formats = update, weight_format, grad_format, start
+    _C.step(*formats, table, coefficients.data_ptr(), divisor_pair, factor_pair, skip_address, *_place(weights[0]))
+    del kept, kept_too
+
+
 _address, _numel = Tensor.data_ptr, Tensor.numel
 _ABSENT = -1
+_MAX_STATES = 3
 
 
 def _run(
@@ -99,18 +126,30 @@ def _run(
             total.numel(),
         ]
     else:
-        table = []
-        for column in (grads, sums, residuals, partials):
-            table += map(_address, column) if column is not None else repeat(_ABSENT, len(sums))
-        table += map(_numel, sums)
-    # A factor crosses as (value, address). An FP32 copy of a tensor is kept until the launch.
-    scalar_pair, factor_pair = (scalar, 0), (factor, 0)
-    if isinstance(scalar, Tensor):
-        scalar = scalar.detach().to(torch.float32)
-        scalar_pair = 1.0, scalar.data_ptr()
-    if isinstance(factor, Tensor):
-        factor = factor.detach().to(torch.float32)
-        factor_pair = 1.0, factor.data_ptr()
-    device = sums[0].get_device()
-    where = torch.get_num_threads() if device < 0 else torch.cuda.current_stream(device).cuda_stream
-    _C.run(kernel, format_, start, table, scalar_pair, factor_pair, device, where)
+        table = _table([grads, sums, residuals, partials], sums)
+    (scalar_pair, kept), (factor_pair, kept_too) = _pair(scalar), _pair(factor)
+    _C.run(kernel, format_, start, table, scalar_pair, factor_pair, *_place(sums[0]))
+    del kept, kept_too
+
+
+def _table(columns: list[_Column], sized: list[Tensor]) -> list[int]:
+    """Return columns of addresses, and the numbers of elements."""
+    table: list[int] = []
+    for column in columns:
+        table += map(_address, column) if column is not None else repeat(_ABSENT, len(sized))
+    table += map(_numel, sized)
+    return table
+
+
+def _pair(scalar: float | Tensor) -> tuple[tuple[float, int], Tensor | None]:
+    """Return a factor as it crosses, (value, address), and an FP32 copy of a tensor, to be kept until the launch."""
+    if not isinstance(scalar, Tensor):
+        return (scalar, 0), None
+    copy = scalar.detach().to(torch.float32)
+    return (1.0, copy.data_ptr()), copy
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Return the device, and its stream; for the CPU a negative number, and how many threads."""
+    device = tensor.get_device()
+    return device, torch.get_num_threads() if device < 0 else torch.cuda.current_stream(device).cuda_stream
