@@ -87,7 +87,9 @@ class BuildExtension(build_ext):
             command = [nvcc, "-std=c++17", "-O3", "-fmad=false", "--threads", "0", "-Xcompiler", "-fPIC"]
             command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in targets]
             command += [f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}"]
-            compiled = {source: str(Path(self.build_temp) / Path(source).with_suffix(".o").name) for source in CUDA_SOURCES}
+            compiled = {
+                source: str(Path(self.build_temp) / Path(source).with_suffix(".o").name) for source in CUDA_SOURCES
+            }
             for source, target in compiled.items():
                 self.announce(" ".join([*command, "-c", source, "-o", target]), level=2)
                 subprocess.run([*command, "-c", source, "-o", target], check=True)

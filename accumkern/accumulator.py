@@ -12,7 +12,7 @@ from torch import Tensor
 
 from accumkern import ddp, master_state, ops, state
 from accumkern.attachment import Attachment
-from accumkern.finish import Finished, finish
+from accumkern.finish import Finished, measure, write
 from accumkern.fold import Fold
 from accumkern.hooks import owner_of
 from accumkern.lost_bits import LostBitsMeter, LostBitsReport
@@ -83,6 +83,7 @@ class GradAccumulator:
         max_norm: float | None = None,
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
+        defer: bool = False,
     ) -> Finished:
         """Divide, clip and round all gradients; optional, once per window before ``optimizer.step()``.
 
@@ -105,29 +106,37 @@ class GradAccumulator:
                 nothing but makes every gradient NaN where the norm is infinite.
             norm_type: 2 or any other positive number, or infinity, as in ``clip_grad_norm_``.
             error_if_nonfinite: raise where the norm is infinite or NaN. Waits for the device.
+            defer: leave ``.grad`` as it is, and have the next ``optimizer.step()`` divide and clip what it reads, which
+                saves a pass over all gradients; needs ``attach(..., master_weights=...)``. A step that is left out
+                takes this along with the next call of ``finish``.
 
         Returns:
             ``Finished(norm, clip_coefficient, found_nonfinite)``, 0-dim tensors on the device.
 
         Raises:
-            TypeError, ValueError: an argument is of the wrong kind or range, or on another device.
+            TypeError, ValueError: an argument is of the wrong kind or range, or on another device; ``defer`` without
+                ``master_weights``.
             RuntimeError: there are no gradients, ``finish`` was called already since the last backward pass, or the
                 norm is not finite and ``error_if_nonfinite`` is set. ``.grad`` is untouched then.
         """
         self._check_parameters()
         self._passes.complete()
-        slots, keeps_residuals = self._attachment.with_gradients(), self._rooms.masters is not None
+        slots, stepping = self._attachment.with_gradients(), self._rooms.stepping
+        if not isinstance(defer, bool):
+            raise TypeError(f"defer is a {type(defer).__name__}; it must be True or False")
+        if defer and stepping is None:
+            raise ValueError("defer is True, and attached without master_weights: the step reads .grad as it is")
         if not slots:
             raise RuntimeError("there is nothing to finish: no parameter has a gradient; call it after backward()")
         if self._rooms.finished_at == self._passes.count:
             raise RuntimeError("finish() was called already since the last backward pass; call it once per window")
-        gradients = [slot.stored(keeps_residuals) for slot in slots]
+        stored = [slot.stored() for slot in slots]
         how = divide_by, max_norm, norm_type, error_if_nonfinite
-        finished = finish(gradients, *how, self._fold.kernels_on, keeps_residuals)
-        if keeps_residuals:
-            for slot, stored in zip(slots, gradients, strict=True):
-                if stored.residual is not None:
-                    slot.remember()
+        finished, scaling = measure(stored, *how, self._fold.kernels_on)
+        if stepping is not None:
+            stepping.defer(scaling if defer else None)
+        if scaling.changes and not defer:
+            write(slots, scaling, self._fold.kernels_on, keeps_residuals=stepping is not None)
         self._rooms.finished_at = self._passes.count
         return finished
 
@@ -292,10 +301,13 @@ class GradAccumulator:
 
         Raises:
             RuntimeError: the gradient of a DTensor is a sum over ranks that is still to be taken (``Partial``, as of a
-                norm under sequence parallelism), of which a checkpoint would keep one term.
+                norm under sequence parallelism), of which a checkpoint would keep one term; or ``finish(defer=True)``
+                waits for its step, which a checkpoint would not know.
         """
         self._check_parameters()
         self._passes.complete()
+        if self._rooms.stepping is not None and self._rooms.stepping.is_deferred():
+            raise RuntimeError("finish(defer=True) waits for optimizer.step(); call state_dict() after it")
         params, masters = self._attachment.params, self._rooms.masters
         found = state.saved(params, self._attachment.slots, self.buffer)
         return found if masters is None else {**found, "master_weights": master_state.saved(params, masters)}
@@ -356,7 +368,8 @@ class GradAccumulator:
 
     def __repr__(self) -> str:
         attached = f"{len(self._attachment.slots)} parameters" if self._attachment.is_attached else "detached"
-        masters = "" if self._rooms.masters is None else f"master_weights={self._rooms.masters.name!r}, "
+        stepping = self._rooms.stepping
+        masters = "" if stepping is None else f"master_weights={stepping.masters.name!r}, step={stepping.how()!r}, "
         return f"GradAccumulator(buffer={self.buffer!r}, {masters}scale={self.scale!r}, {attached})"
 
     def __reduce__(self) -> Any:

@@ -13,7 +13,7 @@ from accumkern.backends import Kernels
 from accumkern.checks import is_fp32, real
 from accumkern.dtensor import norm_over
 from accumkern.formats import Format, Start, decode, divide, partial_rows, widest
-from accumkern.slot import Stored
+from accumkern.slot import Slot, Stored
 
 _KernelsOn: TypeAlias = Callable[[torch.device], Kernels]
 
@@ -34,19 +34,27 @@ class Finished(NamedTuple):
     found_nonfinite: Tensor
 
 
-def finish(
+class Scaling(NamedTuple):
+    """What gradients become: ``(gradient / divisor) * factor``. Tensors are FP32, 0-dim."""
+
+    divisor: float | Tensor = 1.0
+    factor: float | Tensor = 1.0
+
+    @property
+    def changes(self) -> bool:
+        """Whether it may change a gradient."""
+        return any(isinstance(scalar, Tensor) or scalar != 1 for scalar in self)
+
+
+def measure(
     gradients: list[Stored],
     divide_by: float | Tensor,
     max_norm: float | None,
     norm_type: float,
     error_if_nonfinite: bool,
     kernels_on: _KernelsOn,
-    keeps_residuals: bool = False,
-) -> Finished:
-    """Divide, clip and round gradients; see :meth:`accumkern.GradAccumulator.finish`.
-
-    With ``keeps_residuals``, those that have residuals are not only rounded: residuals are what ``.grad`` lacks then.
-    """
+) -> tuple[Finished, Scaling]:
+    """Return the norm of gradients, and what is to become of them; see :meth:`accumkern.GradAccumulator.finish`."""
     divide_by = _checked_divide_by(divide_by, gradients)
     max_norm, norm_type = _checked_norm(max_norm, norm_type)
     norm = total_norm(gradients, float(norm_type), kernels_on)
@@ -60,9 +68,24 @@ def finish(
             f"the total norm of order {norm_type} of the gradients is {norm.item()}; they are left as they were"
         )
     coefficient = torch.ones_like(norm) if max_norm is None else torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    if max_norm is not None or isinstance(divisor, Tensor) or divisor != 1:
-        write(gradients, divisor, 1.0 if max_norm is None else coefficient, kernels_on, keeps_residuals)
-    return Finished(norm, coefficient, nonfinite)
+    return Finished(norm, coefficient, nonfinite), Scaling(divisor, 1.0 if max_norm is None else coefficient)
+
+
+def write(slots: list[Slot], scaling: Scaling, kernels_on: _KernelsOn, keeps_residuals: bool) -> None:
+    """Set each ``.grad`` to the rounded ``(x / divisor) * factor``, computed in FP32 from the accumulated value ``x``.
+
+    Args:
+        slots: of gradients that are there.
+        scaling: divisor and factor.
+        kernels_on: returns the kernels of a device.
+        keeps_residuals: have residuals that hold what the rounding cuts off.
+    """
+    gradients = [slot.stored(keeps_residuals) for slot in slots]
+    scale(gradients, scaling, kernels_on, keeps_residuals)
+    if keeps_residuals:
+        for slot, stored in zip(slots, gradients, strict=True):
+            if stored.residual is not None:
+                slot.remember()
 
 
 @torch.no_grad()
@@ -83,17 +106,9 @@ def total_norm(gradients: list[Stored], norm_type: float, kernels_on: _KernelsOn
 
 
 @torch.no_grad()
-def write(
-    gradients: list[Stored],
-    divisor: float | Tensor,
-    factor: Tensor | float,
-    kernels_on: _KernelsOn,
-    keeps_residuals: bool,
-) -> None:
-    """Set each ``.grad`` to ``round((x / divisor) * factor)``, computed in FP32 from the accumulated value ``x``.
-
-    With ``keeps_residuals`` what the rounding cuts off goes into residuals that are there.
-    """
+def scale(gradients: list[Stored], scaling: Scaling, kernels_on: _KernelsOn, keeps_residuals: bool) -> None:
+    """Scale gradients as they lie in memory; see :func:`write`."""
+    divisor, factor = scaling
     for total, _, format_, *_ in gradients:
         if format_ is None:
             by, device = divisor, total.device

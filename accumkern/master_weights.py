@@ -146,7 +146,7 @@ class MasterWeights:
             RuntimeError: a CUDA graph is being captured, and a residual does not belong to its weight yet.
         """
         weights = [dense(local_of(param)) for param in params]
-        residuals = [self._residual_or_zeros(param) for param in params]
+        residuals = [self.residual_to_write(param) for param in params]
         for device, lists in _by_device(weights, residuals, masters):
             self._kernels_on(device).decode(self.format, *lists)
 
@@ -161,9 +161,21 @@ class MasterWeights:
         residuals = [self._residuals[param].tensor for param in params]
         for device, (highs, lows, values) in _by_device(weights, residuals, masters):
             self._kernels_on(device).encode(self.format, values, 1.0, highs, lows)
-        for param, local, weight in zip(params, locals_, weights, strict=True):
+        for local, weight in zip(locals_, weights, strict=True):
             if weight is not local:
                 local.data.copy_(weight)
+        self.wrote(params, weights)
+
+    def wrote(self, params: list[Tensor], weights: list[Tensor]) -> None:
+        """Note that weights and their residuals were written, and belong together.
+
+        The versions of the weights are left alone, until :meth:`count_changes`.
+
+        Args:
+            params: the parameters.
+            weights: what this rank holds of each, without holes in memory.
+        """
+        for param, weight in zip(params, weights, strict=True):
             self._remember(param)
             found = self._residuals[param]
             found.seen = weight.clone() if found.changes >= _CHANGES else None
@@ -188,7 +200,12 @@ class MasterWeights:
             self._remember(param)
             self.watch(param)
 
-    def _residual_or_zeros(self, param: Tensor) -> Tensor:
+    def residual_to_write(self, param: Tensor) -> Tensor:
+        """Return the residual of a weight, flat in its memory order, as memory that stays; of zeros where none belongs.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and a residual does not belong to its weight yet.
+        """
         found, residual = self._residuals.get(param), self.residual(param)
         if found is not None and residual is found.tensor:
             return residual

@@ -6,15 +6,16 @@ parameter, the master weight, whose gradient is the accumulated one in FP32, and
 the parameter that it stands for. So the optimizer that users hold is as always: in hooks, in a closure, after an error.
 
 Stand-ins are made, stepped and stored for some bytes at a time, a bucket. The last bucket is what the user's own call
-of ``step()`` steps; a hook after it stores that one.
+of ``step()`` steps; a hook after it stores that one. What :mod:`accumkern.fused_step` takes is stepped before, without
+stand-ins, and is in no bucket.
 """
 
 from __future__ import annotations
 
 import gc
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +24,12 @@ from torch import Tensor, nn
 from accumkern.backends import Kernels
 from accumkern.casting import take_cut_off
 from accumkern.dtensor import is_dtensor, largest_shard, with_shard
+from accumkern.finish import Scaling, write
 from accumkern.formats import Format
+from accumkern.fused_step import FUSED, FusedStep
 from accumkern.master_weights import MasterWeights, dense, local_of, sum_of_bits, version_of
 from accumkern.optimizers import is_stepped_in_parts, raw_step
+from accumkern.passes import BackwardPasses
 from accumkern.slot import Slot
 from accumkern.torch_private import HOOKS_OF_STEP, LastHook, call_first_after_step
 
@@ -68,7 +72,7 @@ class Stepping:
         bucket_bytes: FP32 weights and gradients that are made at a time, unless one parameter needs more; None takes
             what suits the device.
         kernels_on: returns the kernels of a device.
-        complete: folds what waits for it.
+        passes: the backward passes, some of whose gradients may wait to be folded.
     """
 
     def __init__(
@@ -78,11 +82,15 @@ class Stepping:
         slots: Mapping[Tensor, Slot],
         bucket_bytes: int | None,
         kernels_on: Callable[[torch.device], Kernels],
-        complete: Callable[[], None],
+        passes: BackwardPasses,
     ) -> None:
         self.masters, self._slots = masters, slots
-        self._kernels_on, self._complete = kernels_on, complete
+        self._kernels_on, self._passes = kernels_on, passes
         self.is_in_parts = is_stepped_in_parts(optimizer)
+        is_fused = self.is_in_parts and type(optimizer) in FUSED
+        self._fused = FusedStep(optimizer, masters, slots, kernels_on) if is_fused else None
+        self._not_fused = 0  # parameters with masters in the last step that it did not take
+        self._deferred: tuple[Scaling, int] | None = None  # and the backward passes that there had been
         self._bucket_bytes = bucket_bytes
         kind = type(optimizer)
         own = ("param_groups", "state", "_accumkern_members", "_accumkern_stand_ins", *HOOKS_OF_STEP)
@@ -109,15 +117,24 @@ class Stepping:
         self._check_last_step(optimizer)
         self.begin_masters()
         args, kwargs, closure = _after_closure(args, kwargs)
-        self._complete()
+        self._passes.complete()
         self.masters.keep_only(self._slots)
         step = raw_step(optimizer)
-        buckets = list(self._buckets(optimizer))
+        fused = self._fused_params(optimizer)
+        scaling = self._take_deferred()
+        buckets = list(self._buckets(optimizer, {param for params in fused for param in params}))
         if closure is not None:
             closure.calls_left = len(buckets)
         memory = dict(self._kept)
         written: list[Tensor] = []
         try:
+            if scaling.changes:
+                params = {param: None for some in buckets for group in some.values() for param in group}
+                slots = [self._slots[param] for param in params if param.grad is not None and param in self._slots]
+                write(slots, scaling, self._kernels_on, keeps_residuals=True)
+            if self._fused is not None:
+                self._fused.step(optimizer, fused, *scaling)
+                written += [param for params in fused for param in params]
             for members in buckets[:-1]:
                 made = self._with_stand_ins(optimizer, members, memory, closure)
                 step(made, *args[1:], **kwargs)
@@ -132,6 +149,33 @@ class Stepping:
     def _after(self, optimizer: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         if isinstance(args[0], self._kind):
             self.masters.count_changes(self._store(optimizer, args[0]))
+
+    def defer(self, scaling: Scaling | None) -> None:
+        """Have the next step scale the gradients that it reads; None leaves them as they are."""
+        self._deferred = None if scaling is None else (scaling, self._passes.count)
+
+    def is_deferred(self) -> bool:
+        """Return whether gradients of the last backward pass are still to be scaled."""
+        return self._deferred is not None and self._deferred[1] == self._passes.count
+
+    def _take_deferred(self) -> Scaling:
+        deferred, self._deferred = self._deferred, None
+        if deferred is None:
+            return Scaling()
+        scaling, count = deferred
+        if count != self._passes.count:
+            raise RuntimeError(
+                f"finish(defer=True) was followed by {self._passes.count - count} backward passes before step(): its "
+                "norm is not that of the gradients. Call finish() again, or step() once more to take them as they are"
+            )
+        return scaling
+
+    def how(self) -> str:
+        """Return how ``step()`` is made: in one pass, in buckets of FP32 weights, or with all of them at once."""
+        otherwise = "in buckets" if self.is_in_parts else "at once"
+        if self._fused is None:
+            return otherwise
+        return f"fused, {self._not_fused} parameters in buckets" if self._not_fused else "fused"
 
     def begin_masters(self) -> None:
         """Begin the masters of parameters that have come with what ``to_bfloat16()`` has cut off them."""
@@ -167,16 +211,35 @@ class Stepping:
         self.masters.check("a parameter of optimizer", param)  # it may have been cast
         return self.masters.has(param)
 
-    def _buckets(self, optimizer: Any) -> Iterator[_Members]:
+    def _fused_params(self, optimizer: Any) -> list[list[Tensor]]:
+        """Return, for each parameter group, what is stepped in one pass."""
+        groups = optimizer.param_groups
+        fused = self._fused
+        if fused is None:
+            return [[] for _ in groups]
+        times = Counter(param for group in groups for param in group["params"])  # torch lets a group hold one twice
+        with_masters = [[param for param in group["params"] if self._has_stand_in(param)] for group in groups]
+        taken = [
+            [param for param in params if times[param] == 1 and fused.takes(optimizer, group, param)]
+            for group, params in zip(groups, with_masters, strict=True)
+        ]
+        self._not_fused = sum(map(len, with_masters)) - sum(map(len, taken))
+        return taken
+
+    def _buckets(self, optimizer: Any, fused: Set[Tensor]) -> Iterator[_Members]:
         """Yield the parameters in order, as many at a time as a bucket takes; those without stand-ins take nothing.
+
+        Those of ``fused`` are left out.
 
         Of DTensors all ranks yield the same: a step may take sums over ranks, several parameters at a time.
         """
         groups = optimizer.param_groups
-        members: _Members = {} if self.is_in_parts else {i: [] for i in range(len(groups))}
+        members: _Members = {} if self.is_in_parts and not fused else {i: [] for i in range(len(groups))}
         size = 0
         for i, group in enumerate(groups):
             for param in group["params"]:
+                if param in fused:
+                    continue
                 numel = largest_shard(param) if is_dtensor(param) else param.numel()
                 needed = STAND_IN_BYTES * numel if self._has_stand_in(param) else 0
                 limit = self._bucket_bytes or bucket_bytes_on(param.device)

@@ -1,9 +1,9 @@
 """The optimizers' updates of FP32 weights in plain torch: the reference that every backend's step is compared with.
 
-They are those of ``torch.optim``'s ``Adam``, ``AdamW`` and ``SGD``, in IEEE binary32 with their roundings pinned: products
-and sums round one by one, ``fma`` once; square roots and quotients are rounded correctly. With ``g`` the gradient, ``w``
-the weight, ``m``, ``v`` and ``b`` the states, and a tensor's coefficients as :func:`adam_coefficients` and
-:func:`sgd_coefficients` make them::
+They are those of ``torch.optim``'s ``Adam``, ``AdamW`` and ``SGD``, in IEEE binary32 with their roundings pinned:
+products and sums round one by one, ``fma`` once; square roots and quotients are rounded correctly. With ``g`` the
+gradient, ``w`` the weight, ``m``, ``v`` and ``b`` the states, and a tensor's coefficients as :func:`adam_coefficients`
+and :func:`sgd_coefficients` make them::
 
     Adam    g = sign * g;  g = fma(coupled_decay, w, g)
             m = fma(1 - beta1, g - m, m)                    from g, fma(-beta1, g - m, g), where beta1 is at most 1/2
@@ -14,8 +14,8 @@ the weight, ``m``, ``v`` and ``b`` the states, and a tensor's coefficients as :f
             b = fma(1 - dampening, g, momentum * b);  g = b     with Nesterov's momentum fma(nesterov_momentum, b, g)
             w = fma(-learning_rate, g, w)
 
-A decay of zero is left out, so that an infinite weight stays what it is. ``1 - beta`` is rounded once, from FP64: taken as
-``1 - float32(beta)``, it would be wrong by up to 3e-5 of itself for a beta of 0.999.
+A decay of zero is left out, so that an infinite weight stays what it is. ``1 - beta`` is rounded once, from FP64: taken
+as ``1 - float32(beta)``, it would be wrong by up to 3e-5 of itself for a beta of 0.999.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def adam_coefficients(group: Mapping[str, Any], steps: Tensor) -> Tensor:
     """Return a row of coefficients for each tensor: ``(len(steps), COEFFICIENTS)``, FP32, on the device of ``steps``.
 
     Args:
-        group: the options of an Adam's or AdamW's parameter group. What is a tensor has one element, and is on the CPU or
-            on the device of ``steps``.
+        group: the options of an Adam's or AdamW's parameter group. What is a tensor has one element, and is on the
+            CPU or on the device of ``steps``.
         steps: of each tensor, this one counted.
     """
     steps = steps.to(widest(steps.device))

@@ -124,7 +124,7 @@ def attach(
     stepping = None
     if masters is not None:
         inner = that_steps(attachment.optimizer)
-        stepping = Stepping(inner, masters, attachment.slots, bucket_bytes, fold.kernels_on, passes.complete)
+        stepping = Stepping(inner, masters, attachment.slots, bucket_bytes, fold.kernels_on, passes)
     attachment.rooms = Rooms(fold, passes, noise_scale, lost_bits, stepping)
     attachment.attach()
     if stepping is not None:

@@ -23,7 +23,7 @@ from harness import parser, steps, write_results
 from timing import Timing, Variant, allocate, sets_of, time_variants
 
 from accumkern import backends
-from accumkern.finish import total_norm, write
+from accumkern.finish import Scaling, scale, total_norm
 from accumkern.formats import PARTIALS, Format, Start, partial_rows
 from accumkern.slot import Stored
 
@@ -126,7 +126,7 @@ def finish_variant(buffers: Buffers, format_: Format, backend: str) -> Variant:
     def run(i: int) -> None:
         norm = total_norm([gradients[i]], 2.0, lambda _: kernels) / one
         coefficient = torch.clamp(MAX_NORM / (norm + 1e-6), max=1.0)
-        write([gradients[i]], one, coefficient, lambda _: kernels, keeps_residuals=False)
+        scale([gradients[i]], Scaling(one, coefficient), lambda _: kernels, keeps_residuals=False)
 
     read = 2 + residuals[0].element_size()
     return Variant(run, buffers.sets, (read + read + 2) * buffers.numel)

@@ -49,13 +49,13 @@ class Kernels(NamedTuple):
         squares: ``squares(format_, start, sums, residuals, partials)``: the sum of ``x**2`` over each block of
             BLOCK_NUMEL elements, in memory order; ``x`` as in ``finish``. ``partials`` are written and nothing else:
             FP32 of shape ``(partial_rows(numel),)``, the very sums that a fold leaves of the same values.
-        step: ``step(update, weight_format, grad_format, start, weights, weight_residuals, grads, grad_residuals, states,
-            coefficients, divisor, factor, skip)``: an optimizer's step in one pass. ``g = (x / divisor) * factor`` with
-            ``x`` of gradient and residual as in ``finish``; weight and states are updated as :mod:`accumkern.updates`
-            says, in FP32, and ``(weight, residual) = encode(new weight)``. ``states`` has a list of FP32 tensors for
-            each of ``update.states``. ``coefficients`` is ``(len(weights), COEFFICIENTS)``, FP32, a row for each weight.
-            Where ``skip``, an FP32 0-dim tensor, is not zero, nothing is written. Weights are of a split format,
-            gradients bfloat16.
+        step: ``step(update, weight_format, grad_format, start, weights, weight_residuals, grads, grad_residuals,
+            states, coefficients, divisor, factor, skip)``: an optimizer's step in one pass. ``g = (x / divisor) *
+            factor`` with ``x`` of gradient and residual as in ``finish``; weight and states are updated as
+            :mod:`accumkern.updates` says, in FP32, and ``(weight, residual) = encode(new weight)``. ``states`` has a
+            list of FP32 tensors for each of ``update.states``. ``coefficients`` is ``(len(weights), COEFFICIENTS)``,
+            FP32, a row for each weight. Where ``skip``, an FP32 0-dim tensor, is not zero, nothing is written. Weights
+            are of a split format, gradients bfloat16.
     """
 
     fold: Callable[[Format, Start, _Tensors, _Tensors, _Tensors | None, _Scalar, _Tensors | None], None]

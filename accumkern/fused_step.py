@@ -1,0 +1,232 @@
+"""The step of torch's Adam, AdamW and SGD in one pass: no FP32 copy of weights or gradients is made.
+
+By rule, not by option: a parameter is stepped in one pass if its optimizer is exactly one of these classes, and weight,
+gradient and states lie in memory alike. What is computed are torch's formulas in FP32 (:mod:`accumkern.updates` has
+them, and their roundings); ``optimizer.state`` holds what torch's own step would leave there.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from accumkern.backends import Kernels
+from accumkern.dtensor import is_dtensor, with_shard
+from accumkern.formats import Start
+from accumkern.master_weights import MasterWeights, local_of
+from accumkern.ops import is_dense, same_order
+from accumkern.slot import Slot, Stored
+from accumkern.updates import Update, adam_coefficients, sgd_coefficients
+
+#: The classes of optimizers that are stepped in one pass, and how their parameter groups name the update.
+FUSED: dict[type, Callable[[Mapping[str, Any]], Update]] = {
+    torch.optim.Adam: lambda group: Update.AMSGRAD if group["amsgrad"] else Update.ADAM,
+    torch.optim.AdamW: lambda group: Update.AMSGRAD if group["amsgrad"] else Update.ADAM,
+    torch.optim.SGD: lambda group: Update.MOMENTUM if group["momentum"] else Update.SGD,
+}
+
+
+class _Member(NamedTuple):
+    """A parameter that is stepped, and what belongs to it on this rank."""
+
+    param: Tensor
+    weight: Tensor
+    gradient: Stored
+    states: list[Tensor]
+    steps: Tensor | None  # how many there were, as the optimizer counts them; None where it does not
+    is_first: bool  # whether the states were made for this step
+
+
+class FusedStep:
+    """Steps parameters of an optimizer in one pass.
+
+    Args:
+        optimizer: of a class of :data:`FUSED`, exactly.
+        masters: of its parameters.
+        slots: parameter -> slot of its gradient.
+        kernels_on: returns the kernels of a device.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        masters: MasterWeights,
+        slots: Mapping[Tensor, Slot],
+        kernels_on: Callable[[torch.device], Kernels],
+    ) -> None:
+        self._update_of = FUSED[type(optimizer)]
+        self._masters, self._slots, self._kernels_on = masters, slots, kernels_on
+
+    def takes(self, optimizer: Any, group: Mapping[str, Any], param: Any) -> bool:
+        """Return whether a parameter that has a master and a gradient is stepped in one pass."""
+        slot, grad = self._slots[param], param.grad
+        gradient, weight = slot.stored(), local_of(param)
+        is_alike = (
+            gradient.format is not None
+            and gradient.sum.dtype is weight.dtype
+            and slot.is_complete(grad)
+            and gradient.sum.shape == weight.shape
+            and is_dense(weight)
+            and not weight.is_neg()
+            and same_order(gradient.sum, weight)
+        )
+        if is_alike and is_dtensor(param):
+            is_alike = grad.placements == param.placements and grad.device_mesh == param.device_mesh
+        state = optimizer.state.get(param)
+        if not is_alike or not state:
+            return is_alike
+        states = [state.get(name) for name in self._update_of(group).states]
+        has_step = "step" not in state or type(state["step"]) is Tensor
+        return has_step and all(
+            _is_state_of(value, param, weight) or (value is None and "step" not in state)  # SGD's first momentum
+            for value in states
+        )
+
+    @torch.no_grad()
+    def step(
+        self, optimizer: Any, params: Iterable[list[Tensor]], divisor: float | Tensor, factor: float | Tensor
+    ) -> None:
+        """Step parameters that :meth:`takes` takes, with ``(gradient / divisor) * factor``.
+
+        The versions of the weights are left alone, until :meth:`MasterWeights.count_changes`.
+
+        Args:
+            optimizer: the optimizer.
+            params: of each of its groups.
+            divisor: a number, or an FP32 0-dim tensor.
+            factor: the same.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and the optimizer is not ``capturable``.
+        """
+        launches: dict[Any, list[tuple[list[_Member], Tensor]]] = defaultdict(list)
+        counts: list[Tensor] = []
+        for group, some in zip(optimizer.param_groups, params, strict=True):
+            update = self._update_of(group)
+            by_device: dict[torch.device, list[_Member]] = defaultdict(list)
+            for param in some:
+                member = self._member(optimizer, group, update, param)
+                by_device[member.weight.device].append(member)
+            for device, members in by_device.items():
+                _check_capture(optimizer, group, device)
+                counts += _count_steps(members)
+                rows = _coefficients(group, update, members, device)
+                alike: dict[Any, list[int]] = defaultdict(list)
+                for i, member in enumerate(members):
+                    alike[member.gradient.format, member.gradient.residual is None].append(i)
+                for (format_, is_alone), indices in alike.items():
+                    is_all = len(indices) == len(members)
+                    launches[device, update, format_, is_alone].append(
+                        ([members[i] for i in indices], rows if is_all else rows[indices])
+                    )
+        found_inf, grad_scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        for (device, update, format_, is_alone), parts in launches.items():
+            stepped = [member for members, _ in parts for member in members]
+            self._kernels_on(device).step(
+                update,
+                self._masters.format,
+                format_,
+                Start.FROM_SUM if is_alone else Start.CONTINUE,
+                [member.weight for member in stepped],
+                [self._masters.residual_to_write(member.param) for member in stepped],
+                [member.gradient.sum for member in stepped],
+                None if is_alone else [member.gradient.residual for member in stepped],
+                [[member.states[i] for member in stepped] for i in range(len(update.states))],
+                torch.cat([rows for _, rows in parts]) if len(parts) > 1 else parts[0][1],
+                _product(divisor, grad_scale, device),
+                _on(factor, device),
+                None if found_inf is None else _on(found_inf, device).float(),
+            )
+            self._masters.wrote([member.param for member in stepped], [member.weight for member in stepped])
+        if found_inf is not None and counts:  # they were not steps
+            torch._foreach_sub_(counts, [_on(found_inf, count.device) for count in counts])
+
+    def _member(self, optimizer: Any, group: Mapping[str, Any], update: Update, param: Any) -> _Member:
+        """Return what belongs to a parameter; its states are made as torch makes them, where there are none."""
+        weight, gradient = local_of(param), self._slots[param].stored()
+        if not update.states:
+            return _Member(param, weight, gradient, [], None, False)
+        state = optimizer.state[param]
+        is_first = state.get(update.states[0]) is None
+        if is_first:
+            if update is not Update.MOMENTUM:
+                state["step"] = _zero_steps(group, weight.device)
+            for name in update.states:
+                zeros = torch.zeros_like(weight, dtype=torch.float32)
+                state[name] = with_shard(zeros, param.detach()) if is_dtensor(param) else zeros
+        states = [local_of(state[name]) for name in update.states]
+        return _Member(param, weight, gradient, states, state.get("step"), is_first)
+
+
+def _zero_steps(group: Mapping[str, Any], device: torch.device) -> Tensor:
+    """Return what Adam counts steps with: on the device where it is fused or capturable."""
+    is_double = torch.get_default_dtype() is torch.float64 and not group["fused"]
+    where = device if group["capturable"] or group["fused"] else torch.device("cpu")
+    return torch.zeros((), dtype=torch.float64 if is_double else torch.float32, device=where)
+
+
+def _is_state_of(value: Any, param: Any, weight: Tensor) -> bool:
+    """Return whether a state is FP32 and laid out as its parameter is, of which this rank holds ``weight``."""
+    if not isinstance(value, Tensor) or value.dtype is not torch.float32 or is_dtensor(value) != is_dtensor(param):
+        return False
+    local = local_of(value)
+    return local.shape == weight.shape and local.device == weight.device and same_order(local, weight)
+
+
+def _count_steps(members: list[_Member]) -> list[Tensor]:
+    """Count a step of each parameter whose steps are counted; return the counts."""
+    counts = [member.steps for member in members if member.steps is not None]
+    on_host = [count for count in counts if count.is_cpu]
+    elsewhere = [count for count in counts if not count.is_cpu]
+    if on_host:  # torch would make a tensor of the number for each of them
+        torch._foreach_add_(on_host, torch.ones((), device="cpu"), alpha=1)
+    if elsewhere:
+        torch._foreach_add_(elsewhere, 1)
+    return counts
+
+
+def _coefficients(group: Mapping[str, Any], update: Update, members: list[_Member], device: torch.device) -> Tensor:
+    """Return a row of coefficients for each parameter, on the device of the weights, without waiting for it."""
+    counts = [member.steps for member in members if member.steps is not None]
+    inputs = [*counts, group["lr"], *group.get("betas", ())]
+    is_on_device = any(isinstance(value, Tensor) and value.device == device for value in inputs)
+    where = device if is_on_device or _is_capturing(device) else torch.device("cpu")
+    if update in (Update.ADAM, Update.AMSGRAD):
+        rows = adam_coefficients(group, torch.stack([count.to(where) for count in counts]))
+    elif any(member.is_first for member in members):
+        rows = sgd_coefficients(group, torch.tensor([member.is_first for member in members], device=where))
+    else:
+        rows = sgd_coefficients(group, torch.zeros(len(members), dtype=torch.bool, device=where))
+    if where == device:
+        return rows
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
+
+
+def _check_capture(optimizer: Any, group: Mapping[str, Any], device: torch.device) -> None:
+    """Raise where a CUDA graph would keep the number of this step."""
+    if not group.get("capturable", True) and _is_capturing(device):
+        raise RuntimeError(
+            f"a CUDA graph is being captured, and the steps of {type(optimizer).__name__} are counted on the host, so "
+            "that each replay would be the same step; make it with capturable=True"
+        )
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _on(scalar: Any, device: torch.device) -> Any:
+    """Return a number as it is, and a tensor on a device."""
+    return scalar.to(device, non_blocking=device.type != "cpu") if isinstance(scalar, Tensor) else scalar
+
+
+def _product(divisor: float | Tensor, grad_scale: Tensor | None, device: torch.device) -> float | Tensor:
+    """Return what gradients are divided by: a divisor, and what a GradScaler has multiplied the loss with."""
+    if grad_scale is None:
+        return _on(divisor, device)
+    scale = _on(grad_scale, device).float()
+    return scale if not isinstance(divisor, Tensor) and divisor == 1 else scale * _on(divisor, device)
