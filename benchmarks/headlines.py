@@ -24,13 +24,13 @@ MICRO_BATCHES = 8  # of the losses that are shown: the middle of the three that 
 # Designs whose losses and whose memory are shown, and what they are called.
 LOSSES = {
     "stock_bf16": "stock bf16",
-    "split24": "exact sums alone",
+    "split24": "split24 sums alone",
     "split24_masters": "**master weights**",
     "autocast": "FP32 + autocast",
 }
 PEAKS = {
     "stock_bf16": "stock bf16",
-    "split24": "exact sums",
+    "split24": "split24 sums",
     "stock_fp32": "FP32 sums",
     "split24_masters": "**master weights**",
     COMPARED_WITH: "FP32 masters",
@@ -127,7 +127,7 @@ HEADLINES = (
     Headline("**A fold** of a micro-gradient, against stock's addition to an FP32 sum", "kernels", fold),
     Headline(f"**Loss** of a small GPT, {MICRO_BATCHES} micro-batches", "convergence", loss),
     Headline("**Step** of AdamW, time with master weights / FP32 masters", "step", step),
-    Headline("**Training**, time of a micro-batch with exact sums / stock bf16", "training", training_time),
+    Headline("**Training**, time of a micro-batch with split24 sums / stock bf16", "training", training_time),
     Headline("**Training**, memory at the peak", "training", training_memory),
 )
 

@@ -179,7 +179,7 @@ def test_headlines_answer_from_the_files() -> None:
     assert headlines.fold({"method": method, "results": fold}) == "**3.00 times** as fast (2^10 elements)"
     assert headlines.fold({"method": method, "results": fold[1:]}) is None
     loss = {"design": "stock_bf16", "learning_rate": 0.1, "micro_batches": 8, "median_loss": 2.5}
-    said = "learning rate 0.1: stock bf16 2.500, exact sums alone not measured, "
+    said = "learning rate 0.1: stock bf16 2.500, split24 sums alone not measured, "
     answer = headlines.loss({"results": [loss, {**loss, "micro_batches": 64, "median_loss": 9.0}]})
     assert answer is not None
     assert answer.startswith(said)
