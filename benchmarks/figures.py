@@ -15,9 +15,9 @@ from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MultipleLocator, NullFormatter
 from PIL import Image
-from tables import ALONE, COMPARED_WITH, HELD, README_CASES, Content, Result, grouped
+from tables import COMPARED_WITH, HELD, SUMMARY_CASES, Content, Result, grouped
 
 COLORS = {
     "split24": "#1f77b4",
@@ -62,9 +62,9 @@ class Drawing:
 
 
 def roofline(machine: str, content: Content) -> Figure | None:
-    """Draw each operation's bandwidth as a fraction of that of a copy, at the largest tensor that the README shows."""
+    """Draw each operation's bandwidth as a fraction of that of a copy, at the largest tensor that the summary shows."""
     by_case = grouped([r for r in content["results"] if r["tensors"] == 1], "case")
-    cases = [case for case in README_CASES if case in by_case]
+    cases = [case for case in SUMMARY_CASES if case in by_case]
     if not cases:
         return None
     results = [r for r in by_case[cases[-1]] if "fraction_of_copy" in r]
@@ -106,8 +106,9 @@ def sizes(machine: str, content: Content) -> Figure | None:
         axes.plot(*zip(*points, strict=True), style, color=COLORS[kind], label=variant, marker="o", markersize=3)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("elements of the tensor")
     axes.set_ylabel("time / split24's")
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -181,7 +182,7 @@ def training_memory(machine: str, content: Content) -> Figure | None:
     axes.set_ylim(len(results) - 0.4, -0.6)
     axes.set_xlabel("gradient bytes per weight")
     axes.margins(x=0.08)
-    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     _finish(axes, f"Gradient memory of {results[0]['parameters']:,} weights\n{machine}", "x")
     return figure
 
@@ -226,30 +227,35 @@ def convergence(machine: str, content: Content) -> Figure | None:
 
 
 def step_memory(machine: str, content: Content) -> Figure | None:
-    """Draw the bytes that each design holds for a weight, by what they are for, as stacked bars."""
-    results = [
-        r
-        for r in content["results"]
-        if r["end"] == ALONE and r["bucket_bytes"] is None and r["tensors"] > 1 and "error" not in r
-    ]
+    """Draw the bytes that each design holds for a weight, by what they are for, as stacked bars.
+
+    Of all designs in the file, for weights in many tensors and the first end of a window that stands there.
+    """
+    results = [r for r in content["results"] if r["bucket_bytes"] is None and r["tensors"] > 1 and "error" not in r]
+    results = [of_design[0] for of_design in grouped(results, "design").values()]
     if not results:
         return None
-    figure = Figure(figsize=(8, 1.3 + 0.4 * len(results)), layout="constrained")
+    figure = Figure(figsize=(9, 1.3 + 0.4 * len(results)), layout="constrained")
     axes = figure.subplots()
+    longest = max(sum(r["held_bytes"].values()) / r["numel"] for r in results)
     ends = [0.0] * len(results)
     for key, name in HELD.items():
         values = [r["held_bytes"][key] / r["numel"] for r in results]
-        bars = axes.barh([r["label"] for r in results], values, 0.7, left=ends, color=HELD_COLORS[key], label=name)
-        inside = [f"{value:g}" if value >= 0.5 else "" for value in values]
-        axes.bar_label(bars, inside, label_type="center", fontsize=8, color="white")
+        bars = axes.barh(range(len(results)), values, 0.7, left=ends, color=HELD_COLORS[key], label=name)
+        inside = [f"{value:.2g}" if value >= longest / 30 else "" for value in values]
+        axes.bar_label(bars, inside, label_type="center", fontsize=9, color="white")
         ends = [end + value for end, value in zip(ends, values, strict=True)]
     for place, end in enumerate(ends):
-        axes.text(end + 0.15, place, f"{end:.1f}", va="center", fontsize=9, weight="bold")
-    axes.invert_yaxis()
-    axes.set_xlim(0, max(ends) + 1)
-    axes.set_xlabel("bytes held for a weight at the end of a window")
+        axes.text(end + longest / 100, place, f"{end:.2f}".rstrip("0").rstrip("."), va="center", weight="bold")
+    axes.set_yticks(range(len(results)), [r["label"] for r in results])
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.set_xlim(0, 1.08 * longest)
+    axes.xaxis.set_major_locator(MultipleLocator(2))
+    axes.set_xlabel("bytes", fontsize=9)
     figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=len(HELD))
-    _finish(axes, f"A step of AdamW on {results[0]['numel']:,} bf16 weights: all that is held\n{machine}", "x")
+    of = f"{results[0]['numel']:,} weights in {results[0]['tensors']} tensors"
+    _finish(axes, f"Bytes held for a weight at the end of a window: {of}\n{machine}", "x")
+    axes.tick_params(axis="y", labelsize=9)
     return figure
 
 
@@ -274,14 +280,21 @@ def _finish(axes: Axes, title: str, grid: Literal["both", "x", "y"]) -> None:
 #: Benchmark -> its figures, in this order.
 FIGURES: dict[str, list[Drawing]] = {
     "kernels": [
-        Drawing("roofline", "bandwidth of one fold as a fraction of copy bandwidth", roofline, in_readme=True),
+        Drawing("roofline", "bandwidth of one fold as a fraction of copy bandwidth", roofline),
         Drawing("sizes", "time of one fold over split24, against the size of the tensor", sizes),
     ],
     "training": [
         Drawing("training-time", "time of a training micro-batch over stock bf16", training_time),
-        Drawing("training-memory", "gradient bytes per weight of every design", training_memory, in_readme=True),
+        Drawing("training-memory", "gradient bytes per weight of every design", training_memory),
     ],
-    "step": [Drawing("step-memory", "bytes held for a weight, by what they are for", step_memory, in_readme=True)],
+    "step": [
+        Drawing(
+            "step-memory",
+            "bytes held for a weight: weights, masters, gradients, residuals, optimizer state, bucket",
+            step_memory,
+            in_readme=True,
+        )
+    ],
     "convergence": [Drawing("convergence", "validation loss less that of FP32 masters, by N", convergence)],
     "accuracy": [Drawing("error", "error of the accumulated gradient against N", error_against_n)],
 }

@@ -1,7 +1,8 @@
-"""Checks the committed result files, and makes the README's tables, docs/benchmarks.md and docs/figures/ from them.
+"""Checks the committed result files, and makes the README's lines, docs/benchmarks.md and docs/figures/ from them.
 
 ``python benchmarks/report.py`` writes them; ``--check`` changes nothing, and exits with 1 if they are not what the
-result files say. Every result file has to keep to its schema in ``schemas/`` and to say where it comes from.
+result files say. Every result file has to keep to its schema in ``schemas/`` and to say where it comes from. What is to
+be known of files of an older commit stands in ``results/notes.json``.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from figures import FIGURES, Drawing, is_drawn_from, save
+from headlines import headlines
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 from matplotlib.figure import Figure
 from provenance import folder_name
-from tables import SECTIONS, Content
+from tables import SECTIONS, Content, paragraph
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS = Path(__file__).resolve().parent / "schemas"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOT_MEASURED = "On a GPU: not measured."
+NO_STEP = "On a GPU the step with master weights has not been measured."
 
 #: A machine's folder -> benchmark -> content of its result file.
 Results = dict[str, dict[str, Content]]
@@ -32,10 +35,18 @@ Results = dict[str, dict[str, Content]]
 def load_results(folder: Path = ROOT / "benchmarks" / "results") -> Results:
     """Return every result file, GPUs first and benchmarks in the order of their sections.
 
+    A content has a ``note`` where ``notes.json`` has one for its commit and benchmark; designs that the commit called
+    like others of today have the names that stand there.
+
     Raises:
-        ValueError: a file breaks its schema, does not say where it comes from, or lies where it does not belong.
+        ValueError: a file breaks its schema, does not say where it comes from, or lies where it does not belong; a note
+            is of no file.
     """
     found: Results = {}
+    path = folder / "notes.json"
+    notes = json.loads(path.read_text()) if path.exists() else {}
+    check(notes, "notes", path.name)
+    unused = {(commit, benchmark) for commit, of_commit in notes.items() for benchmark in of_commit}
     for path in sorted(folder.glob("*/*.json")):
         where = f"{path.parent.name}/{path.name}"
         if path.stem not in SECTIONS:
@@ -47,7 +58,13 @@ def load_results(folder: Path = ROOT / "benchmarks" / "results") -> Results:
         machine = content["provenance"]["machine"]
         if path.parent.name != folder_name(machine):
             raise ValueError(f"{where} was measured on {machine!r} and belongs in {folder_name(machine)}/")
+        commit = content["provenance"]["commit"]
+        if path.stem in notes.get(commit, {}):
+            unused.discard((commit, path.stem))
+            _add_note(content, **notes[commit][path.stem])
         found.setdefault(path.parent.name, {})[path.stem] = content
+    for commit, benchmark in sorted(unused):
+        raise ValueError(f"notes.json has a note on {benchmark} of commit {commit[:9]}, of which there is no file")
     machines = sorted(found, key=lambda name: (not name.startswith("nvidia"), name))
     return {
         machine: {name: found[machine][name] for name in SECTIONS if name in found[machine]} for machine in machines
@@ -62,21 +79,25 @@ def check(value: Any, schema: str, where: str) -> None:
         raise ValueError(f"{where} breaks schemas/{schema}.json at {error.json_path}: {error.message}")
 
 
+def _add_note(content: Content, note: str, designs: dict[str, dict[str, str]] | None = None) -> None:
+    content["note"] = note
+    for result in content["results"]:
+        result |= (designs or {}).get(result.get("design"), {})
+
+
 def readme_block(results: Results, drawn: set[str]) -> str:
     """Return the generated part of the README; ``drawn`` are the figures that there are."""
-    lines = ["## Measured", ""]
+    lines = headlines(results)
     for folder, benchmarks in results.items():
-        lines += [_machine(benchmarks), ""]
-        for name, content in benchmarks.items():
-            summary = SECTIONS[name].summary
-            lines += summary(content) if summary else []
-            lines += _links(folder, [d for d in FIGURES.get(name, []) if d.in_readme], drawn, "docs/figures/benchmarks")
-    if not any(folder.startswith("nvidia") for folder in results):
-        lines += [NOT_MEASURED, ""]
-    lines += [
-        "All tables and figures: [docs/benchmarks.md](docs/benchmarks.md). How: [benchmarks](benchmarks/README.md)."
-    ]
-    return "\n".join(lines) + "\n"
+        changed = f", an older one ([what has changed](docs/benchmarks.md#{folder}))" if _is_older(benchmarks) else ""
+        lines += paragraph(f"{_machine(benchmarks)}{changed}.")
+    lines += _not_measured(results)
+    shown: set[str] = set()
+    for folder, benchmarks in results.items():
+        drawings = [d for name in benchmarks for d in FIGURES.get(name, []) if d.in_readme and d.name not in shown]
+        lines += _links(folder, drawings, drawn, "docs/figures/benchmarks")
+        shown |= {drawing.name for drawing in drawings}
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def document(results: Results, drawn: set[str]) -> str:
@@ -89,7 +110,7 @@ def document(results: Results, drawn: set[str]) -> str:
         "",
     ]
     for folder, benchmarks in results.items():
-        lines += [f"## {_name(benchmarks)}", ""]
+        lines += [f"## {_name(benchmarks)}", "", *_in_short(benchmarks)]
         for name, content in benchmarks.items():
             source = content["provenance"]
             lines += [f"### {SECTIONS[name].title}", "", *SECTIONS[name].full(content)]
@@ -101,9 +122,33 @@ def document(results: Results, drawn: set[str]) -> str:
                 *(f"- {key.replace('_', ' ')}: {value}" for key, value in content["method"].items()),
                 "",
             ]
-    if not any(folder.startswith("nvidia") for folder in results):
+    if not _gpus(results):
         lines += ["## GPUs", "", NOT_MEASURED, ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _in_short(benchmarks: dict[str, Content]) -> list[str]:
+    """Return the notes on a machine's results, their summaries, and what was not measured on it."""
+    older = ", an older one. What has changed since" if _is_older(benchmarks) else ""
+    lines = paragraph(f"{_machine(benchmarks)}{older}{':' if older else '.'}")
+    for name, content in benchmarks.items():
+        lines += paragraph(f"*{SECTIONS[name].title}*: {content['note']}") if "note" in content else []
+    for name, content in benchmarks.items():
+        summary = SECTIONS[name].summary
+        lines += summary(content) if summary else []
+    missing = [section.title for name, section in SECTIONS.items() if name not in benchmarks]
+    return lines + (paragraph(f"Not measured on this machine: {'; '.join(missing)}.") if missing else [])
+
+
+def _gpus(results: Results) -> list[str]:
+    return [folder for folder in results if folder.startswith("nvidia")]
+
+
+def _not_measured(results: Results) -> list[str]:
+    """Say plainly which of the things that decide were not measured on a GPU."""
+    if not _gpus(results):
+        return [NOT_MEASURED, ""]
+    return [] if any("step" in results[folder] for folder in _gpus(results)) else [NO_STEP, ""]
 
 
 def _name(benchmarks: dict[str, Content]) -> str:
@@ -117,7 +162,11 @@ def _machine(benchmarks: dict[str, Content]) -> str:
         ", ".join(sorted({text(source) for source in sources}))
         for text in (lambda s: s["torch"], lambda s: s["date"][:10], lambda s: s["commit"][:9])
     )
-    return f"**{sources[0]['machine']}**, torch {torches}, {dates}, commit {commits}."
+    return f"**{sources[0]['machine']}**, torch {torches}, {dates}, commit {commits}"
+
+
+def _is_older(benchmarks: dict[str, Content]) -> bool:
+    return any("note" in content for content in benchmarks.values())
 
 
 def _links(folder: str, drawings: list[Drawing], drawn: set[str], path: str) -> list[str]:

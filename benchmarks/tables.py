@@ -1,7 +1,7 @@
 """The tables and sentences of every benchmark, in Markdown: each is a function of a result file's content.
 
-:data:`SECTIONS` says which of them the README shows, and which docs/benchmarks.md. To add a benchmark is to add its
-section here, its schema in ``schemas/``, and a figure in ``figures.py`` if it has one. Nothing here needs torch.
+docs/benchmarks.md shows them by :data:`SECTIONS`; the README's lines are in ``headlines.py``. To add a benchmark is to
+add its section here, its schema in ``schemas/``, and a figure in ``figures.py`` if it has one. Nothing needs torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Section:
     Attributes:
         title: its heading in docs/benchmarks.md.
         full: all tables, for docs/benchmarks.md and the terminal.
-        summary: the few lines for the README; None leaves it out there.
+        summary: the few lines at the head of the machine there; None leaves it out.
     """
 
     title: str
@@ -34,9 +34,9 @@ class Section:
 # ---- what tables are made of -------------------------------------------------------------------------------------
 
 
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Return a table and an empty line behind it; columns but the first are numbers and stand to the right."""
-    marks = ["---", *["---:"] * (len(header) - 1)]
+def table(header: list[str], rows: list[list[str]], numbers: bool = True) -> list[str]:
+    """Return a table and an empty line behind it; columns but the first stand to the right if they are numbers."""
+    marks = ["---", *["---:" if numbers else "---"] * (len(header) - 1)]
     return [*("| " + " | ".join(cells) + " |" for cells in (header, marks, *rows)), ""]
 
 
@@ -61,6 +61,16 @@ def spread(result: Result) -> str:
     return f"{median} {unit} ({low}-{high})"
 
 
+def interval(found: Result | None) -> str:
+    """Return a ratio's median, and in brackets the interval that holds it; nothing where there is none."""
+    return f"{found['median']:.3f} ({found['low']:.3f}-{found['high']:.3f})" if found else ""
+
+
+def number_of_tensors(number: Hashable) -> str:
+    """Return a number of tensors in words."""
+    return "1 tensor" if number == 1 else f"{number} tensors"
+
+
 def fastest(results: list[Result]) -> Result | None:
     """Return the result of the smallest median, or None where none was measured."""
     return min((r for r in results if "median_ms" in r), key=lambda r: float(r["median_ms"]), default=None)
@@ -78,9 +88,9 @@ def grouped(results: list[Result], *keys: str) -> dict[Hashable, list[Result]]:
 # ---- kernels -----------------------------------------------------------------------------------------------------
 
 COPY = "bf16.copy_(bf16)"
-# The cases that the README shows, where they were measured.
-README_CASES = ("2^20", "2^25", "2^28", "GPT-2", "Llama-1B", "Llama-8B")
-# What the README shows of stock PyTorch, each by its fastest variant.
+# The cases that the summary shows, where they were measured.
+SUMMARY_CASES = ("2^20", "2^25", "2^28", "GPT-2", "Llama-1B", "Llama-8B")
+# What the summary shows of stock PyTorch, each by its fastest variant.
 STOCK = {
     "stock, bf16 sum": ("bf16.add_(bf16)", "_foreach_add_(bf16, bf16)"),
     "stock, fp32 sum": ("fp32.add_(bf16)", "fp32.add_(bf16.float())", "_foreach_add_(fp32, bf16)"),
@@ -114,7 +124,7 @@ def kernels_tables(content: Content) -> list[str]:
 
 def kernels_summary(content: Content) -> list[str]:
     """Return what it takes to add a micro-gradient, over split24."""
-    cases = {case: results for case, results in grouped(content["results"], "case").items() if case in README_CASES}
+    cases = {case: results for case, results in grouped(content["results"], "case").items() if case in SUMMARY_CASES}
     single = [case for case, results in cases.items() if results[0]["tensors"] == 1]
     if not single:
         return []
@@ -255,7 +265,7 @@ def _over_stock(result: Result | None, with_spread: bool) -> str:
 
 # ---- accuracy ----------------------------------------------------------------------------------------------------
 
-README_MICRO_BATCHES = (8, 64, 512)
+SUMMARY_MICRO_BATCHES = (8, 64, 512)
 
 
 def accuracy_tables(content: Content) -> list[str]:
@@ -274,7 +284,7 @@ def accuracy_tables(content: Content) -> list[str]:
 def accuracy_summary(content: Content) -> list[str]:
     """Return the error of the sums that are kept."""
     lines = paragraph("Relative L2 error of the sum of N bf16 micro-gradients, against FP64:")
-    results = [r for r in content["results"] if r["micro_batches"] in README_MICRO_BATCHES]
+    results = [r for r in content["results"] if r["micro_batches"] in SUMMARY_MICRO_BATCHES]
     for ratio, of_ratio in grouped(results, "mean_over_std").items():
         counts = sorted({r["micro_batches"] for r in of_ratio})
         lines += _errors(of_ratio, "error_of_sum", counts, f"micro-gradients of mean / std {ratio:g}")
@@ -324,7 +334,7 @@ def training_tables(content: Content) -> list[str]:
             cells = [name]
             for stretch in STRETCHES:
                 cells.append(spread(result[stretch]))
-                cells += (_interval(result[f"{stretch}_over"].get(key)) for key in over)
+                cells += (interval(result[f"{stretch}_over"].get(key)) for key in over)
             time_rows.append(cells)
             size, error = result["gradient_bytes_per_parameter"], result["relative_error"]
             losses = result["validation_loss"]
@@ -360,7 +370,7 @@ def training_summary(content: Content) -> list[str]:
     rows = [
         [
             _design(result),
-            *(_interval(result[f"{stretch}_over"].get("stock_bf16")) for stretch in STRETCHES),
+            *(interval(result[f"{stretch}_over"].get("stock_bf16")) for stretch in STRETCHES),
             f"{result['gradient_bytes_per_parameter']['peak']:.2f}",
             f"{result['peak_bytes'] / 1e6:,.0f}",
             f"{result['relative_error']['sum']:.0e}",
@@ -391,10 +401,6 @@ def _design(result: Result) -> str:
     return f"**{result['label']}**" if result["label"].startswith("accumkern") else str(result["label"])
 
 
-def _interval(found: Result | None) -> str:
-    return f"{found['median']:.3f} ({found['low']:.3f}-{found['high']:.3f})" if found else ""
-
-
 def _verdict(results: list[Result], stretch: str, reference: str) -> list[str]:
     """Say which designs of accumkern are slower than another design, which are faster, and which cannot be told."""
     slower, faster, neither = "slower than", "faster than", "not to be told from"
@@ -423,7 +429,7 @@ HELD = {
     "masters": "masters",
     "gradients": "gradients",
     "residuals": "their residuals",
-    "optimizer_state": "states",
+    "optimizer_state": "optimizer state",
     "bucket": "bucket",
 }
 ALONE = "step"  # the end of a window without mean and clipping
@@ -445,7 +451,7 @@ def step_tables(content: Content) -> list[str]:
         for results in designs.values():
             cells = [_design(results[0])]
             for result in results:
-                cells += [result.get("error") or spread(result), _interval(result.get("over_fp32_masters"))]
+                cells += [result.get("error") or spread(result), interval(result.get("over_fp32_masters"))]
             rows.append(cells)
         lines += table(["design", *(cell for end in ends for cell in (end, "/ fp32 + masters"))], rows)
         lines += _bytes_held(of_weights)
@@ -462,7 +468,7 @@ def step_tables(content: Content) -> list[str]:
                             if "error" in r
                             else [
                                 spread(r),
-                                _interval(r.get("over_fp32_masters")),
+                                interval(r.get("over_fp32_masters")),
                                 f"{r['held_bytes']['bucket'] / 1e6:,.1f}",
                                 f"{r['peak_bytes'] / 1e6:,.1f}",
                             ]
@@ -480,14 +486,14 @@ def step_summary(content: Content) -> list[str]:
     rows: list[list[str]] = []
     buckets: dict[Hashable, float] = {}
     for of_design in grouped(results, "design").values():
-        times = [r.get("error") or _interval(r.get("over_fp32_masters")) or spread(r) for r in of_design]
+        times = [r.get("error") or interval(r.get("over_fp32_masters")) or spread(r) for r in of_design]
         sizes = {r["tensors"]: r["held_bytes"] for r in of_design if "error" not in r}
         size = next(({**held, "bucket": 0} for held in sizes.values()), None)
         rows.append(
             [_design(of_design[0]), *times, f"{sum(size.values()) / of_design[0]['numel']:.1f}" if size else ""]
         )
         buckets |= {n: held["bucket"] / of_design[0]["numel"] for n, held in sizes.items() if held["bucket"]}
-    kept = " and ".join(f"{size:.2f} more where they are {_tensors(n)}" for n, size in buckets.items())
+    kept = " and ".join(f"{size:.2f} more where they are {number_of_tensors(n)}" for n, size in buckets.items())
     return [
         *paragraph(
             f"A step of a fused AdamW on {results[0]['numel']:,} bf16 weights and `zero_grad()`: time over that with "
@@ -495,16 +501,12 @@ def step_summary(content: Content) -> list[str]:
             "that are held for a weight, gradients and states of AdamW included"
             + (f"; what a CPU keeps of a step's FP32 weights and gradients is {kept}:" if kept else ":")
         ),
-        *table(["design", *(_tensors(n) for n in grouped(results, "tensors")), "bytes / weight"], rows),
+        *table(["design", *(number_of_tensors(n) for n in grouped(results, "tensors")), "bytes / weight"], rows),
     ]
 
 
-def _tensors(number: Hashable) -> str:
-    return "1 tensor" if number == 1 else f"{number} tensors"
-
-
 def _of_weights(result: Result) -> str:
-    return f"**{result['numel']:,} weights in {_tensors(result['tensors'])}**"
+    return f"**{result['numel']:,} weights in {number_of_tensors(result['tensors'])}**"
 
 
 def _bytes_held(results: list[Result]) -> list[str]:

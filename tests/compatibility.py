@@ -6,21 +6,22 @@ Mark a test, a class or a module (``pytestmark``) that runs against a real libra
     @pytest.mark.integration("DDP: static_graph")                                          # of torch itself
     @pytest.mark.integration("HF Trainer: SomeOption", version_of="transformers", refused="why it can't be right")
 
-The feature is a literal string; all tests of one feature make one line of the matrix. ``version_of`` is the name under
+The feature is a literal string; all tests of one feature make one row of the matrix. ``version_of`` is the name under
 which pip knows the library. ``refused`` is the reason, in a few words, why accumkern refuses: the test then shows that
 it does so with a clear error. Then run::
 
     python -m pytest -m integration --write-compatibility
 
-It writes docs/compatibility.json and the README's table, if no test failed. Lines of other versions of torch or of the
-library, or of another device, stay. A feature of which every test was skipped is written as not run, with the reason,
-unless it has a line from elsewhere. Commit both files; tests/test_compatibility.py checks that they fit together.
+It writes docs/compatibility.json, and docs/compatibility.md from it, if no test failed. Lines of other versions of
+torch or of the library, or of another device, stay. A feature of which every test was skipped is written as not run,
+with the reason, unless it has a line from elsewhere. Commit both; tests/test_compatibility.py checks that they fit.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,8 +30,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "docs" / "compatibility.json"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- compatibility: begin -->", "<!-- compatibility: end -->"
+PAGE = ROOT / "docs" / "compatibility.md"
+HEAD = """# What it was tested with
+
+Made by `python -m pytest -m integration --write-compatibility` from `compatibility.json` beside it; do not edit. Each
+cell is of tests against the real library, with the torch and on the device of its column: whether it works or is
+refused, with a clear error, and the number of tests. Where a cell is empty, nothing was run.
+
+"""
 
 Line: TypeAlias = dict[str, Any]
 
@@ -54,14 +61,14 @@ class Recorder:
         return report
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        """Write the record and the README's table, unless a test failed."""
+        """Write the record and the page of it, unless a test failed."""
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         assert reporter is not None
         if exitstatus != pytest.ExitCode.OK:
             reporter.write_line("\ncompatibility: nothing is written, for something failed", red=True)
             return
         RECORD.write_text(json.dumps(merge(load(), list(self.lines.values())), indent=1) + "\n")
-        README.write_text(with_table(README.read_text(), load()))
+        PAGE.write_text(page(load()))
         reporter.write_line(f"\ncompatibility: {len(self.lines)} features written to {RECORD.relative_to(ROOT)}")
 
 
@@ -107,18 +114,37 @@ def load() -> list[Line]:
     return lines
 
 
-def with_table(readme: str, lines: list[Line]) -> str:
-    """Return the README with the table of ``lines`` between its markers."""
-    table = ["| feature | tested with | on | result | tests |", "|---|---|---|---|---|"]
+def page(lines: list[Line]) -> str:
+    """Return docs/compatibility.md: a row for each feature, a column for each torch and device."""
+    columns = sorted({(line["torch"], line["device"]) for line in lines}, key=lambda c: (c[1], _numbers(c[0])))
+    rows = [
+        ["feature", "with", *(f"torch {torch_version}, {device}" for torch_version, device in columns)],
+        ["---"] * (2 + len(columns)),
+    ]
+    by_feature: dict[str, list[Line]] = {}
     for line in lines:
-        versions = [f"torch {line['torch']}"]
-        if line["library"] != "torch":
-            versions.insert(0, f"{line['library']} {line['version']}")
-        result = line["result"] if line["reason"] is None else f"{line['result']}: {line['reason']}"
-        where = line["device"] if line["tests"] else "-"
-        table.append(f"| {line['feature']} | {', '.join(versions)} | {where} | {result} | {line['tests']} |")
-    before, found, rest = readme.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not found or not closed:
-        raise ValueError(f"README.md lacks {BEGIN} or {END}")
-    return f"{before}{BEGIN}\n" + "\n".join(table) + f"\n{END}{after}"
+        by_feature.setdefault(line["feature"], []).append(line)
+    for feature, of_feature in by_feature.items():
+        reasons = dict.fromkeys(f"{line['result']}: {line['reason']}" for line in of_feature if line["reason"])
+        versions = sorted({line["version"] for line in of_feature}, key=_numbers)
+        library = of_feature[0]["library"]
+        cells = [
+            "; ".join(
+                _cell(line, names_version=library != "torch" and len(versions) > 1)
+                for line in of_feature
+                if (line["torch"], line["device"]) == column
+            )
+            for column in columns
+        ]
+        used = "" if library == "torch" else f"{library} {', '.join(versions)}"
+        rows.append(["<br>".join([feature, *reasons]), used, *cells])
+    return HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _cell(line: Line, names_version: bool) -> str:
+    version = f" ({line['version']})" if names_version else ""
+    return f"{line['result']}, {line['tests']}{version}" if line["tests"] else f"{line['result']}{version}"
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]

@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-compatibility",
         action="store_true",
-        help="write what the tests marked integration show to docs/compatibility.json and the README",
+        help="write what the tests marked integration show to docs/compatibility.json and .md",
     )
 
 

@@ -1,4 +1,4 @@
-"""The README's compatibility matrix is what the marked tests have shown, for every marked feature."""
+"""The compatibility matrix is what the marked tests have shown, for every marked feature."""
 
 import importlib.metadata
 import re
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import compatibility
-import pytest
 
 TESTS = Path(__file__).resolve().parent
 
@@ -15,9 +14,8 @@ def line(feature: str, tests: int = 1, **changes: Any) -> dict[str, Any]:
     return {**compatibility.new_line(feature), "tests": tests, **changes}
 
 
-def test_readme_shows_the_record() -> None:
-    readme = compatibility.README.read_text()
-    assert readme == compatibility.with_table(readme, compatibility.load())
+def test_the_page_shows_the_record() -> None:
+    assert compatibility.PAGE.read_text() == compatibility.page(compatibility.load())
 
 
 def test_every_marked_feature_has_a_line_and_every_line_a_test() -> None:
@@ -59,11 +57,33 @@ def test_skipped_features_say_so_until_they_run_somewhere() -> None:
     assert [e["result"] for e in compatibility.merge([ran], [skipped])] == ["works"]
 
 
-def test_table_names_the_reason_of_a_refusal() -> None:
-    readme = f"a{compatibility.BEGIN}old{compatibility.END}z"
-    text = compatibility.with_table(readme, [line("C", library="thing", version="1.0", result="refused", reason="no")])
-    assert "| C | thing 1.0, torch " in text
-    assert "| refused: no | 1 |" in text
-    assert "old" not in text
-    with pytest.raises(ValueError, match=r"README\.md lacks"):
-        compatibility.with_table("nothing", [])
+def rows(*lines: dict[str, Any]) -> list[str]:
+    return compatibility.page(list(lines)).removeprefix(compatibility.HEAD).splitlines()
+
+
+def test_the_page_has_a_row_for_each_feature_and_a_column_for_each_torch_and_device() -> None:
+    old, new = {"torch": "2.9.0", "device": "CPU"}, {"torch": "2.13.0", "device": "CPU"}
+    gpu = {"torch": "2.13.0", "device": "some GPU"}
+    thing = {"library": "thing", "version": "1.0"}
+    refused = {"result": "refused", "reason": "it cannot be right"}
+    skipped = {"result": "not run", "reason": "needs a GPU"}
+    found = rows(
+        line("A", 7, **new, **thing),
+        line("A", 3, **old, **thing),
+        line("B", 2, **new, **refused),
+        line("B", 1, **gpu, **refused),
+        line("C", 0, **new, **skipped),
+    )
+    assert found == [
+        "| feature | with | torch 2.9.0, CPU | torch 2.13.0, CPU | torch 2.13.0, some GPU |",
+        "| --- | --- | --- | --- | --- |",
+        "| A | thing 1.0 | works, 3 | works, 7 |  |",
+        "| B<br>refused: it cannot be right |  |  | refused, 2 | refused, 1 |",
+        "| C<br>not run: needs a GPU |  |  | not run |  |",
+    ]
+
+
+def test_the_page_tells_versions_of_a_library_apart() -> None:
+    of_one = {"library": "thing", "torch": "2.13.0"}
+    found = rows(line("A", 1, **of_one, version="1.10"), line("A", 2, **of_one, version="1.9"))
+    assert found[2:] == ["| A | thing 1.9, 1.10 | works, 1 (1.10); works, 2 (1.9) |"]

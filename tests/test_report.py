@@ -15,7 +15,10 @@ for needed in ("jsonschema", "matplotlib", "rich"):  # a GPU machine may lack th
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import figures  # noqa: E402
+import headlines  # noqa: E402
 import report  # noqa: E402
+from headlines import HEADLINES  # noqa: E402
 
 SOURCE = {
     "machine": "CPU Toy, 1 cores",
@@ -120,10 +123,134 @@ def test_several_machines_stand_one_after_the_other_gpus_first(tmp_path: Path) -
     results = report.load_results(tmp_path)
     assert list(results) == ["nvidia-toy", "cpu-toy-1-cores"]
     readme, document = report.readme_block(results, set()), report.document(results, set())
-    assert readme.index("**NVIDIA Toy**, torch 2.14.0, 2026-01-02") < readme.index("**CPU Toy, 1 cores**, torch 2.13.0")
+    for text in (readme, document):
+        first = text.index("**NVIDIA Toy**, torch 2.14.0, 2026-01-02")
+        assert first < text.index("**CPU Toy, 1 cores**, torch 2.13.0")
+        assert report.NOT_MEASURED not in text
+    assert "|  | NVIDIA Toy | CPU Toy, 1 cores |" in readme
     assert document.index("## NVIDIA Toy") < document.index("## CPU Toy, 1 cores")
-    assert report.NOT_MEASURED not in readme + document
-    assert document.count("| split24 | 1e-09 |") == readme.count("| split24 | 1e-09 |") == 2
+    assert document.count("| split24 | 1e-09 |") == 4  # in short and in full
+    assert document.count("Not measured on this machine: One fold of a gradient; ") == 2
+
+
+def test_the_readme_says_what_was_not_measured(tmp_path: Path) -> None:
+    put(tmp_path, "nvidia-toy", content(machine="NVIDIA Toy"))
+    results = report.load_results(tmp_path)
+    readme = report.readme_block(results, set())
+    assert report.NO_STEP in readme
+    lines = [line for line in readme.splitlines() if line.startswith("| **")]
+    assert len(lines) == len(HEADLINES) == 5
+    assert all(line.endswith("| not measured |") for line in lines)
+    results["nvidia-toy"]["step"] = results["nvidia-toy"].pop("accuracy") | {"results": [step_result()]}
+    assert report.NO_STEP not in report.readme_block(results, set())
+
+
+def step_result(**changes: Any) -> dict[str, Any]:
+    ratio = {"median": 0.5, "low": 0.4, "high": 0.6, "confidence": 0.95, "n": 9}
+    kinds = ("weights", "masters", "gradients", "residuals", "optimizer_state", "bucket")
+    return {
+        "numel": 100,
+        "tensors": 4,
+        "design": "split24_masters",
+        "label": "accumkern split24 + masters",
+        "bucket_bytes": None,
+        "end": "step",
+        "copy_gb_per_s": 9.0,
+        "median_ms": 1.0,
+        "p20_ms": 1.0,
+        "p80_ms": 1.0,
+        "n": 9,
+        "held_bytes": dict(zip(kinds, (200, 200, 200, 100, 800, 0), strict=True)),
+        "peak_bytes": 0,
+        "over_fp32_masters": ratio,
+    } | changes
+
+
+def test_headlines_answer_from_the_files() -> None:
+    method = {"backend": "cpu"}
+    kernel = {"case": "2^10", "tensors": 1, "numel": 1024}
+    fold = [
+        {**kernel, "variant": "split24 cpu", "median_ms": 2.0},
+        {**kernel, "variant": "fp32.add_(bf16)", "median_ms": 7.0},
+        {**kernel, "variant": "fp32.add_(bf16.float())", "median_ms": 6.0},
+        {**kernel, "variant": "torch.compile(fp32 += bf16)", "error": "OOM"},
+        {**kernel, "case": "2^9", "numel": 512, "variant": "fp32.add_(bf16)", "median_ms": 100.0},
+    ]
+    assert headlines.fold({"method": method, "results": fold}) == "**3.00 times** as fast (2^10 elements)"
+    assert headlines.fold({"method": method, "results": fold[1:]}) is None
+    loss = {"design": "stock_bf16", "learning_rate": 0.1, "micro_batches": 8, "median_loss": 2.5}
+    said = "learning rate 0.1: stock bf16 2.500, split24 sums alone not measured, "
+    answer = headlines.loss({"results": [loss, {**loss, "micro_batches": 64, "median_loss": 9.0}]})
+    assert answer is not None
+    assert answer.startswith(said)
+    steps = [step_result(), step_result(tensors=1), step_result(bucket_bytes=8), step_result(end="mean, step")]
+    assert headlines.step({"results": steps}) == "0.50 for weights in 4 tensors, 0.50 for weights in 1 tensor"
+    assert headlines.step({"results": [step_result(design="other")]}) is None
+    training = {
+        "regime": "launch",
+        "design": "split24",
+        "micro_batch_over": {"stock_bf16": {"median": 1.2, "low": 1.1, "high": 1.3}},
+    }
+    said = "large micro-batches not measured, tiny ones 1.200 (1.100-1.300)"
+    assert headlines.training_time({"results": [training]}) == said
+    assert headlines.training_memory({"results": [training]}) is None
+
+
+# ---- notes on files of an older commit ---------------------------------------------------------------------------
+
+
+def test_a_note_is_shown_and_renames_what_was_called_otherwise(tmp_path: Path) -> None:
+    put(tmp_path, "cpu-toy-1-cores", content())
+    old = {**content(), "results": [step_result()]}
+    put(tmp_path, "cpu-toy-1-cores", old, name="step.json")
+    names = {"split24_masters": {"design": "copies", "label": "accumkern split24 + copies"}}
+    notes = {"a" * 40: {"step": {"note": "the step was another", "designs": names}}}
+    (tmp_path / "notes.json").write_text(json.dumps(notes))
+    results = report.load_results(tmp_path)
+    (found,) = results["cpu-toy-1-cores"]["step"]["results"]
+    assert found == step_result(design="copies", label="accumkern split24 + copies")
+    assert "note" not in results["cpu-toy-1-cores"]["accuracy"]
+    readme, document = report.readme_block(results, set()), report.document(results, set())
+    assert "an older one ([what has changed](docs/benchmarks.md#cpu-toy-1-cores))" in " ".join(readme.split())
+    assert "an older one. What has changed since:\n\n*The step*: the step was another\n" in document
+    assert "accumkern split24 + copies" in document
+    assert "+ masters |" not in "".join(line for line in document.splitlines() if line.startswith("| **"))
+
+
+@pytest.mark.parametrize(
+    ("notes", "match"),
+    [
+        ({"b" * 40: {"accuracy": {"note": "x"}}}, "a note on accuracy of commit bbbbbbbbb, of which there is no file"),
+        ({"a" * 40: {"kernels": {"note": "x"}}}, "a note on kernels of commit aaaaaaaaa, of which there is no file"),
+        ({"a" * 40: {"accuracy": {"text": "x"}}}, "notes.json breaks schemas/notes.json"),
+    ],
+    ids=["other commit", "other benchmark", "no note"],
+)
+def test_a_note_of_no_file_is_refused(notes: Any, match: str, tmp_path: Path) -> None:
+    put(tmp_path, "cpu-toy-1-cores", content())
+    (tmp_path / "notes.json").write_text(json.dumps(notes))
+    with pytest.raises(ValueError, match=match):
+        report.load_results(tmp_path)
+
+
+# ---- the figure of bytes -----------------------------------------------------------------------------------------
+
+
+def test_the_figure_of_bytes_shows_every_design_of_the_file() -> None:
+    results = [
+        step_result(),
+        step_result(end="mean, step", held_bytes=dict.fromkeys(step_result()["held_bytes"], 9)),  # another end
+        step_result(design="of tomorrow", label="of tomorrow", end="mean, step"),  # its first end is another
+        step_result(design="one", label="in one tensor", tensors=1),
+        step_result(design="bucket", label="with a bucket", bucket_bytes=8),
+        {"design": "broken", "label": "broken", "end": "step", "tensors": 4, "bucket_bytes": None, "error": "OOM"},
+    ]
+    figure = figures.step_memory("a machine", {"results": results})
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["accumkern split24 + masters", "of tomorrow"]
+    assert [text.get_text() for text in axes.texts if text.get_weight() == "bold"] == ["15", "15"]
+    assert figures.step_memory("a machine", {"results": results[-1:]}) is None
 
 
 def test_what_does_not_show_the_results_is_found(tmp_path: Path) -> None:
@@ -140,8 +267,8 @@ def test_what_does_not_show_the_results_is_found(tmp_path: Path) -> None:
 
     changed = copy.deepcopy(results)
     changed["cpu-toy-1-cores"]["accuracy"]["results"][0]["error_of_sum"] = 1e-7
-    assert report.differences(changed, tmp_path) == [figure, "README.md", "docs/benchmarks.md"]
-    edited = readme.read_text().replace("1e-09", "1e-10")
+    assert report.differences(changed, tmp_path) == [figure, "docs/benchmarks.md"]
+    edited = readme.read_text().replace("not measured", "fast")
     readme.write_text(edited)
     assert report.differences(results, tmp_path) == ["README.md"]
 
