@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from pinned import pinned
 from ranks import full
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ class Fp32Twin:
         self.params = [nn.Parameter(acc.master_weight(param)) for param in self.of]
         twins = dict(zip(self.of, self.params, strict=True))
         groups = [[twins[param] for param in group["params"]] for group in self._theirs.param_groups]
-        self.optimizer = make([{"params": group} for group in groups])
+        self.optimizer = pinned(make([{"params": group} for group in groups]))
 
     @property
     def _theirs(self) -> Any:

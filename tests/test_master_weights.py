@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from masters import Make, Masters, Reference, adamw, assert_equal, backward, fp32_model
+from masters import (
+    Make,
+    Masters,
+    OwnAdamW,
+    Reference,
+    adamw,
+    assert_equal,
+    backward,
+    fp32_model,
+    own_adamw,
+)
+from pinned import pinned
 from torch import nn, optim
 
 import accumkern
@@ -42,6 +53,8 @@ TORCH: dict[str, Make] = {
     "AdamW-fused": lambda params: optim.AdamW(params, lr=1e-3, fused=True),
     "AdamW-tensor-lr": lambda params: optim.AdamW(params, lr=torch.tensor(1e-3), fused=True),
     "AdamW-groups": two_groups,
+    "AdamW-own": own_adamw,
+    "AdamW-own-fused": lambda params: OwnAdamW(params, lr=1e-3, fused=True),
     "Adafactor": lambda params: optim.Adafactor(params, lr=1e-2),
     "RMSprop": lambda params: optim.RMSprop(params, lr=1e-3, momentum=0.5, centered=True),
     "NAdam": lambda params: optim.NAdam(params, lr=1e-3),
@@ -113,7 +126,7 @@ def test_split24_masters_are_rounded_to_16_bits_after_each_step() -> None:
         nn.Parameter(decode(Format.SPLIT24, *encode(Format.SPLIT24, p.detach()))) for p in fp32_model().parameters()
     ]
     assert_equal(mine.masters(), [weight.detach() for weight in weights])
-    optimizer = adamw(weights)
+    optimizer = pinned(adamw(weights))
     for step in range(5):
         backward(mine.model, step)
         for param, weight in zip(mine.params, weights, strict=True):
@@ -259,7 +272,7 @@ def test_a_subclass_with_a_step_of_its_own_is_stepped_once() -> None:
             self.steps += 1
             return super().step(closure)
 
-    mine, reference = Masters(lambda params: Mine(params, lr=1e-3), bucket=1), Reference(adamw)
+    mine, reference = Masters(lambda params: Mine(params, lr=1e-3), bucket=1), Reference(own_adamw)
     called = []
     mine.optimizer.register_step_pre_hook(lambda *_: called.append(1))
     for step in range(3):
@@ -417,7 +430,7 @@ def test_without_masters_one_is_told_to_attach_with_them() -> None:
 @pytest.mark.parametrize("bucket", [2**18, 2**20])
 def test_a_step_needs_one_bucket_beside_what_is_held(bucket: int) -> None:
     weights = [nn.Parameter(torch.randn(128, 128).bfloat16()) for _ in range(64)]  # 8 MiB of FP32 weights and gradients
-    optimizer = optim.AdamW(weights, lr=1e-3, fused=True)
+    optimizer = OwnAdamW(weights, lr=1e-3, fused=True)
     acc = accumkern.attach(optimizer, master_weights="split32", bucket=bucket)
 
     def window() -> None:
