@@ -56,13 +56,11 @@ def findings(results: dict[str, Any]) -> list[str]:
         peak[key] = entry["bytes_per_parameter"]["peak"]
     lines = [_gap(results, entry, ours) for entry in (stock, fp32)]
     if stock["unmoved"]:
-        shares = [entry["unmoved"][-1] for entry in (stock, fp32, ours)]
+        a, b, c = (entry["unmoved"][-1] for entry in (stock, fp32, ours))
         lines.append(
-            "From one tenth of the training to the next, at last, {:.0%} of the weights of {} did not change at all; "
-            "with {} {:.0%}, of the masters of {} {:.0%}.".format(
-                shares[0], stock["label"], fp32["label"], shares[1], ours["label"], shares[2]
-            )
-            + (" bfloat16 cannot hold so small updates." if shares[0] > 2 * max(shares[1:]) else "")
+            f"In the last tenth of the training {a:.0%} of the weights of {stock['label']} did not change at all, with "
+            f"{fp32['label']} {b:.0%}, of the masters of {ours['label']} {c:.0%}."
+            + (" bfloat16 cannot hold so small updates." if a > 2 * max(b, c) else "")
         )
     return [
         *lines,
@@ -78,8 +76,8 @@ def _gap(results: dict[str, Any], one: dict[str, Any], other: dict[str, Any]) ->
     """Say by how much a loss is above another at the end, and whether that is clear."""
     count = tenth(results["steps"])
     apart = one["final_loss"] - other["final_loss"]
-    if apart == 0:
-        return f"The losses of {one['label']} and {other['label']} end equal."
+    if round(apart, 4) == 0:
+        return f"The losses of {one['label']} and {other['label']} end less than 0.0001 apart."
     agreeing = sum((a - b) * apart > 0 for a, b in zip(one["loss"][-count:], other["loss"][-count:], strict=True))
     side = "above" if apart > 0 else "below"
     line = f"The loss of {one['label']} ends {abs(apart):.4f} {side} that of {other['label']}"
@@ -98,11 +96,11 @@ def notes(results: dict[str, Any]) -> list[str]:
     options = results["options"]
     numel = results["designs"][OURS]["bytes_per_parameter"]["of_parameters"]
     return [
-        f"loss: mean of the last {tenth(results['steps'])} of {results['steps']} steps; one run, one seed. Updates are "
-        f"the smaller, and the more of them lost, the lower the learning rate (here at most {options['lr']:g}; --lr).",
+        f"loss: mean of the last {tenth(results['steps'])} of {results['steps']} steps; one run, one seed. The "
+        f"lower the learning rate (--lr, here {options['lr']:g} at most), the smaller are the updates.",
         f"bytes: as the allocator counts them for a GPT with {numel:,} weights; at the peak, activations included.",
-        f"time: medians over steps of {options['micro_batches']} micro-batches, taken in turns. With so small a model "
-        f"({results['parameters']:,} weights) the fixed cost of every call counts most.",
+        f"time: medians over steps of {options['micro_batches']} micro-batches, taken in turns. The model is small "
+        f"({results['parameters']:,} weights): fixed costs of a call count most. Larger ones: docs/benchmarks.md.",
     ]
 
 
@@ -112,21 +110,22 @@ def figure(results: dict[str, Any]) -> Figure:
     picture = Figure(figsize=(13, 5.8), layout="constrained")
     left, right = picture.subplots(1, 2, width_ratios=(3, 2))
     # The two that should agree lie on one another: a broad light line, and a dark one with gaps.
-    styles = {FP32: ("#b4bcc4", "-", 7), STOCK: ("#d1495b", "-", 2), OURS: ("#0d4a75", (0, (4, 2)), 2)}
-    mean_of = tenth(results["steps"]) // 4 + 1
-    highest = -math.inf
+    styles = {STOCK: ("#d1495b", "-", 2), FP32: ("#b4bcc4", "-", 7), OURS: ("#0d4a75", (0, (4, 2)), 2)}
+    mean_of = (tenth(results["steps"]) + 1) // 2
+    lowest, highest = math.inf, -math.inf
     for key, (color, dashes, line_width) in styles.items():
         loss = designs[key]["loss"]
         smooth = [statistics.fmean(loss[i : i + mean_of]) for i in range(len(loss) - mean_of + 1)]
         label = f"{designs[key]['label']}: {designs[key]['final_loss']:.3f} at the end"
         left.plot(range(mean_of, len(loss) + 1), smooth, color=color, ls=dashes, lw=line_width, label=label)
-        highest = max(highest, *smooth[len(smooth) // 8 :])
+        shown = smooth[len(smooth) // 10 :]  # the first steps are far above
+        lowest, highest = min(lowest, *shown), max(highest, *shown)
     left.set(
         title="training loss" + (f", mean of {mean_of} steps" if mean_of > 1 else ""),
         xlabel=f"optimizer step, of {results['options']['micro_batches']} micro-batches",
         ylabel="cross-entropy (nats per byte)",
     )
-    left.set_ylim(top=highest)  # the first steps are far above
+    left.set_ylim(lowest - 0.05 * (highest - lowest) - 1e-3, highest)
     left.legend(frameon=False, loc="upper right", fontsize=11)
 
     places, bottoms = range(len(designs)), [0.0] * len(designs)
@@ -141,9 +140,10 @@ def figure(results: dict[str, Any]) -> Figure:
         right.hlines(peak, place - 0.36, place + 0.36, color="black", ls=":")
         right.text(place, peak + 0.2, f"{total:.1f} held\n{peak:.1f} at the peak", ha="center")
     right.set_xticks(places, [entry["label"] for entry in designs.values()], fontsize=11)
-    right.set(title="memory before a step, measured", ylabel="bytes per weight", ylim=(0, 24))
+    right.set(title="memory before a step, measured", ylabel="bytes per weight")
+    right.set_ylim(top=1.3 * max(entry["bytes_per_parameter"]["peak"] for entry in designs.values()))
     handles, labels = right.get_legend_handles_labels()
-    right.legend(handles[::-1], labels[::-1], frameon=False, loc="upper left")
+    right.legend(handles[::-1], labels[::-1], framealpha=1, edgecolor="none", loc="upper left")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6", lw=0.8)
