@@ -57,9 +57,11 @@ def findings(results: dict[str, Any]) -> list[str]:
     lines = [_gap(results, entry, ours) for entry in (stock, fp32)]
     if stock["unmoved"]:
         a, b, c = (entry["unmoved"][-1] for entry in (stock, fp32, ours))
+        count = tenth(results["options"]["steps"])
+        end = count * len(stock["unmoved"])
         lines.append(
-            f"In the last tenth of the training {a:.0%} of the weights of {stock['label']} did not change at all, with "
-            f"{fp32['label']} {b:.0%}, of the masters of {ours['label']} {c:.0%}."
+            f"In steps {end - count + 1} to {end}, {a:.0%} of the weights of {stock['label']} did not change at all, "
+            f"with {fp32['label']} {b:.0%}, of the masters of {ours['label']} {c:.0%}."
             + (" bfloat16 cannot hold so small updates." if a > 2 * max(b, c) else "")
         )
     return [
