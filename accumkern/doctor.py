@@ -10,6 +10,7 @@ import platform
 import torch
 
 from accumkern import backends, optimizers
+from accumkern.fused_step import FUSED
 from accumkern.version import __version__
 
 
@@ -49,7 +50,9 @@ def _optimizers() -> list[tuple[str, str]]:
         package, *_, kind, _step = name.split(".")
         by_package.setdefault(package, []).append(kind)
     in_parts = "; ".join(f"{package} {', '.join(kinds)}" for package, kinds in by_package.items())
+    fused = ", ".join(sorted(kind.__name__ for kind in FUSED))
     return [
+        ("in one pass", f"torch.optim {fused} themselves, where weight, gradient and states lie in memory alike"),
         ("a few weights at a time", f"those with the step() of {in_parts}"),
         ("all weights at once", "all others"),
         *((f"not {_short(name)}", reason) for name, reason in optimizers.REFUSED.items()),

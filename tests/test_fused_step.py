@@ -1,4 +1,4 @@
-"""The step of torch's Adam, AdamW and SGD in one pass: near torch's own, right in every way it is called, without copies."""
+"""The step of torch's Adam, AdamW and SGD in one pass: near torch's own, right however it is called, without copies."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_states_are_those_that_torch_would_make(make: Make) -> None:
 
 @pytest.mark.parametrize("make", OPTIONS.values(), ids=OPTIONS)
 def test_many_steps_stay_near_torch(make: Make) -> None:
-    """Each step may differ in the last place of FP32, which feeds back through the model."""
+    """Each step may differ by a unit in the last place of weight or update, which feeds back through the model."""
     mine = Masters(make)
     stock_weights = [nn.Parameter(param.detach().clone()) for param in fp32_model().parameters()]
     stock, start = make(stock_weights), mine.masters()
@@ -83,9 +83,9 @@ def test_many_steps_stay_near_torch(make: Make) -> None:
         mine.optimizer.zero_grad()
         stock.step()
     for found, weight, before in zip(mine.masters(), stock_weights, start, strict=True):
-        moved = float((weight - before).abs().max())
+        moved = float((weight.detach() - before).abs().max())
         assert moved > 0
-        assert float((found - weight).abs().max()) < 1e-5 * moved + 1e-7 * float(weight.abs().max())
+        assert float((found - weight).detach().abs().max()) < 1e-5 * moved + 10 * 2.0**-23 * float(before.abs().max())
 
 
 def test_two_groups_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +285,7 @@ def test_a_grad_scaler_is_divided_by_and_skips(make: Make, defer: bool) -> None:
         scaler.step(mine.optimizer)
         scaler.update()
         mine.optimizer.zero_grad()
+        mine.scheduler.step()
         reference.step(8.0 * (4.0 if defer else 1.0))
     assert_equal(mine.masters(), reference.masters())
     steps = [float(state["step"]) for state in mine.optimizer.state.values() if "step" in state]
