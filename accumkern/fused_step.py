@@ -19,6 +19,7 @@ from accumkern.dtensor import is_dtensor, with_shard
 from accumkern.formats import Start
 from accumkern.master_weights import MasterWeights, local_of
 from accumkern.ops import is_dense, same_order
+from accumkern.optimizers import is_stepped_in_parts
 from accumkern.slot import Slot, Stored
 from accumkern.updates import Update, adam_coefficients, sgd_coefficients
 
@@ -28,6 +29,11 @@ FUSED: dict[type, Callable[[Mapping[str, Any]], Update]] = {
     torch.optim.AdamW: lambda group: Update.AMSGRAD if group["amsgrad"] else Update.ADAM,
     torch.optim.SGD: lambda group: Update.MOMENTUM if group["momentum"] else Update.SGD,
 }
+
+
+def is_fused(optimizer: Any) -> bool:
+    """Return whether parameters of an optimizer are stepped in one pass, by its class."""
+    return type(optimizer) in FUSED and is_stepped_in_parts(optimizer)  # and nobody has replaced its step()
 
 
 class _Member(NamedTuple):
@@ -45,7 +51,7 @@ class FusedStep:
     """Steps parameters of an optimizer in one pass.
 
     Args:
-        optimizer: of a class of :data:`FUSED`, exactly.
+        optimizer: one that :func:`is_fused`.
         masters: of its parameters.
         slots: parameter -> slot of its gradient.
         kernels_on: returns the kernels of a device.

@@ -26,7 +26,7 @@ from accumkern.casting import take_cut_off
 from accumkern.dtensor import is_dtensor, largest_shard, with_shard
 from accumkern.finish import Scaling, write
 from accumkern.formats import Format
-from accumkern.fused_step import FUSED, FusedStep
+from accumkern.fused_step import FusedStep, is_fused
 from accumkern.master_weights import MasterWeights, dense, local_of, sum_of_bits, version_of
 from accumkern.optimizers import is_stepped_in_parts, raw_step
 from accumkern.passes import BackwardPasses
@@ -87,8 +87,7 @@ class Stepping:
         self.masters, self._slots = masters, slots
         self._kernels_on, self._passes = kernels_on, passes
         self.is_in_parts = is_stepped_in_parts(optimizer)
-        is_fused = self.is_in_parts and type(optimizer) in FUSED
-        self._fused = FusedStep(optimizer, masters, slots, kernels_on) if is_fused else None
+        self._fused = FusedStep(optimizer, masters, slots, kernels_on) if is_fused(optimizer) else None
         self._not_fused = 0  # parameters with masters in the last step that it did not take
         self._deferred: tuple[Scaling, int] | None = None  # and the backward passes that there had been
         self._bucket_bytes = bucket_bytes

@@ -21,9 +21,24 @@ def pinned(optimizer: Any) -> Any:
     return optimizer
 
 
-class _PinnedAdam:
-    @torch.no_grad()
+class _Pinned:
     def step(self: Any, _closure: None = None) -> None:
+        """Step each parameter that has a gradient; as torch does, where that is a sum over ranks still to be taken."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        pending = {param for param in params if _is_pending(param.grad)}
+        grads = {param: param.grad for param in params}
+        if pending:
+            for param in params:
+                param.grad = grads[param] if param in pending else None
+            super().step()  # type: ignore[misc]
+        for param in params:
+            param.grad = None if param in pending else grads[param]
+        self.step_others()
+
+
+class _PinnedAdam(_Pinned):
+    @torch.no_grad()
+    def step_others(self: Any) -> None:
         """Step each parameter that has a gradient."""
         for group in self.param_groups:
             params, grads, exp_avgs, exp_avg_sqs, maxima, steps = lists = [[] for _ in range(6)]
@@ -35,9 +50,9 @@ class _PinnedAdam:
                 _write(update, adam_coefficients(group, step.reshape(1)), param, grad, of_param)
 
 
-class _PinnedSgd:
+class _PinnedSgd(_Pinned):
     @torch.no_grad()
-    def step(self: Any, _closure: None = None) -> None:
+    def step_others(self: Any) -> None:
         """Step each parameter that has a gradient."""
         for group in self.param_groups:
             params, grads, buffers = lists = [[] for _ in range(3)]
@@ -61,6 +76,10 @@ def _write(update: Update, rows: Tensor, param: Tensor, grad: Tensor, states: An
     weight = _local(param)
     by = rows[0].to(weight.device)
     weight.copy_(updated(update, by, _local(grad).float(), weight, [_local(state) for state in states]))
+
+
+def _is_pending(grad: Any) -> bool:
+    return isinstance(grad, DTensor) and any(placement.is_partial() for placement in grad.placements)
 
 
 def _local(tensor: Any) -> Tensor:

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from fp32_twin import BF16, Fp32Twin, bits, rounded
+from masters import OwnAdamW
+from pinned import pinned
 from ranks import Ranks, device, full
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -69,7 +71,7 @@ def one_process(starts: dict[str, Tensor], ranks: int) -> dict[str, Tensor]:
     """Return the FP32 weights that one process makes of the micro-batches of all ranks, with FP32 sums and AdamW."""
     model = net()
     masters = {name: nn.Parameter(start.clone()) for name, start in starts.items()}
-    optimizer = ADAMW(masters.values())
+    optimizer = pinned(ADAMW(masters.values()))
     for step in range(STEPS):
         with torch.no_grad():
             for name, param in model.named_parameters():
@@ -248,12 +250,12 @@ def test_fully_shard(ranks: Ranks, ways: dict[str, Any], no_sync: bool, cast: st
 @pytest.mark.parametrize(
     "make",
     [
-        ADAMW,
-        partial(torch.optim.AdamW, foreach=False),
-        partial(torch.optim.AdamW, fused=True),
-        partial(torch.optim.SGD, lr=1e-3, momentum=0.9),
+        partial(OwnAdamW, lr=1e-3),
+        partial(OwnAdamW, lr=1e-3, foreach=False),
+        partial(OwnAdamW, lr=1e-3, fused=True),
+        partial(torch.optim.NAdam, lr=1e-3),
     ],
-    ids=["AdamW", "AdamW one by one", "AdamW fused", "SGD"],
+    ids=["AdamW", "AdamW one by one", "AdamW fused", "NAdam"],
 )
 @pytest.mark.parametrize("bucket", [1, 2500])
 def test_fully_shard_in_buckets(ranks: Ranks, make: Any, bucket: int) -> None:
@@ -347,7 +349,7 @@ def test_tensor_parallel(ranks: Ranks, sequence: bool, foreach: bool, bucket: in
     ranks.run(tensor_parallel, sequence, foreach, bucket)
 
 
-def pending_sums(bucket: int) -> None:
+def pending_sums(kind: type, bucket: int) -> None:
     """Gradients that are sums to be taken, beside a weight of which the ranks hold different numbers of rows."""
     mesh = init_device_mesh(device().type, (dist.get_world_size(),))
     count, rank = mesh.size(), dist.get_rank()
@@ -356,9 +358,10 @@ def pending_sums(bucket: int) -> None:
         generator = torch.Generator().manual_seed(n)
         start = torch.randn(size, generator=generator).to(device(), BF16)
         params.append(nn.Parameter(distribute_tensor(start, mesh, [placement])))
-    optimizer = ADAMW(params, foreach=True)
+    make = partial(kind, lr=1e-3, foreach=True)
+    optimizer = make(params)
     acc = accumkern.attach(optimizer, master_weights="split32", bucket=bucket)
-    twin = Fp32Twin(acc, params, ADAMW)
+    twin = Fp32Twin(acc, params, make)
     for step in range(3):
         for n, param in enumerate(params):
             term = torch.full_like(param.to_local(), (n + 1) * (rank + 1) + step)
@@ -370,9 +373,10 @@ def pending_sums(bucket: int) -> None:
 
 
 @pytest.mark.integration("Master weights: tensor and sequence parallel")
-def test_buckets_are_the_same_on_all_ranks(ranks: Ranks) -> None:
+@pytest.mark.parametrize("kind", [OwnAdamW, torch.optim.AdamW])
+def test_buckets_are_the_same_on_all_ranks(ranks: Ranks, kind: type) -> None:
     """A step that takes sums over ranks takes them in the same order everywhere: with less of a shard, too."""
-    ranks.run(pending_sums, 8 * 19)  # where the last rank, with 3 rows, would have room for all
+    ranks.run(pending_sums, kind, 8 * 19)  # where the last rank, with 3 rows, would have room for all
 
 
 # ---- pipelines ----------------------------------------------------------------------------------------------------

@@ -317,11 +317,14 @@ def _masters(plan: Plan) -> list[str]:
             f"Master weights: none were asked for, and {lost}. master_weights={name!r} would keep them for {cost} and "
             f"{states}."
         ]
+    bucket = ""  # of an optimizer that is stepped in one pass
+    if plan.step_bytes:
+        bucket = f", up to {format_bytes(plan.step_bytes)} for the FP32 weights and gradients of a step"
     kept = "what that rounds off" if name == "split32" else "8 bits of what that rounds off"
     return [
         f"Master weights: {name!r}, because without them {lost}. The step reads and writes FP32 weights; a residual "
-        f"beside each bfloat16 weight keeps {kept}. This costs {cost}, {states}, up to {format_bytes(plan.step_bytes)} "
-        "for the FP32 weights and gradients of a step, and time of the step. Memory and speeds here are with all of it."
+        f"beside each bfloat16 weight keeps {kept}. This costs {cost}, {states}{bucket}, and time of the step. Memory "
+        "and speeds here are with all of it."
     ]
 
 

@@ -11,6 +11,7 @@ from accumkern.accumulator import GradAccumulator
 from accumkern.attachment import stepped_by
 from accumkern.checks import one_of
 from accumkern.formats import BUFFERS
+from accumkern.fused_step import is_fused
 from accumkern.master_weights import MASTER_FORMATS
 from accumkern.optimizers import is_stepped_in_parts, refusal
 from accumkern.planning.protocol import Setup
@@ -72,6 +73,8 @@ def with_masters(setup: Setup) -> list[Tensor]:
 
 def step_bytes(setup: Setup) -> int:
     """Return the bytes of the FP32 weights and gradients that a step with master weights makes at a time."""
+    if is_fused(stepped_by(setup.optimizer)):
+        return 0
     sizes = [STAND_IN_BYTES * param.numel() for param in with_masters(setup)]
     if not is_stepped_in_parts(stepped_by(setup.optimizer)):
         return sum(sizes)
