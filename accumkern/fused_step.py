@@ -86,8 +86,9 @@ class FusedStep:
         if not is_alike or not state:
             return is_alike
         states = [state.get(name) for name in self._update_of(group).states]
-        has_step = "step" not in state or type(state["step"]) is Tensor
-        return has_step and all(
+        steps = state.get("step")
+        has_steps = "step" not in state or (isinstance(steps, Tensor) and not is_dtensor(steps))
+        return has_steps and all(
             _is_state_of(value, param, weight) or (value is None and "step" not in state)  # SGD's first momentum
             for value in states
         )
@@ -189,7 +190,7 @@ def _count_steps(members: list[_Member]) -> list[Tensor]:
     on_host = [count for count in counts if count.is_cpu]
     elsewhere = [count for count in counts if not count.is_cpu]
     if on_host:  # torch would make a tensor of the number for each of them
-        torch._foreach_add_(on_host, torch.ones((), device="cpu"), alpha=1)
+        torch._foreach_add_(on_host, torch.tensor(1.0, device="cpu"), alpha=1)
     if elsewhere:
         torch._foreach_add_(elsewhere, 1)
     return counts
