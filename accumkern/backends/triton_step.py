@@ -75,7 +75,8 @@ def sgd_momentum(by_ptr, g, b):
 @triton.jit
 def sgd_weight(by_ptr, weight, g):
     """Return SGD's new weight."""
-    return tl.fma(-tl.load(by_ptr + 5), g, weight)
+    # Some versions of triton have 0 - x for -x, which makes the other zero of a learning rate of zero.
+    return tl.fma(-1.0 * tl.load(by_ptr + 5), g, weight)
 
 
 # ---- blocks ------------------------------------------------------------------------------------------------------
