@@ -73,7 +73,8 @@ def updated(update: Update, by: Tensor, grad: Tensor, weight: Tensor, states: li
         m.copy_(fma(torch.where(from_m, one_minus_beta1, one_minus_beta1 - 1), g - m, torch.where(from_m, m, g)))
         v.copy_(fma(one_minus_beta2 * g, g, beta2 * v))
         if update is Update.AMSGRAD:
-            v = states[2].copy_(torch.maximum(states[2], v))
+            # torch.maximum, but for which of two zeros it takes, which depends on the processor.
+            v = states[2].copy_(torch.where((states[2] >= v) | states[2].isnan(), states[2], v))
         u = (step_size * m) / (_square_root(v) / root_of_correction2 + eps)
         return weight - _with_decay(decay, weight, u)
     sign, decay, momentum, one_minus_dampening, nesterov_momentum, learning_rate = by[:6]

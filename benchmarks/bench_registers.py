@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,18 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checko
 from harness import parser, steps, write_results
 from timing import describe
 
-from accumkern.formats import Format
-
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURE = 90
-# The CUDA kernels' types -> formats.
-CUDA_TYPES = {
-    "Split24": Format.SPLIT24,
-    "Split32": Format.SPLIT32,
-    "BFloat16": Format.MAIN_GRAD_BFLOAT16,
-    "Float16": Format.MAIN_GRAD_FLOAT16,
-    "Plain32": Format.PLAIN32,
-}
 
 
 def main() -> None:
@@ -77,10 +66,7 @@ def measure(backend: str, architecture: int) -> list[dict[str, Any]]:
     if done.returncode != 0:
         raise RuntimeError((done.stderr.strip().splitlines() or ["it failed without a word"])[-1])
     report = json.loads(done.stdout)
-    if backend == "cuda":
-        named = {name_cuda(symbol): counts for symbol, counts in report.items()}
-    else:
-        named = {(kernel, name): counts for kernel, formats in report.items() for name, counts in formats.items()}
+    named = {(kernel, name): counts for kernel, formats in report.items() for name, counts in formats.items()}
     return [
         {
             "kernel": kernel,
@@ -91,18 +77,6 @@ def measure(backend: str, architecture: int) -> list[dict[str, Any]]:
         }
         for (kernel, format_), counts in sorted(named.items())
     ]
-
-
-def name_cuda(symbol: str) -> tuple[str, str]:
-    """Return (kernel, format) of a mangled name: the kernel's name, its format's type and how long its lists are."""
-    found = re.search(
-        r"\d(accumulate|finish|rescale|decode|encode|squares)_kernel.*?\d(" + "|".join(CUDA_TYPES) + r").*Li(\d+)E",
-        symbol,
-    )
-    if found is None:
-        raise ValueError(f"{symbol} is no kernel's name")
-    kernel, type_name, capacity = found.groups()
-    return f"{kernel}{'_list' if int(capacity) > 1 else ''}_kernel", CUDA_TYPES[type_name].name
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksOfStep)
 #pragma unroll
   for (int state = 0; state < U::kStates; ++state) {
     states[state] = tensor.states[state] + begin;
-    is_whole = is_whole && is_aligned(states[state]);
+    is_whole &= is_aligned(states[state]);
   }
   const auto by = *reinterpret_cast<const typename U::Coefficients*>(tensor.coefficients);
   const float divisor = value_of(scalars.divisor), factor = value_of(scalars.factor);

@@ -26,6 +26,20 @@ def is_interpreted(backend: str, device: torch.device) -> bool:
     return backend == "triton" and device.type == "cpu"
 
 
+def rounds_once(backend: str, device: torch.device) -> bool:
+    """Return whether a kernel's multiply-add is fused here: triton's interpreter multiplied and added up to 3.6."""
+    if not is_interpreted(backend, device):
+        return True
+    import numpy
+    from triton import language
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    x, minus_x_squared = (
+        TensorHandle(numpy.array([value], numpy.float32), language.float32) for value in (1 + 2**-12, -1 - 2**-11)
+    )
+    return bool(InterpreterBuilder().create_fma(x, x, minus_x_squared).data[0] == 2.0**-24)
+
+
 # ---- inputs ------------------------------------------------------------------------------------------------------
 
 

@@ -155,14 +155,6 @@ def test_shapes_add_up_to_the_published_number_of_parameters(model: str, tensors
     assert sum(prod(shape) for shape in MODELS[model]) == numel
 
 
-def test_cuda_kernels_are_named_by_their_symbols() -> None:
-    prefix = "_ZN9accumkern51_GLOBAL__N__e7abd315_18_accumulate_cuda_cu_98f8fdc8"
-    named = bench_registers.name_cuda(f"{prefix}13finish_kernelINS_7Plain32ELi90EEEvNS0_10TensorListIXT0_EEENS_5StartE")
-    assert named == ("finish_list_kernel", "PLAIN32")
-    named = bench_registers.name_cuda(f"{prefix}17accumulate_kernelINS_8MainGradINS_8BFloat16EEELi1EEEvNS0_10Tensor")
-    assert named == ("accumulate_kernel", "MAIN_GRAD_BFLOAT16")
-
-
 def test_a_compiler_that_is_not_there_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("ACCUMKERN_COMMIT", "0" * 40)

@@ -1,6 +1,6 @@
-"""The CUDA kernels' logic without a GPU: csrc/accumulate_cuda.cu compiled for the CPU and put through the kernel tests.
+"""The CUDA kernels' logic without a GPU: csrc/*.cu compiled for the CPU and put through the kernel tests.
 
-A C++ compiler gets the file as it is, but for its launches, with cuda_on_cpu/cuda_runtime.h in place of NVIDIA's
+A C++ compiler gets the files as they are, but for their launches, with cuda_on_cpu/cuda_runtime.h in place of NVIDIA's
 header. That shows which elements are read and written, in which format and how wide, how lists are cut into launches
 and squares added up. It shows no race, no speed, and nothing of the GPU's own arithmetic: for those, see
 test_machine_code.py and test_gpu.py.
@@ -37,10 +37,25 @@ from test_kernels import (
     test_sum_may_be_the_gradient_itself_from_zero,
     test_writes_its_range_and_nothing_else,
 )
+from test_step_kernels import (
+    test_a_nan_stays_the_maximum,
+    test_an_infinite_weight_stays_without_decay,
+    test_nothing_is_written_where_the_step_is_skipped,
+    test_what_overflows,
+    test_zeros_of_either_sign,
+)
+from test_step_kernels import test_a_zero_skips_nothing as test_step_a_zero_skips_nothing
+from test_step_kernels import test_bits_agree_for_all_options as test_step_bits_agree_for_all_options
+from test_step_kernels import test_bits_agree_with_the_reference as test_step_bits_agree_with_the_reference
+from test_step_kernels import test_empty_tensors_anywhere_in_a_list as test_step_empty_tensors_anywhere_in_a_list
+from test_step_kernels import test_lists as test_step_lists
+from test_step_kernels import test_writes_its_range_and_nothing_else as test_step_writes_its_range_and_nothing_else
 
 from accumkern import backends
 
 __all__ = [
+    "test_a_nan_stays_the_maximum",
+    "test_an_infinite_weight_stays_without_decay",
     "test_bits_agree_with_the_reference",
     "test_decode",
     "test_empty_tensors_anywhere_in_a_list",
@@ -50,17 +65,27 @@ __all__ = [
     "test_list_of_small_and_large",
     "test_list_of_two_thousand",
     "test_lists",
+    "test_nothing_is_written_where_the_step_is_skipped",
     "test_partial_sums_of_squares",
     "test_rescale",
     "test_squares",
     "test_squares_of_what_is_not_finite",
+    "test_step_a_zero_skips_nothing",
+    "test_step_bits_agree_for_all_options",
+    "test_step_bits_agree_with_the_reference",
+    "test_step_empty_tensors_anywhere_in_a_list",
+    "test_step_lists",
+    "test_step_writes_its_range_and_nothing_else",
     "test_sum_may_be_the_gradient_itself_from_zero",
+    "test_what_overflows",
     "test_writes_its_range_and_nothing_else",
+    "test_zeros_of_either_sign",
 ]
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
-LAUNCH = re.compile(r"(\w+_kernel<F>)<<<(\w+), (\w+), 0, stream>>>\((.*)\);")
+LAUNCH = re.compile(r"(\w+_kernel<[\w, ]+>)<<<(\w+), (\w+), 0, stream>>>\((.*)\);")
+SOURCES = ("accumulate_cuda", "step_cuda")
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +96,15 @@ def extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         pytest.skip("no g++ to compile with")
     pybind11 = pytest.importorskip("pybind11")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    source, count = LAUNCH.subn(
-        r"emulator::launch(\2, \3, [&] { \1(\4); });", (ROOT / "csrc/accumulate_cuda.cu").read_text()
-    )
-    assert count == len(backends.Kernels._fields)
-    assert "<<<" not in source
-    (folder / "accumulate_cuda.cpp").write_text(source)
+    launches = 0
+    for name in SOURCES:
+        source, count = LAUNCH.subn(
+            r"emulator::launch(\2, \3, [&] { \1(\4); });", (ROOT / f"csrc/{name}.cu").read_text()
+        )
+        launches += count
+        assert "<<<" not in source
+        (folder / f"{name}.cpp").write_text(source)
+    assert launches == len(backends.Kernels._fields)
     paths = [str(ROOT / "tests/cuda_on_cpu"), str(ROOT / "csrc"), pybind11.get_include(), sysconfig.get_path("include")]
     flags = ["-std=c++17", "-ffp-contract=off", "-fPIC", *(f"-I{path}" for path in paths)]
     flags += ['-DACCUMKERN_CUDA_TARGETS="cpu"', '-DACCUMKERN_VERSION="0"']
@@ -87,10 +115,11 @@ def extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
             pytest.skip("g++ has no libubsan, which tells what is not aligned")
         assert done.returncode == 0, done.stderr
 
-    compiled, library = folder / "accumulate_cuda.o", folder / "_C.so"
-    compile_("-O1", "-fsanitize=undefined", "-c", folder / "accumulate_cuda.cpp", "-o", compiled)
-    others = [ROOT / "csrc" / name for name in ("bindings.cpp", "accumulate_cpu.cpp")]
-    compile_("-shared", *others, compiled, "-lubsan", "-o", library)
+    for name in SOURCES:
+        compile_("-O1", "-fsanitize=undefined", "-c", folder / f"{name}.cpp", "-o", folder / f"{name}.o")
+    library, compiled = folder / "_C.so", [folder / f"{name}.o" for name in SOURCES]
+    others = [ROOT / "csrc" / name for name in ("bindings.cpp", "accumulate_cpu.cpp", "step_cpu.cpp")]
+    compile_("-shared", *others, *compiled, "-lubsan", "-o", library)
     spec = importlib.util.spec_from_file_location("cuda_on_cpu._C", library)
     assert spec is not None
     assert spec.loader is not None
@@ -107,8 +136,11 @@ def backend(extension: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     def run(*arguments: Any) -> None:
         extension.run(*arguments[:-2], 0, 0)
 
-    kernels = {name.upper(): getattr(extension, name.upper()) for name in backends.Kernels._fields}
-    monkeypatch.setattr(native, "_C", SimpleNamespace(run=run, **kernels))
+    def step(*arguments: Any) -> None:
+        extension.step(*arguments[:-2], 0, 0)
+
+    kernels = {name.upper(): getattr(extension, name.upper()) for name in backends.Kernels._fields if name != "step"}
+    monkeypatch.setattr(native, "_C", SimpleNamespace(run=run, step=step, **kernels))
     yield "cuda"
     assert "runtime error" not in capfd.readouterr().err
 

@@ -21,6 +21,7 @@ from kernel_cases import (
     problem,
 )
 from ranks import Ranks
+from step_cases import assert_stepped, by_reference, usual
 from tiny import check_gradients, fp64_sums, relative_error
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -28,6 +29,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 import accumkern
 from accumkern import backends
 from accumkern.formats import PARTIALS, Format, Start, decode, encode, partial_rows
+from accumkern.updates import Update
 
 pytestmark = pytest.mark.gpu
 
@@ -124,6 +126,35 @@ def test_folds_run_on_the_current_stream(backend: str) -> None:
     torch.cuda.synchronize()
     for stored in (here, there):
         assert_stored(Format.SPLIT24, Start.CONTINUE, rows, 0.5, *stored)
+
+
+@every_backend
+def test_steps_run_on_the_current_stream_and_never_wait(backend: str) -> None:
+    """Gradients, divisor and skip come late, on a stream of their own."""
+    scalars = {"divisor": torch.tensor(3.0), "factor": torch.tensor(0.5), "skip": torch.tensor(0.0)}
+    step = usual(Update.AMSGRAD, [300, 0, 4097, 200_001], **scalars)
+    for is_loaded in (False, True):  # to load a kernel is to wait
+        late = step.to(DEVICE)
+        fresh = late.to(DEVICE)
+        late.skip, late.divisor = torch.ones((), device=DEVICE), torch.full((), torch.nan, device=DEVICE)
+        for grad in late.grads:
+            grad.fill_(torch.nan)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(SLEEP)
+            for grad, values in zip(late.grads, fresh.grads, strict=True):
+                grad.copy_(values)
+            late.skip.copy_(fresh.skip)
+            late.divisor.copy_(fresh.divisor)
+            torch.cuda.set_sync_debug_mode("error" if is_loaded else "default")
+            try:
+                late.run(backend)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        assert_stepped(late, by_reference(step, backend, torch.device(DEVICE)))
 
 
 @fused_backends
@@ -361,3 +392,34 @@ def test_a_captured_fold_replays_like_repeated_folds(backend: str, sizes: list[i
             assert_same_bits(tensor, other, "after five replays")
     for tensor, other in zip(partials, right[2], strict=True):
         torch.testing.assert_close(tensor, other, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("sizes", [[4096], [200_001], [300, 0, 200_001, 4097, 300]], ids=["small", "large", "list"])
+@fused_backends
+def test_a_captured_step_replays_like_repeated_steps(backend: str, sizes: list[int]) -> None:
+    # No other test has MOMENTUM from a sum alone with all scalars on the device: only the call before loads its kernel.
+    step = usual(Update.MOMENTUM, sizes, start=Start.FROM_SUM, grad_residuals=None)
+    step.divisor, step.factor, step.skip = torch.ones(()), torch.ones(()), torch.zeros(())
+    right, captured = step.to(DEVICE), step.to(DEVICE)
+    step.to(DEVICE).run(backend)  # compiles and loads
+    torch.cuda.synchronize()
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.run(backend)
+    torch.cuda.synchronize()
+    assert_stepped(captured, right, "capturing is not running")
+
+    for replay in range(5):
+        for ours, other in zip(captured.grads, right.grads, strict=True):
+            other.copy_(ours.normal_())
+        for one in (captured, right):
+            assert isinstance(one.divisor, Tensor)
+            assert one.skip is not None
+            one.divisor.fill_(replay + 1.0)
+            one.coefficients[:, 5] = 0.1 / (replay + 1)
+            one.skip.fill_(replay == 3)
+        graph.replay()
+        right.run(backend)
+    torch.cuda.synchronize()
+    assert_stepped(captured, right, "after five replays")

@@ -24,6 +24,7 @@ from kernel_cases import (
     is_interpreted,
     problem,
     random_bits,
+    rounds_once,
     values,
 )
 from torch import Tensor
@@ -34,20 +35,9 @@ from accumkern.formats import BLOCK_NUMEL, PARTIALS, Format, Start, decode, enco
 SIZES = [0, 1, 7, 8, 9, BLOCK_NUMEL - 1, BLOCK_NUMEL, BLOCK_NUMEL + 1]
 
 
-def rounds_once(backend: str, device: torch.device) -> bool:
-    """Return whether a fused multiply-add is one here: triton's interpreter multiplied and added up to some version."""
-    if backend == "eager":
-        return False
-    if not is_interpreted(backend, device):
-        return True
-    import numpy
-    from triton import language
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    x, minus_x_squared = (
-        TensorHandle(numpy.array([value], numpy.float32), language.float32) for value in (1 + 2**-12, -1 - 2**-11)
-    )
-    return bool(InterpreterBuilder().create_fma(x, x, minus_x_squared).data[0] == 2.0**-24)
+def is_exact(backend: str, device: torch.device) -> bool:
+    """Return whether a fold rounds once."""
+    return backend != "eager" and rounds_once(backend, device)
 
 
 @ALL_FORMATS
@@ -58,11 +48,11 @@ def test_bits_agree_with_the_reference(
     backend: str, device: torch.device, format_: Format, start: Start, scale: float
 ) -> None:
     """Each size alone and all in one list, and a scale that lies on the device."""
-    if scale == THIRD and start is not Start.FROM_ZERO and not rounds_once(backend, device):
+    if scale == THIRD and start is not Start.FROM_ZERO and not is_exact(backend, device):
         pytest.skip("the product is rounded before it is added; how far that may go has a test of its own")
     large = 1_000_003 if device.type == "cuda" else 12_289 if is_interpreted(backend, device) else 100_003
     rows = [problem(format_, numel) for numel in (*SIZES, large)]
-    if format_ is Format.PLAIN32 and not rounds_once(backend, device):
+    if format_ is Format.PLAIN32 and not is_exact(backend, device):
         for grad, _, _ in rows:  # a part of a subnormal FP32 gradient is not exact either
             grad[grad.abs() < 2.0**-124] = 0
     for row in rows:
@@ -153,7 +143,7 @@ def check_list(backend: str, device: torch.device, sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("scale", [0.5, THIRD], ids=["half", "third"])
 def test_formats_may_be_mixed_in_one_call(backend: str, device: torch.device, scale: float) -> None:
-    if scale == THIRD and not rounds_once(backend, device):
+    if scale == THIRD and not is_exact(backend, device):
         pytest.skip("the product is rounded before it is added")
     mixed = [Format.SPLIT24, Format.MAIN_GRAD_FLOAT16, Format.SPLIT32, Format.SPLIT24, Format.MAIN_GRAD_BFLOAT16]
     rows = [problem(format_, 4097) for format_ in mixed]

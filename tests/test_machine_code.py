@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from accumkern.formats import Format, Start
+from accumkern.updates import Update
 
 ARCHITECTURES = [80, 90, 100]
 pytestmark = [
@@ -74,6 +75,34 @@ WIDE_OF_KERNEL = {
 }
 
 
+# A step of one vector of eight elements of each part: weight and gradient, their residuals, and states in FP32.
+WIDE_OF_RESIDUAL = {
+    Format.SPLIT24: {"128": 0, "64": 1},
+    Format.SPLIT32: {"128": 1, "64": 0},
+    Format.MAIN_GRAD_BFLOAT16: {"128": 2, "64": 0},
+}
+STEPS = len(Update) * 2 * len(WIDE_OF_RESIDUAL)  # updates, formats of weights and of gradients
+
+
+def wide_of_step(variant: str) -> dict[str, int]:
+    """Return what a step loads and stores, 16 and 8 bytes at a time; its name is update-format-format-start."""
+    update, weight_format, grad_format, *start = variant.split("-")
+    weight, grad = WIDE_OF_RESIDUAL[Format[weight_format]], WIDE_OF_RESIDUAL[Format[grad_format]]
+    states = 2 * len(Update[update].states)
+    reads = 0 if start == [Start.FROM_SUM.name] else 1
+    return {
+        "LDG.128": 2 + weight["128"] + reads * grad["128"] + states,
+        "LDG.64": weight["64"] + reads * grad["64"],
+        "STG.128": 1 + weight["128"] + states,
+        "STG.64": weight["64"],
+    }
+
+
+def assert_in_registers(counts: dict[str, int], where: str) -> None:
+    """Nothing is spilled, and nothing exchanged between threads through shared memory."""
+    assert not any(key.startswith(("LDL", "STL", "LDS", "STS")) for key in counts), where
+
+
 @cache
 def compiled(compiler: str, architecture: int) -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -129,6 +158,29 @@ def test_triton(architecture: int) -> None:
                     assert not any(key.startswith(("LDS", "STS")) for key in counts), where
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: f"sm_{a}")
+def test_triton_steps(architecture: int) -> None:
+    report = compiled("triton", architecture)
+    with_starts = STEPS + len(Update) * 2
+    assert len(report["step_list_kernel"]) == (with_starts if architecture == 90 else with_starts - len(Update) * 3)
+    assert len(report.get("step_kernel", [])) == (with_starts if architecture == 90 else 0)
+    for kernel in ("step_kernel", "step_list_kernel"):
+        for name, counts in report.get(kernel, {}).items():
+            where = f"{kernel} {name} sm_{architecture}: {counts}"
+            update, wide = Update[name.split("-")[0]], wide_of_step(name)
+            if kernel == "step_list_kernel":  # 8 bytes for each address; a length, a row, a first block, and a search
+                addresses = 4 - name.endswith(Start.FROM_SUM.name) + len(update.states)
+                wide["LDG.64"] += addresses + 4
+            assert widths(counts, wide) == wide, where
+            assert_in_registers(counts, where)
+            # Eight elements, in the path of whole blocks and in that of the last: quotients and roots are IEEE's.
+            is_adam = update in (Update.ADAM, Update.AMSGRAD)
+            assert counts["div"] == 16 * (3 if is_adam else 1), where
+            assert counts["sqrt"] == (16 if is_adam else 0), where
+            assert counts["fma"] == 16 * (4 if is_adam or update is Update.MOMENTUM else 2), where
+            assert counts["inexact"] == 0, where
+
+
 def test_triton_makes_one_nan_of_all_in_float16() -> None:
     """The GPU's conversion makes 0x7FFF of a NaN, which triton's interpreter cannot show: a selection follows it."""
     report = compiled("triton", 90)
@@ -146,20 +198,38 @@ def test_triton_makes_one_nan_of_all_in_float16() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: f"sm_{a}")
 def test_cuda(architecture: int) -> None:
     report = compiled("cuda", architecture)
-    # Each format, to fold, finish, rescale, decode, encode and square, for one tensor and for a list.
-    names = {
-        Format.SPLIT24: "Split24",
-        Format.SPLIT32: "Split32",
-        Format.MAIN_GRAD_BFLOAT16: "BFloat16",
-        Format.MAIN_GRAD_FLOAT16: "Float16",
-        Format.PLAIN32: "Plain32",
-    }
-    assert len(report) == 12 * len(names)
-    for function, counts in report.items():
-        where = f"{function} sm_{architecture}: {counts}"
-        format_ = next(f for f, name in names.items() if f"{len(name)}{name}" in function)
-        other = next((kernel for kernel in WIDE_OF_KERNEL if kernel in function), None)
-        for name, count in (WIDE if other is None else WIDE_OF_KERNEL[other])[format_].items():
-            assert counts.get(name, 0) >= count, where
-        assert not any(key.startswith(("LDL", "STL")) for key in counts), where
-        assert other is not None or counts["fma"] >= 16, where
+    steps = report.pop("step_list_kernel")
+    assert len(steps) == STEPS
+    for name, counts in steps.items():
+        where, wide = f"step {name} sm_{architecture}: {counts}", wide_of_step(name)
+        assert widths(counts, wide) == wide, where
+        assert_in_registers(counts, where)
+        assert counts["fma"] >= 16, where
+        assert counts["inexact"] == 0, where
+    # To fold, finish, rescale, decode, encode and square, each for one tensor and for a list.
+    assert len(report) == 2 * 6
+    for kernel, variants in report.items():
+        assert len(variants) == len(Format)
+        other = WIDE_OF_KERNEL.get(kernel.replace("_list", ""))
+        for name, counts in variants.items():
+            where = f"{kernel} {name} sm_{architecture}: {counts}"
+            for width, count in (other or WIDE)[Format[name]].items():
+                assert counts.get(width, 0) >= count, where
+            assert not any(key.startswith(("LDL", "STL")) for key in counts), where
+            assert other is not None or counts["fma"] >= 16, where
+
+
+def test_cuda_kernels_are_named_by_their_symbols() -> None:
+    from compile_kernels import name_cuda
+
+    prefix = "_ZN9accumkern51_GLOBAL__N__e7abd315_18_accumulate_cuda_cu_98f8fdc8"
+    named = name_cuda(f"{prefix}13finish_kernelINS_7Plain32ELi90EEEvNS0_10TensorListIXT0_EEENS_5StartE")
+    assert named == ("finish_list_kernel", "PLAIN32")
+    named = name_cuda(f"{prefix}17accumulate_kernelINS_8MainGradINS_8BFloat16EEELi1EEEvNS0_10Tensor")
+    assert named == ("accumulate_kernel", "MAIN_GRAD_BFLOAT16")
+    step = f"{prefix}11step_kernelINS_"
+    assert name_cuda(f"{step}4AdamILb1EEENS_7Split32ES4_EEvNS0_10Tensor")[1] == "AMSGRAD-SPLIT32-SPLIT32"
+    named = name_cuda(f"{step}3SgdILb0EEENS_7Split24ENS_8MainGradINS_8BFloat16EEEEEvNS0_10Tensor")
+    assert named == ("step_list_kernel", "SGD-SPLIT24-MAIN_GRAD_BFLOAT16")
+    with pytest.raises(ValueError, match="is no kernel's name"):
+        name_cuda("_Z4mainv")

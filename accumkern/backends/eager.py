@@ -121,9 +121,11 @@ def step(
         g = divide(g, divisor) * fp32_scalar(factor, g.device)
         old = _value(weight_format, Start.CONTINUE, weight, weight_residuals, i)
         new = updated(update, coefficients[i], g, old, new_states)
-        for state, new_state in zip(of_weight, new_states, strict=True):
-            state.copy_(new_state if skip is None else torch.where(skip != 0, state, new_state))
-        _store(weight_format, new if skip is None else torch.where(skip != 0, old, new), weight, weight_residuals, i)
+        new_weight, new_residual = formats.encode(weight_format, new)
+        assert new_residual is not None
+        stored = [weight, _shaped_like(weight, weight_residuals[i]), *of_weight]
+        for tensor, value in zip(stored, [new_weight, new_residual, *new_states], strict=True):
+            tensor.copy_(value if skip is None else torch.where(skip != 0, tensor, value))
 
 
 def _value(format_: Format, start: Start, total: Tensor, residuals: list[Tensor] | None, i: int) -> Tensor:

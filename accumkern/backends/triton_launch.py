@@ -1,4 +1,4 @@
-"""The launches of the Triton kernels: one for each large tensor, one for all small ones.
+"""The launches of the Triton kernels: one for each large tensor, one for all small ones; of a step one for all.
 
 The launch configuration is fixed: the kernels stream memory, and an autotuner would stall the first step to find what
 is known beforehand.
@@ -6,7 +6,9 @@ is known beforehand.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -25,7 +27,9 @@ from accumkern.backends.triton_kernels import (
     squares_kernel,
     squares_list_kernel,
 )
+from accumkern.backends.triton_step import STEP_NUMEL, step_kernel, step_list_kernel
 from accumkern.formats import Format, Start, partial_rows
+from accumkern.updates import Update
 
 # The arithmetic is pinned: tl.fma where one rounding is meant, no other product is fused with a sum.
 OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
@@ -119,7 +123,77 @@ def squares(
     _launch(squares_kernel, squares_list_kernel, format_, columns, {}, partials, START=int(start))
 
 
-_loaded: set[tuple[object, ...]] = set()
+def step(
+    update: Update,
+    weight_format: Format,
+    grad_format: Format,
+    start: Start,
+    weights: list[Tensor],
+    weight_residuals: list[Tensor],
+    grads: list[Tensor],
+    grad_residuals: list[Tensor] | None,
+    states: list[list[Tensor]],
+    coefficients: Tensor,
+    divisor: float | Tensor,
+    factor: float | Tensor,
+    skip: Tensor | None,
+) -> None:
+    """Update each weight; see :class:`accumkern.backends.Kernels`."""
+    # A list of states that the update does not have, or residuals that are not read, are weights instead.
+    absent = [weights] * (_MAX_STATES - len(states))
+    columns = [weights, weight_residuals, grads, grad_residuals or weights, *states, *absent]
+    given = {"divisor": divisor, "factor": factor}
+    scalars = _scalars(given)
+    constants = {
+        "UPDATE": int(update),
+        "WEIGHT_FORMAT": int(weight_format),
+        "GRAD_FORMAT": int(grad_format),
+        "START": int(start),
+        "SCALES": any(isinstance(scalar, Tensor) or scalar != 1.0 for scalar in scalars),
+    }
+    options = {**constants, **_are_pointers(given), **OPTIONS}
+    residual_dtypes = {
+        "WEIGHT_RESIDUAL_DTYPE": DTYPES[weight_format.residual_dtype],
+        "GRAD_RESIDUAL_DTYPE": DTYPES[grad_format.residual_dtype],
+    }
+    shared = coefficients, *scalars, skip
+    device = weights[0].device
+
+    def launch(i: int, numel: int) -> None:
+        grid = (max(1, _step_blocks(numel)),)
+        step_kernel[grid](*[column[i] for column in columns], numel, i, *shared, **options)
+
+    with _current(device):
+        indices = [i for i, weight in enumerate(weights) if weight.numel() > 0]
+        if len(indices) < 2 or _is_capturing(device):
+            for i in indices:
+                launch(i, weights[i].numel())
+            return
+        _load(step_kernel, device, [*options.values(), skip is None], lambda: launch(indices[0], 0))
+        rows: dict[bool, list[list[int]]] = {True: [], False: []}  # the aligned ones are not slowed down by the others
+        for i in indices:
+            addresses = [column[i].data_ptr() for column in columns]
+            is_aligned = all(address % 16 == 0 for address in addresses)
+            rows[is_aligned].append([*addresses, weights[i].numel(), i])
+        for is_aligned, some in rows.items():
+            if some:
+                first_blocks = [0, *accumulate(_step_blocks(row[len(columns)]) for row in some)]
+                step_list_kernel[first_blocks.pop(),](
+                    _on_device([*first_blocks, *chain.from_iterable(some)], device),
+                    len(some),
+                    *shared,
+                    ALIGNED=is_aligned,
+                    **residual_dtypes,
+                    **options,
+                )
+
+
+_MAX_STATES = 3
+
+
+def _step_blocks(numel: int) -> int:
+    """Return how many programs step a tensor."""
+    return -(-numel // STEP_NUMEL)
 
 
 def _launch(
@@ -133,9 +207,8 @@ def _launch(
 ) -> None:
     """Launch a kernel on lists of tensors, one for each of its pointers, in their order; partial sums come last."""
     pointers = columns if partials is None else [*columns, partials]
-    scalars = [s.detach().to(torch.float32) if isinstance(s, Tensor) else float(s) for s in named_scalars.values()]
-    are_pointers = {f"{name.upper()}_IS_POINTER": isinstance(s, Tensor) for name, s in named_scalars.items()}
-    options = {"FORMAT": int(format_), **constants, **are_pointers, **OPTIONS}
+    scalars = _scalars(named_scalars)
+    options = {"FORMAT": int(format_), **constants, **_are_pointers(named_scalars), **OPTIONS}
     numels = [tensor.numel() for tensor in columns[0]]
     device = columns[0][0].device
 
@@ -146,17 +219,12 @@ def _launch(
     with _current(device):
         small, others = _split_by_size(numels, device)
         if small:
-            # While a CUDA graph is captured, lists are launched one by one, and a kernel may not be loaded then. So its
-            # first list also launches the single kernel, on no elements. It writes nothing but partial sums of zero,
-            # which the list kernel writes again.
-            key = (kernel, device, *options.values())
-            if key not in _loaded:
-                _loaded.add(key)
-                launch(small[0], 0)
+            # On no elements, it writes nothing but partial sums of zero, which the list kernel writes again.
+            _load(kernel, device, [*options.values()], lambda: launch(small[0], 0))
             addresses = [[column[i].data_ptr() for i in small] for column in pointers]
             small_numels = [numels[i] for i in small]
             list_kernel[len(small), partial_rows(max(small_numels))](
-                _table([*addresses, small_numels], device),
+                _on_device(list(chain.from_iterable(zip(*addresses, small_numels, strict=True))), device),
                 *scalars,
                 SUM_DTYPE=DTYPES[format_.sum_dtype],
                 RESIDUAL_DTYPE=DTYPES[format_.residual_dtype],
@@ -168,6 +236,16 @@ def _launch(
             launch(i, numels[i])
 
 
+def _scalars(named: dict[str, float | Tensor]) -> list[float | Tensor]:
+    """Return a kernel's scalars as they are passed: numbers, and FP32 tensors."""
+    return [s.detach().to(torch.float32) if isinstance(s, Tensor) else float(s) for s in named.values()]
+
+
+def _are_pointers(named: dict[str, float | Tensor]) -> dict[str, bool]:
+    """Return the constants that tell a kernel which of its scalars are tensors."""
+    return {f"{name.upper()}_IS_POINTER": isinstance(s, Tensor) for name, s in named.items()}
+
+
 def _current(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it the tensors', where it is not."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -175,18 +253,34 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+_loaded: set[tuple[object, ...]] = set()
+
+
+def _load(kernel: Any, device: torch.device, options: list[Any], launch: Callable[[], None]) -> None:
+    """Launch the kernel for one tensor at the first list of its kind, so that it is loaded.
+
+    While a CUDA graph is captured, lists are launched one by one, and no kernel may be loaded then.
+    """
+    key = (kernel, device, *options)
+    if key not in _loaded:
+        _loaded.add(key)
+        launch()
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph is captured: a table's copy would read host memory again at every replay."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _split_by_size(numels: list[int], device: torch.device) -> tuple[list[int], list[int]]:
     """Return the indices of tensors that share a launch, and of those that have one each; empty ones have none."""
-    # A captured copy of the table would read host memory again at every replay, so a capture gets single launches.
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     small = [i for i, numel in enumerate(numels) if 0 < numel <= SMALL_NUMEL]
-    if capturing or len(small) < 2:
+    if len(small) < 2 or _is_capturing(device):
         return [], [i for i, numel in enumerate(numels) if numel > 0]
     return small, [i for i, numel in enumerate(numels) if numel > SMALL_NUMEL]
 
 
-def _table(columns: list[list[int]], device: torch.device) -> Tensor:
-    """Return the columns as rows on the device, copied there from pinned memory without waiting."""
-    rows = list(zip(*columns, strict=True))
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+def _on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """Return a kernel's table, int64 on the device, copied there from pinned memory without waiting."""
+    table = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True)

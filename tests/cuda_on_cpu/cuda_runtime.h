@@ -1,4 +1,4 @@
-// What csrc/accumulate_cuda.cu uses of CUDA, run by a C++ compiler on the CPU: tests/test_cuda_on_cpu.py includes this
+// What csrc/*.cu use of CUDA, run by a C++ compiler on the CPU: tests/test_cuda_on_cpu.py includes this
 // in place of NVIDIA's header. Blocks run one after another; the threads of a block are fibers that take turns in
 // order, each up to its next barrier.
 #pragma once
