@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from accumkern.dtensor import is_dtensor, shard
+from accumkern.torch_private import is_wrapper_subclass
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,14 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """Return the tensors in nested dictionaries, lists and tuples; of a DTensor, the shard of this rank."""
+    """Return the tensors in nested dictionaries, lists and tuples.
+
+    Of a DTensor it is the shard of this rank; of one that is made of others, such as a quantized state, these.
+    """
     if isinstance(tree, Tensor):
-        return [shard(tree) if is_dtensor(tree) else tree]
+        tensor: Any = shard(tree) if is_dtensor(tree) else tree
+        if not is_wrapper_subclass(tensor):
+            return [tensor]
+        return tensors_in([getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]])
     items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
     return [tensor for item in items for tensor in tensors_in(item)]

@@ -1,11 +1,12 @@
-"""A whole optimizer step of bfloat16 weights: stock, with FP32 masters beside the weights, and with masters in them.
+"""A whole optimizer step of bfloat16 weights: stock, with masters beside the weights or in them, and others' ways.
 
 ``python benchmarks/bench_step.py [--device cpu|cuda] [--quick] [--weights 2^25]``
 
-AdamW, fused. Every design accumulates the same window of micro-gradients, which is not timed, and then ends it: by the
-step alone, by the mean and the step, or by the mean, clipping and the step; ``zero_grad()`` is part of all of them.
-Weights are one tensor, or many. What each design holds at the end of a window is counted from its tensors, and what its
-step allocates beyond that by the allocator. Writes ``benchmarks/results/<machine>/step.json``.
+AdamW. Every design (``step_designs.py``) accumulates the same window of micro-gradients, which is not timed, and then
+ends it: by the step alone, by the mean and the step, or by the mean, clipping and the step; ``zero_grad()`` is part of
+all of them. Weights are one tensor, or many. What each design holds at the end of a window is counted from its tensors,
+and what its step allocates beyond that by the allocator. A fold of the same gradients is timed in each round, whose
+bandwidth that of a step in one pass is compared with. Writes ``benchmarks/results/<machine>/step.json``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -27,13 +29,13 @@ from bench_kernels import parse_size
 from bench_training import quantiles
 from harness import parser, steps, write_results
 from paired import summary
+from provenance import version_of
+from step_designs import DESIGNS, BesideWeights, Design, is_installed, package_of, stored_bytes, with_bucket
 from timing import describe
-from torch import Tensor, nn
+from torch import nn
 
-import accumkern
 from accumkern import backends
-from accumkern.memory import storage_bytes, tensors_in
-from designs import Split24Masters, Split24Masters24, StockBF16, StockFP32Masters
+from accumkern.formats import Format, Start
 from measure import AllocatorMeter, timed
 
 WEIGHTS = {"cpu": "2^25", "cuda": "2^28"}
@@ -41,7 +43,9 @@ SIDE = 1024  # of each of many tensors
 MICRO_BATCHES = 2  # of a window: the second leaves residuals
 MAX_NORM = 1.0
 BUCKETS_MIB = (2, 8, 32, 128)
-REFERENCE = StockFP32Masters.key  # what the others are compared with
+REFERENCE = BesideWeights.key  # what the others are compared with
+SECONDS_EACH = 10.0  # what has taken this time is left out of further rounds, after MIN_ROUNDS
+MIN_ROUNDS = 6  # the fewest that give an interval of 95 %
 
 #: How a window ends -> (what the sums are divided by, what they are clipped to).
 ENDS: dict[str, tuple[float, float | None]] = {
@@ -61,119 +65,6 @@ class Weights(nn.Module):
         self.weights = nn.ParameterList(nn.Parameter(0.02 * value) for value in values)
 
 
-class Design(Protocol):
-    """One of the designs below."""
-
-    key: str
-    label: str
-    params: list[nn.Parameter]
-
-    def begin(self) -> None:
-        """Make ready to accumulate."""
-
-    def end(self, divide_by: float, max_norm: float | None) -> None:
-        """Do what comes between two windows."""
-
-    def held_bytes(self) -> dict[str, int]:
-        """Return the bytes that are held, by what they are for."""
-
-
-class InBF16(StockBF16):
-    """Stock PyTorch: everything is in bfloat16."""
-
-    def end(self, divide_by: float, max_norm: float | None) -> None:
-        """Divide and clip ``.grad`` in passes of their own."""
-        if divide_by != 1:
-            torch._foreach_div_(self.sums(), divide_by)
-        self.max_norm = max_norm
-        self.clip()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def held_bytes(self) -> dict[str, int]:
-        """Return the bytes that are held, by what they are for."""
-        return held(self.params, gradients=self.sums(), optimizer_state=tensors_in(dict(self.optimizer.state)))
-
-
-class BesideWeights(StockFP32Masters):
-    """FP32 sums and FP32 masters; the fused AdamW takes the mean and clips as it steps."""
-
-    @torch.no_grad()
-    def end(self, divide_by: float, max_norm: float | None) -> None:
-        """Step the masters, round them to the weights and zero the sums."""
-        self.optimizer.grad_scale = None
-        if max_norm is not None:
-            norm = torch.linalg.vector_norm(self.flat) / divide_by
-            self.optimizer.grad_scale = divide_by * torch.clamp((norm + 1e-6) / max_norm, min=1.0)
-        elif divide_by != 1:
-            self.optimizer.grad_scale = torch.full((), divide_by, device=self.flat.device)
-        for weight, total in zip(self.fp32_weights, self.buffers, strict=True):
-            weight.grad = total
-        self.optimizer.step()
-        torch._foreach_copy_([*self.params], [*self.fp32_weights])
-        self.begin_window()
-
-    def held_bytes(self) -> dict[str, int]:
-        """Return the bytes that are held, by what they are for."""
-        state = tensors_in(dict(self.optimizer.state))
-        return held(self.params, masters=[*self.fp32_weights], gradients=[self.flat], optimizer_state=state)
-
-
-class InsideWeights(Split24Masters):
-    """Masters inside the weights; ``finish`` takes the mean and clips."""
-
-    bucket: ClassVar[int | None] = None
-
-    def attach(self) -> accumkern.GradAccumulator:
-        """Attach to the optimizer, with masters of the weights."""
-        return accumkern.attach(self.optimizer, self.buffer, master_weights=self.master_weights, bucket=self.bucket)
-
-    def end(self, divide_by: float, max_norm: float | None) -> None:
-        """Do what users do."""
-        if divide_by != 1 or max_norm is not None:
-            self.accumulator.finish(divide_by, max_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def held_bytes(self) -> dict[str, int]:
-        """Return the bytes that are held, by what they are for."""
-        found = self.accumulator.memory()
-        return {
-            "weights": found.weights,
-            "masters": found.master_residuals,
-            "gradients": found.gradients,
-            "residuals": found.residuals,
-            "optimizer_state": found.optimizer_state,
-            "bucket": found.bucket,
-        }
-
-
-class InsideWeights24(InsideWeights):
-    """The same with masters of 24 bits."""
-
-    key, label, master_weights = Split24Masters24.key, Split24Masters24.label, Split24Masters24.master_weights
-
-
-DESIGNS: tuple[type[Any], ...] = (InBF16, BesideWeights, InsideWeights, InsideWeights24)
-
-
-def held(
-    params: list[nn.Parameter],
-    gradients: list[Tensor],
-    optimizer_state: list[Tensor],
-    masters: list[Tensor] | None = None,
-) -> dict[str, int]:
-    """Return the bytes of tensors, by what they are for."""
-    return {
-        "weights": storage_bytes(params),
-        "masters": storage_bytes(masters or []),
-        "gradients": storage_bytes(gradients),
-        "residuals": 0,
-        "optimizer_state": storage_bytes(optimizer_state),
-        "bucket": 0,
-    }
-
-
 @dataclass
 class Outcome:
     """What was measured of a design and a way to end a window."""
@@ -182,9 +73,15 @@ class Outcome:
     end: str
     milliseconds: list[float] = field(default_factory=list)
     over: list[float] = field(default_factory=list)
+    of_fold: list[float] = field(default_factory=list)
+    moved_bytes: int | None = None
     held_bytes: dict[str, int] | None = None
     peak_bytes: int = 0
     error: str | None = None
+
+    def has_had_its_time(self) -> bool:
+        """Return whether it is not measured any more."""
+        return len(self.milliseconds) >= MIN_ROUNDS and sum(self.milliseconds) > 1e3 * SECONDS_EACH
 
 
 class Measurement:
@@ -192,6 +89,7 @@ class Measurement:
 
     def __init__(self, shapes: list[tuple[int, ...]], designs: list[type[Any]], device: torch.device) -> None:
         self.shapes, self.device = shapes, device
+        self.numel = sum(prod(shape) for shape in shapes)
         self.outcomes = {
             (place, end): Outcome(design, end)
             for place, design in enumerate(designs)
@@ -199,6 +97,7 @@ class Measurement:
         }
         self.kinds = designs
         self.copy_gb_per_s: list[float] = []
+        self.fold_gb_per_s: list[float] = []
         self.designs: dict[int, Any] = {}
         generator = torch.Generator(device).manual_seed(1)
         self.grads = [
@@ -215,14 +114,22 @@ class Measurement:
         for number in range(rounds):
             on_step(number, rounds)
             self.copy_gb_per_s.append(self.time_copy())
-            order = list(self.outcomes) if number % 2 == 0 else list(self.outcomes)[::-1]
+            self.fold_gb_per_s.append(self.time_fold())
+            order = [key for key, outcome in self.outcomes.items() if not outcome.has_had_its_time()]
+            order = order if number % 2 == 0 else order[::-1]
             milliseconds = {key: found for key in order if (found := self.attempt(key[0], partial(self.time, key)))}
             for key, found in milliseconds.items():
-                self.outcomes[key].milliseconds.append(found)
+                self.note_time(self.outcomes[key], found)
                 reference = milliseconds.get((self.place_of_reference(), key[1]))
                 if reference and key[0] != self.place_of_reference():
                     self.outcomes[key].over.append(found / reference)
         return [self.result(outcome) for outcome in self.outcomes.values()]
+
+    def note_time(self, outcome: Outcome, milliseconds: float) -> None:
+        """Note the time of an end, and its bandwidth over that of this round's fold."""
+        outcome.milliseconds.append(milliseconds)
+        if outcome.moved_bytes is not None:
+            outcome.of_fold.append(outcome.moved_bytes * self.numel / 1e6 / milliseconds / self.fold_gb_per_s[-1])
 
     def place_of_reference(self) -> int:
         """Return which design the others are compared with."""
@@ -262,6 +169,7 @@ class Measurement:
         design.end(*ENDS[key[1]])
         self.accumulate(design)
         outcome.held_bytes = design.held_bytes()
+        outcome.moved_bytes = design.moved_bytes(*ENDS[key[1]])
         with AllocatorMeter(self.device) as meter:
             design.end(*ENDS[key[1]])
         outcome.peak_bytes = meter.peak_bytes[-1]
@@ -274,30 +182,46 @@ class Measurement:
 
     def time_copy(self) -> float:
         """Return how many GB/s a copy of an FP32 tensor reads and writes now: a shared machine's memory has moods."""
-        source = torch.ones(sum(grad.numel() for grad in self.grads[0]), device=self.device)
+        source = torch.ones(self.numel, device=self.device)
         target = torch.zeros_like(source)
         return 2 * source.nbytes / 1e6 / timed(partial(target.copy_, source), self.device)
+
+    def time_fold(self) -> float:
+        """Return how many GB/s a split24 fold of all gradients in one call reads and writes now."""
+        fold = backends.kernels(backends.choose(None, self.device)).fold
+        sums = [torch.zeros_like(grad) for grad in self.grads[0]]
+        residuals = [torch.zeros_like(grad, dtype=Format.SPLIT24.residual_dtype) for grad in self.grads[0]]
+        run = partial(fold, Format.SPLIT24, Start.CONTINUE, self.grads[0], sums, residuals, 1.0, None)
+        run()  # compiles, and maps the memory
+        moved = self.grads[0][0].element_size() + 2 * stored_bytes("split24")
+        return moved * self.numel / 1e6 / timed(run, self.device)
 
     def result(self, outcome: Outcome) -> dict[str, Any]:
         """Return what was measured of a design and a way to end a window."""
         made: dict[str, Any] = {
-            "numel": sum(grad.numel() for grad in self.grads[0]),
+            "numel": self.numel,
             "tensors": len(self.shapes),
             "design": outcome.design.key,
             "label": outcome.design.label,
             "bucket_bytes": getattr(outcome.design, "bucket", None),
             "end": outcome.end,
             "copy_gb_per_s": statistics.median(self.copy_gb_per_s),
+            "fold_gb_per_s": statistics.median(self.fold_gb_per_s),
         }
         if outcome.error is not None:
             return made | {"error": outcome.error}
         made |= {**quantiles(outcome.milliseconds), "held_bytes": outcome.held_bytes, "peak_bytes": outcome.peak_bytes}
+        if outcome.moved_bytes is not None:
+            made["moved_bytes"] = outcome.moved_bytes
+            made["gb_per_s"] = outcome.moved_bytes * self.numel / 1e6 / made["median_ms"]
+            made["of_fold_bandwidth"] = summary(outcome.of_fold)
         return made | ({"over_fp32_masters": summary(outcome.over)} if outcome.over else {})
 
 
-def with_bucket(mebibytes: int) -> type[InsideWeights]:
-    """Return the design of masters inside the weights, with a bucket of its own size."""
-    return type(f"Bucket{mebibytes}", (InsideWeights,), {"bucket": mebibytes * 2**20})
+def says(design: type[Design]) -> str:
+    """Return what a design does, and the version of the package that it is of."""
+    package = package_of(design)
+    return design.what if package is None else f"of {package} {version_of(package) or ''}: {design.what}"
 
 
 def main() -> None:
@@ -311,26 +235,29 @@ def main() -> None:
     if numel % SIDE**2 or numel == SIDE**2:
         options.error(f"--weights is {numel}; it must be two or more times {SIDE**2}")
     results: list[dict[str, Any]] = []
+    designs = [design for design in DESIGNS if is_installed(design)]
+    left_out = sorted({str(package_of(design)) for design in DESIGNS if not is_installed(design)})
     buckets = [with_bucket(mebibytes) for mebibytes in BUCKETS_MIB]
     many: list[tuple[int, ...]] = [(SIDE, SIDE)] * (numel // SIDE**2)
     cases: list[tuple[list[tuple[int, ...]], list[type[Any]]]] = [(many, buckets), ([(numel,)], [])]
     for shapes, more in cases:
         with steps(f"step, {len(shapes)} tensors") as on_step:
-            results += Measurement(shapes, [*DESIGNS, *more], device).results(rounds, on_step)
+            results += Measurement(shapes, [*designs, *more], device).results(rounds, on_step)
     method = {
         "how": "all designs and ends by turns, one at a time, forwards and backwards; wall time of everything between "
         "two windows, on a GPU until it is done",
         "rounds": rounds,
-        "optimizer": "torch.optim.AdamW(fused=True)",
+        "fewer rounds": f"{MIN_ROUNDS} or more of what has taken {SECONDS_EACH:g} seconds",
+        "optimizer": "torch.optim.AdamW(fused=True) where no other one is named",
         "window": f"{MICRO_BATCHES} bf16 micro-gradients, accumulated before the clock starts",
-        "stock bf16": "_foreach_div_ for the mean, clip_grad_norm_, step, zero_grad",
-        "stock fp32 + masters": "FP32 sums in one flat buffer, mean and clipping by grad_scale in the fused AdamW of "
-        "FP32 copies, _foreach_copy_ to the weights, zeroing of the sums; no step hooks",
-        "accumkern": "attach(master_weights=...), finish() where there is a mean or clipping, step, zero_grad",
+        **{design.label: says(design) for design in designs},
+        "not installed": ", ".join(left_out) or "nothing that is compared",
         "ratio": "over stock fp32 + masters with the same end in the same round: median, and the interval that holds "
         "it with the confidence that stands in the file",
         "held": "at the end of a window, counted from tensors; a CPU keeps the bucket of FP32 weights and gradients "
         "from step to step",
+        "of a fold's bandwidth": "bytes that the passes of an end have to read and write, over its time; and the same "
+        "of a split24 fold of the gradients in one call, once in each round",
         "peak": "the most that is allocated at any time from there until the next window, less what was held",
         "copy": "reads and writes of copy_ between two FP32 tensors of as many elements, once a round: median",
         "backend": backends.choose(None, device),

@@ -235,7 +235,7 @@ def step_memory(machine: str, content: Content) -> Figure | None:
     results = [of_design[0] for of_design in grouped(results, "design").values()]
     if not results:
         return None
-    figure = Figure(figsize=(9, 1.3 + 0.4 * len(results)), layout="constrained")
+    figure = Figure(figsize=(9.5, 1.5 + 0.4 * len(results)), layout="constrained")
     axes = figure.subplots()
     longest = max(sum(r["held_bytes"].values()) / r["numel"] for r in results)
     ends = [0.0] * len(results)
@@ -254,7 +254,7 @@ def step_memory(machine: str, content: Content) -> Figure | None:
     axes.set_xlabel("bytes", fontsize=9)
     figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=len(HELD))
     of = f"{results[0]['numel']:,} weights in {results[0]['tensors']} tensors"
-    _finish(axes, f"Bytes held for a weight at the end of a window: {of}\n{machine}", "x")
+    _finish(axes, f"Bytes held for a weight at the end of a window\n{of}\n{machine}", "x")
     axes.tick_params(axis="y", labelsize=9)
     return figure
 

@@ -38,7 +38,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "driver": _driver() if device.type == "cuda" else None,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
-        "triton": _version_of("triton"),
+        "triton": version_of("triton"),
         "python": platform.python_version(),
         "accumkern": accumkern.__version__,
         "backends": [name for name, reason in accumkern.available_backends().items() if reason is None],
@@ -63,6 +63,14 @@ def folder_name(machine_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", machine_name.lower()).strip("-")
 
 
+def version_of(package: str) -> str | None:
+    """Return the version of a package that is installed, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _options_but_results() -> list[str]:
     """Return the options of this run without ``--results``, a path that says nothing of the measurement."""
     where = argparse.ArgumentParser(add_help=False)
@@ -83,13 +91,6 @@ def _driver() -> str | None:
     """Return the version of the NVIDIA driver, where nvidia-smi tells it."""
     output = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return output.splitlines()[0].strip() if output else None
-
-
-def _version_of(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> tuple[str | None, bool | None]:

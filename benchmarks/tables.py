@@ -438,10 +438,11 @@ ALONE = "step"  # the end of a window without mean and clipping
 def step_tables(content: Content) -> list[str]:
     """Return tables of time and memory for weights in many tensors and in one, and one of the sizes of buckets."""
     lines = paragraph(
-        "Everything between two windows of bf16 weights with a fused AdamW. *step* is the step and zeroing alone: the "
-        "mean was taken before, by dividing the loss or with `average_over`. *mean* and *clip* are by "
-        "`_foreach_div_` and `clip_grad_norm_` (stock bf16), inside the fused AdamW (stock fp32 + masters), and by "
-        "`finish()`. Ratios are to stock fp32 + masters with the same end in the same round: median and interval."
+        "Everything between two windows of bf16 weights with AdamW. *step* is the step and zeroing alone: the mean was "
+        "taken before, by dividing the loss or with `average_over`. *mean* and *clip* are by `_foreach_div_` and "
+        "`clip_grad_norm_` (stock bf16 and other packages), inside the fused AdamW (stock fp32 + masters), and by "
+        "`finish()` (accumkern), which leaves them to the step in one pass where it is *deferred*. Ratios are to stock "
+        "fp32 + masters with the same end in the same round: median and interval."
     )
     for of_weights in grouped(content["results"], "tensors").values():
         lines += [f"{_of_weights(of_weights[0])}, while `copy_` went at {of_weights[0]['copy_gb_per_s']:.0f} GB/s", ""]
@@ -450,10 +451,14 @@ def step_tables(content: Content) -> list[str]:
         rows = []
         for results in designs.values():
             cells = [_design(results[0])]
-            for result in results:
-                cells += [result.get("error") or spread(result), interval(result.get("over_fp32_masters"))]
+            if "error" in results[0]:  # then in all ends
+                cells += _only(results[0]["error"], 2 * len(ends))
+            else:
+                for result in results:
+                    cells += [spread(result), interval(result.get("over_fp32_masters"))]
             rows.append(cells)
         lines += table(["design", *(cell for end in ends for cell in (end, "/ fp32 + masters"))], rows)
+        lines += _bytes_moved(of_weights)
         lines += _bytes_held(of_weights)
         swept = [r for r in of_weights if r["bucket_bytes"] is not None]
         if swept:
@@ -464,7 +469,7 @@ def step_tables(content: Content) -> list[str]:
                     [
                         f"{_design(r)}, {r['bucket_bytes'] // 2**20} MiB",
                         *(
-                            [r["error"], "", "", ""]
+                            _only(r["error"], 4)
                             if "error" in r
                             else [
                                 spread(r),
@@ -496,17 +501,43 @@ def step_summary(content: Content) -> list[str]:
     kept = " and ".join(f"{size:.2f} more where they are {number_of_tensors(n)}" for n, size in buckets.items())
     return [
         *paragraph(
-            f"A step of a fused AdamW on {results[0]['numel']:,} bf16 weights and `zero_grad()`: time over that with "
+            f"A step of AdamW on {results[0]['numel']:,} bf16 weights and `zero_grad()`: time over that with "
             "FP32 sums and FP32 masters, median and interval, for weights in many tensors and in one. And the bytes "
             "that are held for a weight, gradients and states of AdamW included"
-            + (f"; what a CPU keeps of a step's FP32 weights and gradients is {kept}:" if kept else ":")
+            + (f"; what a CPU keeps of the FP32 weights and gradients of a step in buckets is {kept}:" if kept else ":")
         ),
         *table(["design", *(number_of_tensors(n) for n in grouped(results, "tensors")), "bytes / weight"], rows),
     ]
 
 
+def _only(cell: str, columns: int) -> list[str]:
+    """Return cells of which the first says something."""
+    return [cell, *[""] * (columns - 1)]
+
+
 def _of_weights(result: Result) -> str:
     return f"**{result['numel']:,} weights in {number_of_tensors(result['tensors'])}**"
+
+
+def _bytes_moved(results: list[Result]) -> list[str]:
+    """Return the table of the bytes that designs in one pass move, and at which bandwidth beside that of a fold."""
+    moving = [r for r in results if "of_fold_bandwidth" in r]
+    if not moving:
+        return []
+    by_design = grouped(moving, "design").values()
+    ends = list(dict.fromkeys(r["end"] for r in moving))
+    rows = []
+    for of_design in by_design:
+        cells = [(str(r["moved_bytes"]), number(r["gb_per_s"]), interval(r["of_fold_bandwidth"])) for r in of_design]
+        rows.append([_design(of_design[0]), *(cell for of_end in cells for cell in of_end)])
+    return [
+        *paragraph(
+            "What is stepped in one pass: bytes for a weight that all passes of an end have to read and write, their "
+            "bandwidth, and that over the bandwidth of a split24 fold of the gradients in the same round, "
+            f"{number(moving[0]['fold_gb_per_s'])} GB/s in the median:"
+        ),
+        *table(["design", *(c for end in ends for c in (f"{end}: bytes", "GB/s", "of a fold's bandwidth"))], rows),
+    ]
 
 
 def _bytes_held(results: list[Result]) -> list[str]:
@@ -520,7 +551,8 @@ def _bytes_held(results: list[Result]) -> list[str]:
     return [
         *paragraph(
             "Bytes for a weight that are held at the end of a window, and the most that any end of it allocates beyond "
-            "that. The bucket is the FP32 weights and gradients of a step, which a CPU keeps for the next one:"
+            "that. The bucket is the FP32 weights and gradients of a step in buckets, which a CPU keeps for the next "
+            "one:"
         ),
         *table(["design", *HELD.values(), "in all", "more at the peak"], rows),
     ]

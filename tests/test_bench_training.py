@@ -20,7 +20,6 @@ sys.path.insert(0, str(ROOT / "examples"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_convergence  # noqa: E402
-import bench_step  # noqa: E402
 import bench_training  # noqa: E402
 import figures  # noqa: E402
 import report  # noqa: E402
@@ -196,80 +195,6 @@ def test_as_many_designs_at_a_time_as_fit_into_memory(monkeypatch: pytest.Monkey
         assert len(found) == groups
         assert all(group[0] == "stock_bf16" for group in found)
         assert sorted(key for group in found for key in group[1:]) == sorted([*others, "split24"])
-
-
-# ---- the benchmark of the step -----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_step(tmp_path: Path) -> None:
-    content = run("step", tmp_path)
-    assert {r["tensors"] for r in content["results"]} == {1, 2}
-    for results in tables.grouped(content["results"], "design", "tensors").values():
-        assert {r["end"] for r in results} == set(bench_step.ENDS)
-    in_bytes = {  # weights, masters, gradients, residuals, states
-        "stock_bf16": (2, 0, 2, 0, 4),
-        "stock_fp32_masters": (2, 4, 4, 0, 8),
-        "split24_masters": (2, 2, 2, 1, 8),
-        "split24_masters24": (2, 1, 2, 1, 8),
-    }
-    for result in content["results"]:
-        *held, bucket = result["held_bytes"].values()
-        assert [size / result["numel"] for size in held] == pytest.approx(in_bytes[result["design"]], abs=1e-4)
-        assert (bucket > 0) == result["design"].startswith("split24")
-        assert ("over_fp32_masters" in result) == (result["design"] != "stock_fp32_masters")
-        assert result["peak_bytes"] < 0.01 * result["numel"]  # the bucket is kept
-    buckets = {r["bucket_bytes"]: r["held_bytes"]["bucket"] for r in content["results"] if r["bucket_bytes"]}
-    # A tensor of 2^20 weights needs 8 MiB, also where a bucket is smaller.
-    assert "is 4.00 more where they are 2 tensors and 8.00 more where they are 1 tensor" in " ".join(
-        tables.step_summary(content)
-    )
-    assert buckets == {2 * 2**20: 2**23, 8 * 2**20: 2**23, 32 * 2**20: 2**24, 128 * 2**20: 2**24}
-
-
-@pytest.mark.parametrize("end", bench_step.ENDS)
-def test_an_end_of_a_window_is_the_same_step_in_every_design(end: str) -> None:
-    max_norm = None if "clip" not in end else 1e-4
-    weights: dict[type[Any], list[Tensor]] = {}
-    momenta: dict[type[Any], list[Tensor]] = {}
-    for kind in bench_step.DESIGNS:
-        made = bench_step.Measurement([(8, 8), (16,)], [kind], CPU)
-        made.make(0, kind)
-        design = made.designs[0]
-        for _ in range(3):
-            made.accumulate(design)
-            design.end(bench_step.ENDS[end][0], max_norm)
-        weights[kind] = [param.detach().clone() for param in design.params]
-        # AdamW's weights hardly depend on the scale of gradients; its first moment does.
-        momenta[kind] = [state["exp_avg"].float() for state in design.optimizer.state.values()]
-    for kind in bench_step.DESIGNS:
-        in_bf16 = kind is bench_step.InBF16
-        for mine, other in zip(momenta[kind], momenta[bench_step.BesideWeights], strict=True):
-            torch.testing.assert_close(mine, other, rtol=2**-5 if in_bf16 else 2**-14, atol=1e-6 if in_bf16 else 1e-9)
-        for mine, other in zip(weights[kind], weights[bench_step.BesideWeights], strict=True):
-            torch.testing.assert_close(mine, other, rtol=2**-6, atol=1e-3 if in_bf16 else 1e-5)
-
-
-def test_a_design_whose_step_fails_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = 0
-
-    def fails_late(self: Any, divide_by: float, max_norm: float | None) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > 8:  # memory is measured, time is not
-            raise ValueError("late")
-
-    monkeypatch.setattr(bench_step.InsideWeights24, "end", fails_late)
-    kinds = [*bench_step.DESIGNS, bench_step.with_bucket(1)]
-    results = bench_step.Measurement([(64, 64)], kinds, CPU).results(2, lambda done, total: None)
-    assert len(results) == 4 * 3 + 1
-    failed = [r for r in results if "error" in r]
-    assert [(r["design"], r["error"]) for r in failed] == [("split24_masters24", "ValueError: late")] * 3
-    for result in results:
-        report.check(result, "step", "results")
-    assert all("n" not in r or r["n"] == 2 for r in results)
-    assert any("ValueError: late" in line for line in tables.step_tables({"results": results}))
-    assert "ValueError: late" in " ".join(tables.step_summary({"results": results}))
 
 
 # ---- the convergence benchmark -----------------------------------------------------------------------------------

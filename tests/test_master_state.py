@@ -250,6 +250,16 @@ def test_memory_is_counted_from_the_tensors(kind: Any, bucket: int) -> None:
         acc.memory()
 
 
+def test_of_a_quantized_state_what_it_is_made_of_is_counted() -> None:
+    states = pytest.importorskip("torchao.optim.subclass_8bit")
+    weight = nn.Parameter(torch.randn(4096).bfloat16())
+    optimizer = optim.SGD([weight])
+    acc = accumkern.attach(optimizer)
+    state = states.OptimState8bit.zeros(weight.shape, signed=True, block_size=256, device=weight.device)
+    optimizer.state[weight]["exp_avg"] = state
+    assert acc.memory().optimizer_state == 4096 + 4 * 4096 // 256 + 4 * 256  # codes, scales and what the codes mean
+
+
 # ---- what does not fit -------------------------------------------------------------------------------------------
 
 Change = Callable[[dict[str, Any]], Any]

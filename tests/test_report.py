@@ -186,6 +186,16 @@ def test_headlines_answer_from_the_files() -> None:
     steps = [step_result(), step_result(tensors=1), step_result(bucket_bytes=8), step_result(end="mean, step")]
     assert headlines.step({"results": steps}) == "0.50 for weights in 4 tensors, 0.50 for weights in 1 tensor"
     assert headlines.step({"results": [step_result(design="other")]}) is None
+    for faster, name in (("split24_masters", "finish()"), ("split24_masters_deferred", "finish(defer=True)")):
+        ratio = {**step_result()["over_fp32_masters"], "median": 0.7}
+        found = [
+            step_result(design=design, end="mean, clip, step", median_ms=1.0 if design == faster else 2.0)
+            for design in ("split24_masters", "split24_masters_deferred", "split24_masters24")
+        ]
+        found[2]["median_ms"] = 0.1  # other masters are another thing
+        next(r for r in found if r["design"] == faster)["over_fp32_masters"] = ratio
+        said = f"0.50 for weights in 4 tensors; with mean and clipping by `{name}` 0.70"
+        assert headlines.step({"results": [step_result(), *found]}) == said
     training = {
         "regime": "launch",
         "design": "split24",
