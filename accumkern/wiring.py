@@ -57,10 +57,12 @@ def attach(
             weight, which together are every FP32 number; ``"split24"``, an int8 residual, 16 significant bits. Then
             ``optimizer.step()`` reads and writes FP32 weights, with the optimizer's state in FP32 and the accumulated
             gradient to the precision of ``buffer``. None steps the bfloat16 weights themselves. float32 parameters are
-            stepped as they are.
-        bucket: bytes of FP32 weights and gradients that a step makes at a time, 8 per parameter; a tensor that needs
-            more is made whole. None takes 8 MiB on a CPU, 256 MiB elsewhere. Optimizers that may look at all parameters
-            together (:mod:`accumkern.optimizers` has the table of those that do not) take all of them at once.
+            stepped as they are. The step of exactly ``torch.optim.AdamW``, ``Adam`` and ``SGD`` is one pass
+            (:mod:`accumkern.fused_step`), that of others their own on FP32 copies.
+        bucket: bytes of FP32 copies of weights and gradients that a step makes at a time where it is not one pass, 8
+            per parameter; a tensor that needs more is made whole. None takes 8 MiB on a CPU, 256 MiB elsewhere.
+            Optimizers that may look at all parameters together (:mod:`accumkern.optimizers` has the table of those that
+            do not) take all of them at once.
         average_over: multiply each micro-gradient by ``1 / average_over`` inside the kernel, instead of dividing the
             loss; a positive number, usually of the micro-batches in a window, whose reciprocal FP32 can hold (it is
             3e-39 to 7e44). None adds them as they are. It is where :attr:`GradAccumulator.scale` begins.

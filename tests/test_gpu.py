@@ -167,11 +167,9 @@ def test_a_launch_error_is_raised_and_leaves_nothing_behind(backend: str) -> Non
     (grad,), (total,), residuals = columns([row], DEVICE)
     assert residuals is not None
     no_device = torch.cuda.device_count()
-    addresses = [grad.data_ptr()], [total.data_ptr()], [residuals[0].data_ptr()]
+    table = [grad.data_ptr(), total.data_ptr(), residuals[0].data_ptr(), -1, grad.numel()]
     with pytest.raises(RuntimeError, match="accumkern: cudaSetDevice"):
-        _C.accumulate_cuda(
-            int(Format.SPLIT24), int(Start.CONTINUE), *addresses, [], [grad.numel()], (0.5, 0), no_device, 0
-        )
+        _C.run(_C.FOLD, Format.SPLIT24, Start.CONTINUE, table, (0.5, 0), (1.0, 0), no_device, 0)
     torch.cuda.synchronize()
     assert torch.cuda.current_device() == grad.device.index
     assert_same_bits(total, row[1], "after an error")
