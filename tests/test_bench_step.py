@@ -39,6 +39,25 @@ MOVED_BYTES = {
 }
 
 
+def assert_moved(measured: list[dict[str, Any]]) -> None:
+    for result in measured:
+        alone, finished = MOVED_BYTES.get(result["design"], (None, None))
+        assert result.get("moved_bytes") == (alone if result["end"] == tables.ALONE else finished)
+        if alone is not None:
+            gb_per_s = result["moved_bytes"] * result["numel"] / 1e6 / result["median_ms"]
+            assert result["gb_per_s"] == pytest.approx(gb_per_s)
+            assert result["of_fold_bandwidth"]["n"] == result["n"]
+            if result["n"] == 1:
+                of_fold = result["gb_per_s"] / result["fold_gb_per_s"]
+                assert result["of_fold_bandwidth"]["median"] == pytest.approx(of_fold)
+
+
+def test_bytes_that_a_step_in_one_pass_moves() -> None:
+    results = bench_step.Measurement([(64, 64)], OF_TORCH, CPU).results(1, lambda done, total: None)
+    assert {r["design"] for r in results} > set(MOVED_BYTES)
+    assert_moved(results)
+
+
 @pytest.mark.slow
 def test_step(tmp_path: Path) -> None:
     content = run("step", tmp_path)
@@ -55,18 +74,12 @@ def test_step(tmp_path: Path) -> None:
     for result in measured:
         *held, bucket = result["held_bytes"].values()
         assert [size / result["numel"] for size in held] == pytest.approx(STEP_BYTES[result["design"]], abs=2e-3)
-        alone, finished = MOVED_BYTES.get(result["design"], (None, None))
-        assert result.get("moved_bytes") == (alone if result["end"] == tables.ALONE else finished)
         is_accumkern = result["design"].startswith("split24")
-        assert (bucket > 0) == (is_accumkern and alone is None)
+        assert (bucket > 0) == (is_accumkern and result["design"] not in MOVED_BYTES)
         assert ("over_fp32_masters" in result) == (result["design"] != "stock_fp32_masters")
         if "8bit" not in result["design"]:
             assert result["peak_bytes"] < 0.01 * result["numel"]  # the bucket is kept
-    for result in measured:
-        if "moved_bytes" in result:
-            step_gb_per_s = result["moved_bytes"] * result["numel"] / 1e6 / result["median_ms"]
-            assert result["gb_per_s"] == pytest.approx(step_gb_per_s)
-            assert result["of_fold_bandwidth"]["n"] == 3
+    assert_moved(measured)
     buckets = {r["bucket_bytes"]: r["held_bytes"]["bucket"] for r in measured if r["bucket_bytes"]}
     # A tensor of 2^20 weights needs 8 MiB, also where a bucket is smaller.
     assert "is 4.00 more where they are 2 tensors and 8.00 more where they are 1 tensor" in " ".join(
