@@ -120,8 +120,8 @@ class Training:
 def measure_bytes(kind: type[StockBF16], args: argparse.Namespace, batches: list[Tensor]) -> dict[str, Any]:
     """Return bytes per weight: those held before a step, by what they are for, and the most at any time.
 
-    The allocator says what there is in all. Weights, the state of AdamW and workspace are counted from tensors, and
-    what is left of all that outlives a step belongs to the masters.
+    The allocator says what there is in all. Weights and the state of AdamW are counted from tensors, and what is left
+    of all that outlives a step belongs to the masters.
     """
     made: list[StockBF16] = []
 
@@ -131,10 +131,8 @@ def measure_bytes(kind: type[StockBF16], args: argparse.Namespace, batches: list
 
     memory = measure_memory(make, batches, torch.device(args.device))
     params, optimizer = made[0].params, made[0].optimizer
-    accumulator = accumkern.accumulator_of(optimizer)
     weights, state = storage_bytes(params), storage_bytes(tensors_in(dict(optimizer.state)))
-    workspace = accumulator.memory().bucket if accumulator else 0
-    sizes = (weights, memory.resident - weights - state - workspace, memory.held, state, workspace)
+    sizes = (weights, memory.resident - weights - state, memory.held, state)
     numel = sum(param.numel() for param in params)
     held = {name: size / numel for name, size in zip(BYTES_FOR, sizes, strict=True)}
     return {"held": held, "peak": memory.peak / numel, "of_parameters": numel}

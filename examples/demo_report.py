@@ -20,7 +20,6 @@ BYTES_FOR = {
     "masters": "#3f7cac",
     "gradients": "#e0a458",
     "AdamW state": "#d5dbe0",
-    "workspace": "#8f3b4c",
 }
 
 

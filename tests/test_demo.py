@@ -70,9 +70,9 @@ def environment() -> dict[str, str]:
 
 STOCK, FP32, OURS = "stock_bf16", "autocast", "split24_masters"
 HELD = {  # bytes per weight
-    STOCK: {"weights": 2, "masters": 0, "gradients": 2, "AdamW state": 4, "workspace": 0},
-    FP32: {"weights": 4, "masters": 0, "gradients": 4, "AdamW state": 8, "workspace": 0},
-    OURS: {"weights": 2, "masters": 2, "gradients": 3, "AdamW state": 8, "workspace": 0.33},
+    STOCK: {"weights": 2, "masters": 0, "gradients": 2, "AdamW state": 4},
+    FP32: {"weights": 4, "masters": 0, "gradients": 4, "AdamW state": 8},
+    OURS: {"weights": 2, "masters": 2, "gradients": 3, "AdamW state": 8},
 }
 
 
@@ -217,7 +217,7 @@ def test_findings(results: dict[str, Any], report: ModuleType) -> None:
         "The losses of FP32 + autocast and accumkern end less than 0.0001 apart.",
         "In steps 41 to 80, 98% of the weights of stock bf16 did not change at all, with FP32 + autocast 0%, "
         "of the masters of accumkern 1%. bfloat16 cannot hold so small updates.",
-        "accumkern holds 4.2 % less memory than FP32 + autocast (at the peak 20.0 % less), and 91.6 % more than "
+        "accumkern holds 6.2 % less memory than FP32 + autocast (at the peak 20.0 % less), and 87.5 % more than "
         "stock bf16.",
         "accumkern takes 10.0 % more time for a step than FP32 + autocast (half of the steps: 10.0 % less to 20.0 % "
         "more), and 21.0 % more than stock bf16.",
@@ -245,7 +245,7 @@ def test_findings_follow_the_losses(results: dict[str, Any], report: ModuleType)
 
 def test_findings_follow_bytes_and_time(results: dict[str, Any], report: ModuleType) -> None:
     ours = results["designs"][OURS]
-    ours["bytes_per_parameter"]["held"]["gradients"] += 16.67
+    ours["bytes_per_parameter"]["held"]["gradients"] += 17
     ours["bytes_per_parameter"]["peak"] = 40
     ours["time_over"] = {STOCK: [0.4, 0.5, 0.6], FP32: [0.1, 0.25, 0.4]}
     memory, milliseconds = report.findings(results)[-2:]
@@ -263,7 +263,7 @@ def test_the_table_follows_the_numbers(results: dict[str, Any], report: ModuleTy
     assert rows[-3:] == [
         "stock bf16 2.5000 8.0 8.5 1.00",
         "FP32 + autocast 2.2500 16.0 20.0 1.10",
-        "accumkern 2.2500 15.3 16.0 1.21",
+        "accumkern 2.2500 15.0 16.0 1.21",
     ]
 
 

@@ -171,13 +171,6 @@ def test_states_in_another_dtype_are_stepped_in_buckets() -> None:
         mine.optimizer.step()
 
 
-def test_doctor_says_what_is_stepped_in_one_pass(capsys: pytest.CaptureFixture[str]) -> None:
-    from accumkern.doctor import doctor
-
-    doctor()
-    assert "in one pass: torch.optim Adam, AdamW, SGD themselves" in capsys.readouterr().out
-
-
 # ---- scaling -----------------------------------------------------------------------------------------------------
 
 

@@ -175,12 +175,13 @@ def test_doctor_tells_which_optimizers_can_have_master_weights(capsys: pytest.Ca
     for name in optimizers.STEPPED_IN_PARTS:
         assert re.search(rf"\b{name.split('.')[-2]}\b", in_parts), name
     assert "bitsandbytes Optimizer8bit; torch " in in_parts
+    assert "in one pass: torch.optim Adam, AdamW, SGD themselves" in told
     assert "all weights at once: all others" in told
     assert f"not torch.LBFGS: {optimizers.REFUSED['torch.optim.lbfgs.LBFGS']}" in told
     assert f"not schedulefree: {optimizers.REFUSED['schedulefree.']}" in told
     for option, reason in optimizers.REFUSED_OPTIONS.items():
         assert f"not with {option}: {reason}" in told
-    assert len(told.splitlines()) == 3 + len(optimizers.REFUSED) + len(optimizers.REFUSED_OPTIONS)
+    assert len(told.splitlines()) == 4 + len(optimizers.REFUSED) + len(optimizers.REFUSED_OPTIONS)
 
 
 def test_doctor_says_why_a_backend_that_is_set_cannot_run() -> None:
