@@ -44,7 +44,8 @@ MICRO_BATCHES = 2  # of a window: the second leaves residuals
 MAX_NORM = 1.0
 BUCKETS_MIB = (2, 8, 32, 128)
 REFERENCE = BesideWeights.key  # what the others are compared with
-SECONDS_EACH = 10.0  # what has taken this time is left out of further rounds, after MIN_ROUNDS
+AT_A_TIME = 4  # designs that hold their memory beside that of the reference
+SECONDS_EACH = 4.0  # what has taken this time is left out of further rounds, after MIN_ROUNDS
 MIN_ROUNDS = 6  # the fewest that give an interval of 95 %
 
 #: How a window ends -> (what the sums are divided by, what they are clipped to).
@@ -105,8 +106,8 @@ class Measurement:
             for _ in range(MICRO_BATCHES)
         ]
 
-    def results(self, rounds: int, on_step: Callable[[int, int], None]) -> list[dict[str, Any]]:
-        """Measure memory and then time, and return one result for each design and way to end a window."""
+    def measure(self, rounds: int, on_step: Callable[[int, int], None]) -> list[Outcome]:
+        """Measure memory and then time, and return an outcome for each design and way to end a window."""
         for place, kind in enumerate(self.kinds):
             self.attempt(place, partial(self.make, place, kind))
         for key in self.outcomes:
@@ -123,7 +124,7 @@ class Measurement:
                 reference = milliseconds.get((self.place_of_reference(), key[1]))
                 if reference and key[0] != self.place_of_reference():
                     self.outcomes[key].over.append(found / reference)
-        return [self.result(outcome) for outcome in self.outcomes.values()]
+        return list(self.outcomes.values())
 
     def note_time(self, outcome: Outcome, milliseconds: float) -> None:
         """Note the time of an end, and its bandwidth over that of this round's fold."""
@@ -218,6 +219,31 @@ class Measurement:
         return made | ({"over_fp32_masters": summary(outcome.over)} if outcome.over else {})
 
 
+def measured(
+    shapes: list[tuple[int, ...]],
+    designs: list[type[Any]],
+    device: torch.device,
+    rounds: int,
+    on_step: Callable[[int, int], None],
+) -> list[dict[str, Any]]:
+    """Measure designs, some at a time beside the one that they are compared with; return results in their order."""
+    reference = next(design for design in designs if design.key == REFERENCE)
+    others = [design for design in designs if design is not reference]
+    groups = [others[first : first + AT_A_TIME] for first in range(0, len(others), AT_A_TIME)]
+    of_designs: dict[type[Any], list[dict[str, Any]]] = {}
+    for number, group in enumerate(groups):
+        measurement = Measurement(shapes, [reference, *group], device)
+        before, total = number * rounds, len(groups) * rounds
+
+        def tell(done: int, _: int, before: int = before, total: int = total) -> None:
+            on_step(before + done, total)
+
+        for outcome in measurement.measure(rounds, tell):
+            if number == 0 or outcome.design is not reference:
+                of_designs.setdefault(outcome.design, []).append(measurement.result(outcome))
+    return [result for design in designs for result in of_designs[design]]
+
+
 def says(design: type[Design]) -> str:
     """Return what a design does, and the version of the package that it is of."""
     package = package_of(design)
@@ -242,10 +268,10 @@ def main() -> None:
     cases: list[tuple[list[tuple[int, ...]], list[type[Any]]]] = [(many, buckets), ([(numel,)], [])]
     for shapes, more in cases:
         with steps(f"step, {len(shapes)} tensors") as on_step:
-            results += Measurement(shapes, [*designs, *more], device).results(rounds, on_step)
+            results += measured(shapes, [*designs, *more], device, rounds, on_step)
     method = {
-        "how": "all designs and ends by turns, one at a time, forwards and backwards; wall time of everything between "
-        "two windows, on a GPU until it is done",
+        "how": f"{AT_A_TIME} designs beside the one that they are compared with, and their ends, by turns, one at a "
+        "time, forwards and backwards; wall time of everything between two windows, on a GPU until it is done",
         "rounds": rounds,
         "fewer rounds": f"{MIN_ROUNDS} or more of what has taken {SECONDS_EACH:g} seconds",
         "optimizer": "torch.optim.AdamW(fused=True) where no other one is named",

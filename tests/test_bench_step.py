@@ -53,7 +53,7 @@ def assert_moved(measured: list[dict[str, Any]]) -> None:
 
 
 def test_bytes_that_a_step_in_one_pass_moves() -> None:
-    results = bench_step.Measurement([(64, 64)], OF_TORCH, CPU).results(1, lambda done, total: None)
+    results = bench_step.measured([(64, 64)], OF_TORCH, CPU, 1, lambda done, total: None)
     assert {r["design"] for r in results} > set(MOVED_BYTES)
     assert_moved(results)
 
@@ -131,7 +131,7 @@ def test_what_cannot_be_made_is_a_result_and_what_is_not_installed_is_not_measur
     broken = type("Broken", (step_designs.Flash24,), {"optimizer_kind": "json.AdamW"})  # which has none
     assert (step_designs.is_installed(absent), step_designs.is_installed(broken)) == (False, True)
     kinds = [step_designs.BesideWeights, broken]
-    results = bench_step.Measurement([(64, 64)], kinds, CPU).results(1, lambda done, total: None)
+    results = bench_step.measured([(64, 64)], kinds, CPU, 1, lambda done, total: None)
     failed = [r["error"] for r in results if r["design"] == broken.key]
     assert failed == ["AttributeError: module 'json' has no attribute 'AdamW'"] * len(bench_step.ENDS)
     for result in results:
@@ -144,7 +144,7 @@ def test_what_cannot_be_made_is_a_result_and_what_is_not_installed_is_not_measur
 def test_what_takes_long_is_measured_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_step, "SECONDS_EACH", 0.0)
     kinds = [step_designs.InBF16, step_designs.BesideWeights]
-    results = bench_step.Measurement([(8,)], kinds, CPU).results(9, lambda done, total: None)
+    results = bench_step.measured([(8,)], kinds, CPU, 9, lambda done, total: None)
     assert {r["n"] for r in results} == {bench_step.MIN_ROUNDS}
 
 
@@ -167,7 +167,7 @@ def test_a_design_whose_step_fails_is_a_result(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(step_designs.InsideWeights24, "end", fails_late)
     kinds = [*OF_TORCH, step_designs.with_bucket(1)]
-    results = bench_step.Measurement([(64, 64)], kinds, CPU).results(2, lambda done, total: None)
+    results = bench_step.measured([(64, 64)], kinds, CPU, 2, lambda done, total: None)
     assert len(results) == len(OF_TORCH) * 3 + 1
     failed = [r for r in results if "error" in r]
     assert [(r["design"], r["error"]) for r in failed] == [("split24_masters24", "ValueError: late")] * 3
