@@ -347,6 +347,8 @@ class GradAccumulator:
         for param, residual in zip(params, residuals, strict=False):
             masters.load(param, residual)
         self._rooms.finished_at = -1
+        if self._rooms.stepping is not None:
+            self._rooms.stepping.defer(None)
         if self._rooms.noise_scale is not None:
             self._rooms.noise_scale.squares.reset()
         if self._rooms.lost_bits is not None:
@@ -355,9 +357,13 @@ class GradAccumulator:
     def detach(self) -> None:
         """Remove every hook: stock behaviour from now on. ``.grad`` stays as it is; calling it again does nothing.
 
+        What ``finish(defer=True)`` has left to the next step is done now.
+
         A communication hook (:meth:`reduce_in_fp32`) cannot be removed, but does what stock PyTorch does without one.
         """
         self._passes.complete()
+        if self._rooms.stepping is not None and self._attachment.is_attached:
+            self._rooms.stepping.scale_deferred(self._attachment.with_gradients())
         self._attachment.detach()
 
     def __enter__(self) -> GradAccumulator:

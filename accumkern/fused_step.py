@@ -8,7 +8,7 @@ them, and their roundings); ``optimizer.state`` holds what torch's own step woul
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,9 @@ FUSED: dict[type, Callable[[Mapping[str, Any]], Update]] = {
     torch.optim.SGD: lambda group: Update.MOMENTUM if group["momentum"] else Update.SGD,
 }
 
+#: Updates that depend on the number of the step.
+COUNTED = (Update.ADAM, Update.AMSGRAD)
+
 
 def is_fused(optimizer: Any) -> bool:
     """Return whether parameters of an optimizer are stepped in one pass, by its class."""
@@ -44,7 +47,7 @@ class _Member(NamedTuple):
     gradient: Stored
     states: list[Tensor]
     steps: Tensor | None  # how many there were, as the optimizer counts them; None where it does not
-    is_first: bool  # whether the states were made for this step
+    made: dict[str, Any]  # for this step, what its state lacks: none of it is in the optimizer's state yet
 
 
 class FusedStep:
@@ -85,21 +88,21 @@ class FusedStep:
         state = optimizer.state.get(param)
         if not is_alike or not state:
             return is_alike
-        states = [state.get(name) for name in self._update_of(group).states]
-        steps = state.get("step")
-        has_steps = "step" not in state or (isinstance(steps, Tensor) and not is_dtensor(steps))
-        return has_steps and all(
-            _is_state_of(value, param, weight) or (value is None and "step" not in state)  # SGD's first momentum
-            for value in states
-        )
+        update = self._update_of(group)
+        states = [state.get(name) for name in update.states]
+        if update is Update.MOMENTUM and states == [None]:  # the first
+            return True
+        has_steps = update not in COUNTED or _is_count(state.get("step"))
+        return has_steps and all(_is_state_of(value, param, weight) for value in states)
 
     @torch.no_grad()
     def step(
         self, optimizer: Any, params: Iterable[list[Tensor]], divisor: float | Tensor, factor: float | Tensor
-    ) -> None:
-        """Step parameters that :meth:`takes` takes, with ``(gradient / divisor) * factor``.
+    ) -> Iterator[list[Tensor]]:
+        """Step parameters that :meth:`takes` takes, with ``(gradient / divisor) * factor``; yield them once they are.
 
-        The versions of the weights are left alone, until :meth:`MasterWeights.count_changes`.
+        The versions of the weights are left alone, until :meth:`MasterWeights.count_changes`. After an error, those
+        that were not yielded are as they were, with their states.
 
         Args:
             optimizer: the optimizer.
@@ -111,7 +114,6 @@ class FusedStep:
             RuntimeError: a CUDA graph is being captured, and the optimizer is not ``capturable``.
         """
         launches: dict[Any, list[tuple[list[_Member], Tensor]]] = defaultdict(list)
-        counts: list[Tensor] = []
         for group, some in zip(optimizer.param_groups, params, strict=True):
             update = self._update_of(group)
             by_device: dict[torch.device, list[_Member]] = defaultdict(list)
@@ -120,53 +122,64 @@ class FusedStep:
                 by_device[member.weight.device].append(member)
             for device, members in by_device.items():
                 _check_capture(optimizer, group, device)
-                counts += _count_steps(members)
                 rows = _coefficients(group, update, members, device)
                 alike: dict[Any, list[int]] = defaultdict(list)
                 for i, member in enumerate(members):
                     alike[member.gradient.format, member.gradient.residual is None].append(i)
                 for (format_, is_alone), indices in alike.items():
-                    is_all = len(indices) == len(members)
-                    launches[device, update, format_, is_alone].append(
-                        ([members[i] for i in indices], rows if is_all else rows[indices])
-                    )
+                    of_these = rows  # those of some one by one: indices would be copied to the device, and waited for
+                    if len(indices) < len(members):
+                        of_these = torch.stack([rows[i] for i in indices])
+                    launches[device, update, format_, is_alone].append(([members[i] for i in indices], of_these))
         found_inf, grad_scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
         for (device, update, format_, is_alone), parts in launches.items():
             stepped = [member for members, _ in parts for member in members]
-            self._kernels_on(device).step(
-                update,
-                self._masters.format,
-                format_,
-                Start.FROM_SUM if is_alone else Start.CONTINUE,
-                [member.weight for member in stepped],
-                [self._masters.residual_to_write(member.param) for member in stepped],
-                [member.gradient.sum for member in stepped],
-                None if is_alone else [member.gradient.residual for member in stepped],
-                [[member.states[i] for member in stepped] for i in range(len(update.states))],
-                torch.cat([rows for _, rows in parts]) if len(parts) > 1 else parts[0][1],
-                _product(divisor, grad_scale, device),
-                _on(factor, device),
-                None if found_inf is None else _on(found_inf, device).float(),
-            )
-            self._masters.wrote([member.param for member in stepped], [member.weight for member in stepped])
-        if found_inf is not None and counts:  # they were not steps
-            torch._foreach_sub_(counts, [_on(found_inf, count.device) for count in counts])
+            counts = [member.steps for member in stepped if member.steps is not None]
+            _add(counts, 1.0)  # torch may refuse it
+            try:
+                self._kernels_on(device).step(
+                    update,
+                    self._masters.format,
+                    format_,
+                    Start.FROM_SUM if is_alone else Start.CONTINUE,
+                    [member.weight for member in stepped],
+                    [self._masters.residual_to_write(member.param) for member in stepped],
+                    [member.gradient.sum for member in stepped],
+                    None if is_alone else [member.gradient.residual for member in stepped],
+                    [[member.states[i] for member in stepped] for i in range(len(update.states))],
+                    torch.cat([rows for _, rows in parts]) if len(parts) > 1 else parts[0][1],
+                    _product(divisor, grad_scale, device),
+                    _on(factor, device),
+                    None if found_inf is None else _on(found_inf, device).float(),
+                )
+            except BaseException:
+                _add(counts, -1.0)
+                raise
+            if found_inf is not None and counts:  # they were not steps
+                torch._foreach_sub_(counts, [_on(found_inf, count.device) for count in counts])
+            for member in stepped:
+                if member.made:
+                    optimizer.state[member.param].update(member.made)
+            wrote = [member.param for member in stepped]
+            self._masters.wrote(wrote, [member.weight for member in stepped])
+            yield wrote
 
     def _member(self, optimizer: Any, group: Mapping[str, Any], update: Update, param: Any) -> _Member:
         """Return what belongs to a parameter; its states are made as torch makes them, where there are none."""
         weight, gradient = local_of(param), self._slots[param].stored()
         if not update.states:
-            return _Member(param, weight, gradient, [], None, False)
+            return _Member(param, weight, gradient, [], None, {})
         state = optimizer.state[param]
-        is_first = state.get(update.states[0]) is None
-        if is_first:
-            if update is not Update.MOMENTUM:
-                state["step"] = _zero_steps(group, weight.device)
+        made: dict[str, Any] = {}
+        if state.get(update.states[0]) is None:
+            if update in COUNTED:
+                made["step"] = _zero_steps(group, weight.device)
             for name in update.states:
                 zeros = torch.zeros_like(weight, dtype=torch.float32)
-                state[name] = with_shard(zeros, param.detach()) if is_dtensor(param) else zeros
-        states = [local_of(state[name]) for name in update.states]
-        return _Member(param, weight, gradient, states, state.get("step"), is_first)
+                made[name] = with_shard(zeros, param.detach()) if is_dtensor(param) else zeros
+        whole = {**state, **made}
+        states = [local_of(whole[name]) for name in update.states]
+        return _Member(param, weight, gradient, states, whole["step"] if update in COUNTED else None, made)
 
 
 def _zero_steps(group: Mapping[str, Any], device: torch.device) -> Tensor:
@@ -174,6 +187,11 @@ def _zero_steps(group: Mapping[str, Any], device: torch.device) -> Tensor:
     is_double = torch.get_default_dtype() is torch.float64 and not group["fused"]
     where = device if group["capturable"] or group["fused"] else torch.device("cpu")
     return torch.zeros((), dtype=torch.float64 if is_double else torch.float32, device=where)
+
+
+def _is_count(steps: Any) -> bool:
+    """Return whether the steps of a parameter are counted as torch counts them."""
+    return isinstance(steps, Tensor) and not is_dtensor(steps) and steps.dim() == 0 and steps.is_floating_point()
 
 
 def _is_state_of(value: Any, param: Any, weight: Tensor) -> bool:
@@ -184,16 +202,14 @@ def _is_state_of(value: Any, param: Any, weight: Tensor) -> bool:
     return local.shape == weight.shape and local.device == weight.device and same_order(local, weight)
 
 
-def _count_steps(members: list[_Member]) -> list[Tensor]:
-    """Count a step of each parameter whose steps are counted; return the counts."""
-    counts = [member.steps for member in members if member.steps is not None]
+def _add(counts: list[Tensor], number: float) -> None:
+    """Add a number to counts of steps."""
     on_host = [count for count in counts if count.is_cpu]
     elsewhere = [count for count in counts if not count.is_cpu]
     if on_host:  # torch would make a tensor of the number for each of them
-        torch._foreach_add_(on_host, torch.tensor(1.0, device="cpu"), alpha=1)
+        torch._foreach_add_(on_host, torch.tensor(number, device="cpu"), alpha=1)
     if elsewhere:
-        torch._foreach_add_(elsewhere, 1)
-    return counts
+        torch._foreach_add_(elsewhere, number)
 
 
 def _coefficients(group: Mapping[str, Any], update: Update, members: list[_Member], device: torch.device) -> Tensor:
@@ -202,10 +218,10 @@ def _coefficients(group: Mapping[str, Any], update: Update, members: list[_Membe
     inputs = [*counts, group["lr"], *group.get("betas", ())]
     is_on_device = any(isinstance(value, Tensor) and value.device == device for value in inputs)
     where = device if is_on_device or _is_capturing(device) else torch.device("cpu")
-    if update in (Update.ADAM, Update.AMSGRAD):
-        rows = adam_coefficients(group, torch.stack([count.to(where) for count in counts]))
-    elif any(member.is_first for member in members):
-        rows = sgd_coefficients(group, torch.tensor([member.is_first for member in members], device=where))
+    if update in COUNTED:
+        rows = adam_coefficients(group, torch.stack([count.to(where) for count in counts]) + 1)
+    elif any(member.made for member in members):
+        rows = sgd_coefficients(group, torch.tensor([bool(member.made) for member in members], device=where))
     else:
         rows = sgd_coefficients(group, torch.zeros(len(members), dtype=torch.bool, device=where))
     if where == device:

@@ -16,6 +16,7 @@ import gc
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,15 @@ class _StandIn(NamedTuple):
     made_version: int  # of the stand-in, before the step
     own: frozenset[str]  # its attributes that the parameter has not
     master: Tensor
+
+
+@dataclass
+class _Deferred:
+    """What ``finish(defer=True)`` leaves to the next step, until that has come to its end."""
+
+    scaling: Scaling
+    count: int  # of backward passes before
+    is_written: bool = False  # into the gradients of what is stepped in buckets
 
 
 def bucket_bytes_on(device: torch.device) -> int:
@@ -89,9 +99,9 @@ class Stepping:
         self.is_in_parts = is_stepped_in_parts(optimizer)
         self._fused = FusedStep(optimizer, masters, slots, kernels_on) if is_fused(optimizer) else None
         self._not_fused = 0  # parameters with masters in the last step that it did not take
-        self._deferred: tuple[Scaling, int] | None = None  # and the backward passes that there had been
+        self._deferred: _Deferred | None = None
         self._bucket_bytes = bucket_bytes
-        kind = type(optimizer)
+        kind = self._class = type(optimizer)
         own = ("param_groups", "state", "_accumkern_members", "_accumkern_stand_ins", *HOOKS_OF_STEP)
         # On a CPU, large memory that is freed goes back to the system, and takes ten times as long as the step to come
         # again, page by page. On other devices torch keeps it.
@@ -113,6 +123,7 @@ class Stepping:
 
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Step all buckets but the last, and return what ``step()`` is to be called with for that one."""
+        self._check_class(optimizer)
         self._check_last_step(optimizer)
         self.begin_masters()
         args, kwargs, closure = _after_closure(args, kwargs)
@@ -120,20 +131,22 @@ class Stepping:
         self.masters.keep_only(self._slots)
         step = raw_step(optimizer)
         fused = self._fused_params(optimizer)
-        scaling = self._take_deferred()
+        deferred = self._checked_deferred()
+        scaling = deferred.scaling
         buckets = list(self._buckets(optimizer, {param for params in fused for param in params}))
         if closure is not None:
             closure.calls_left = len(buckets)
         memory = dict(self._kept)
         written: list[Tensor] = []
         try:
-            if scaling.changes:
+            if self._fused is not None:
+                for some in self._fused.step(optimizer, fused, *scaling):
+                    written += some
+            if scaling.changes and not deferred.is_written:
                 params = {param: None for some in buckets for group in some.values() for param in group}
                 slots = [self._slots[param] for param in params if param.grad is not None and param in self._slots]
                 write(slots, scaling, self._kernels_on, keeps_residuals=True)
-            if self._fused is not None:
-                self._fused.step(optimizer, fused, *scaling)
-                written += [param for params in fused for param in params]
+                deferred.is_written = True
             for members in buckets[:-1]:
                 made = self._with_stand_ins(optimizer, members, memory, closure)
                 step(made, *args[1:], **kwargs)
@@ -147,27 +160,41 @@ class Stepping:
 
     def _after(self, optimizer: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         if isinstance(args[0], self._kind):
+            self._deferred = None
             self.masters.count_changes(self._store(optimizer, args[0]))
 
     def defer(self, scaling: Scaling | None) -> None:
         """Have the next step scale the gradients that it reads; None leaves them as they are."""
-        self._deferred = None if scaling is None else (scaling, self._passes.count)
+        if scaling is not None:  # a divisor may be counted on by others before the step
+            scaling = Scaling(*[scalar.clone() if isinstance(scalar, Tensor) else scalar for scalar in scaling])
+        self._deferred = None if scaling is None else _Deferred(scaling, self._passes.count)
 
     def is_deferred(self) -> bool:
         """Return whether gradients of the last backward pass are still to be scaled."""
-        return self._deferred is not None and self._deferred[1] == self._passes.count
+        return self._deferred is not None and self._deferred.count == self._passes.count
 
-    def _take_deferred(self) -> Scaling:
+    def scale_deferred(self, slots: list[Slot]) -> None:
+        """Scale the gradients of the last backward pass now, if they are still to be scaled.
+
+        Args:
+            slots: of all of them.
+        """
         deferred, self._deferred = self._deferred, None
+        if deferred is not None and deferred.count == self._passes.count and not deferred.is_written:
+            write(slots, deferred.scaling, self._kernels_on, keeps_residuals=True)
+
+    def _checked_deferred(self) -> _Deferred:
+        deferred = self._deferred
         if deferred is None:
-            return Scaling()
-        scaling, count = deferred
-        if count != self._passes.count:
+            return _Deferred(Scaling(), self._passes.count)
+        if deferred.count != self._passes.count:
+            self._deferred = None
             raise RuntimeError(
-                f"finish(defer=True) was followed by {self._passes.count - count} backward passes before step(): its "
-                "norm is not that of the gradients. Call finish() again, or step() once more to take them as they are"
+                f"finish(defer=True) was followed by {self._passes.count - deferred.count} backward passes before "
+                "step(): its norm is not that of the gradients. Call finish() again, or step() once more to take them "
+                "as they are"
             )
-        return scaling
+        return deferred
 
     def how(self) -> str:
         """Return how ``step()`` is made: in one pass, in buckets of FP32 weights, or with all of them at once."""
@@ -190,6 +217,14 @@ class Stepping:
     def kept_bytes(self) -> int:
         """Return the bytes of the memory that is kept for the next step's stand-ins."""
         return sum(flat.nbytes for flat in self._kept.values())
+
+    def _check_class(self, optimizer: Any) -> None:
+        """Raise where an optimizer has become one of another class, whose step is made in another way."""
+        if type(optimizer) is not self._class:
+            raise RuntimeError(
+                f"optimizer is a {type(optimizer).__name__}, and was a {self._class.__name__} when it was attached; "
+                "detach(), and attach() again"
+            )
 
     def _check_last_step(self, optimizer: Any) -> None:
         """Raise where an optimizer still holds stand-ins of its last step: what it keeps for them is lost."""

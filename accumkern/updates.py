@@ -127,12 +127,13 @@ def sgd_coefficients(group: Mapping[str, Any], is_first: Tensor) -> Tensor:
         group: the options of an SGD's parameter group; a tensor as learning rate as in :func:`adam_coefficients`.
         is_first: of each tensor, bool: whether it has no momentum yet. Its momentum buffer is zero then.
     """
-    momentum, dtype = group["momentum"], widest(is_first.device)
-    rows = torch.zeros(len(is_first), COEFFICIENTS, dtype=dtype, device=is_first.device)
+    rows = torch.zeros(len(is_first), COEFFICIENTS, dtype=widest(is_first.device), device=is_first.device)
     rows[:, 0] = -1 if group["maximize"] else 1
     rows[:, 1] = group["weight_decay"]
-    rows[:, 2] = torch.where(is_first, 0, momentum)
-    rows[:, 3] = torch.where(is_first, 1, 1 - group["dampening"])
-    rows[:, 4] = momentum if group["nesterov"] else 0
+    rows[:, 2] = group["momentum"]
+    rows[:, 3] = 1 - group["dampening"]
+    rows[:, 4] = group["momentum"] if group["nesterov"] else 0
     rows[:, 5] = group["lr"]
+    rows[:, 2].masked_fill_(is_first, 0)
+    rows[:, 3].masked_fill_(is_first, 1)
     return rows.float()

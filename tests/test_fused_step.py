@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -171,6 +172,126 @@ def test_states_in_another_dtype_are_stepped_in_buckets() -> None:
         mine.optimizer.step()
 
 
+@pytest.mark.parametrize("convert", [lambda n: n.long(), lambda n: n.view(1)], ids=["integer", "a vector"])
+def test_steps_that_are_counted_in_another_way_are_stepped_by_torch(convert: Any) -> None:
+    mine = Masters(adamw)
+    mine.window(0)
+    weight = mine.params[0]
+    mine.optimizer.state[weight]["step"] = convert(mine.optimizer.state[weight]["step"])
+    twin = nn.Parameter(mine.acc.master_weight(weight))
+    stock = optim.AdamW([twin], lr=mine.optimizer.param_groups[0]["lr"])
+    stock.state[twin] = {name: value.clone() for name, value in mine.optimizer.state[weight].items()}
+    backward(mine.model, 1)
+    twin.grad = mine.acc.gradient(weight)
+    mine.optimizer.step()
+    stock.step()
+    assert torch.equal(mine.acc.master_weight(weight), twin.detach())
+    assert torch.equal(mine.optimizer.state[weight]["step"], stock.state[twin]["step"])
+
+
+@pytest.mark.parametrize("missing", ["step", "exp_avg"])
+def test_a_state_that_lacks_something_is_torchs_error(missing: str) -> None:
+    mine = Masters(adamw)
+    mine.window(0)
+    del mine.optimizer.state[mine.params[0]][missing]
+    backward(mine.model, 1)
+    with pytest.raises(KeyError, match=missing):
+        mine.optimizer.step()
+
+
+def test_an_optimizer_that_becomes_another_one_is_refused() -> None:
+    mine = Masters(adamw)
+    pinned(own_adamw(mine.params))  # whose step() has hooks from then on
+    backward(mine.model, 0)
+    mine.optimizer.__class__ = OwnAdamW
+    with pytest.raises(RuntimeError, match="optimizer is a OwnAdamW, and was a AdamW when it was attached"):
+        mine.optimizer.step()
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------
+
+
+class Failing:
+    """The eager kernels, whose step fails when it is asked to; made before what uses them.
+
+    Attributes:
+        fails_after: calls of the step that do not fail, before one that does.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fails_after: int | None = None
+        self._kernels = backends.kernels("eager")
+        monkeypatch.setattr(backends, "kernels", lambda _: self._kernels._replace(step=self._step))
+
+    def _step(self, *arguments: Any) -> None:
+        if self.fails_after == 0:
+            self.fails_after = None
+            raise MemoryError("no memory")
+        if self.fails_after is not None:
+            self.fails_after -= 1
+        self._kernels.step(*arguments)
+
+
+def mixed(params: list[nn.Parameter]) -> optim.Optimizer:
+    return optim.AdamW([{"params": params[:3], "amsgrad": True}, {"params": params[3:]}], lr=1e-3)
+
+
+def first_of_dampened(params: list[nn.Parameter]) -> optim.Optimizer:
+    return optim.SGD(params, lr=0.1, momentum=0.9, dampening=0.5)
+
+
+@pytest.mark.parametrize("make", [adamw, mixed, first_of_dampened], ids=["AdamW", "two launches", "SGD"])
+@pytest.mark.parametrize("windows_before", [0, 1])
+def test_a_step_that_fails_can_be_made_again(make: Make, windows_before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps, states and what is deferred are as they were."""
+    kernels = Failing(monkeypatch)
+    mine, reference = Masters(make, backend="eager"), Reference(make)
+    for step in range(windows_before):
+        mine.window(step)
+        reference.window(step)
+    backward(mine.model, 7)
+    backward(reference.model, 7)
+    mine.acc.finish(4.0, defer=True)
+    kernels.fails_after = 0
+    with pytest.raises(MemoryError):
+        mine.optimizer.step()
+    mine.optimizer.step()
+    mine.optimizer.zero_grad()
+    mine.scheduler.step()
+    reference.step(4.0)
+    mine.window(8)
+    reference.window(8)
+    assert_equal(mine.masters(), reference.masters())
+
+
+def test_float32_gradients_are_scaled_once_where_a_step_fails_behind_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = accumkern.to_bfloat16(fp32_model(), keep=[nn.LayerNorm])
+    optimizer = optim.SGD(model.parameters(), lr=1.0)
+    acc = accumkern.attach(optimizer, "split32", master_weights="split32")
+    backward(model, 0)
+    norm = model[1].weight  # type: ignore[index]
+    expected = norm.detach() - acc.gradient(norm) / 4  # type: ignore[operator]
+    acc.finish(4.0, defer=True)
+    with monkeypatch.context() as patched:
+        patched.delattr(sys.modules[optim.SGD.__module__], "sgd")
+        with pytest.raises(NameError):
+            optimizer.step()
+    optimizer.step()
+    assert torch.equal(norm.detach(), expected)
+
+
+def test_autograd_sees_what_was_stepped_before_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = Failing(monkeypatch)
+    mine = Masters(mixed, backend="eager")
+    backward(mine.model, 0)
+    versions = [param._version for param in mine.params]
+    kernels.fails_after = 1
+    with pytest.raises(MemoryError):
+        mine.optimizer.step()
+    assert [p._version > version for p, version in zip(mine.params, versions, strict=True)] == [True] * 3 + [False] * 4
+    assert [len(mine.optimizer.state[param]) for param in mine.params] == [4] * 3 + [0] * 4
+
+
 # ---- scaling -----------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +353,41 @@ def test_a_step_that_is_left_out_takes_along_what_was_deferred() -> None:
     mine.optimizer.step()
     reference.step(2.0)
     assert_equal(mine.masters(), reference.masters())
+
+
+def test_what_is_deferred_is_the_divisor_of_that_time() -> None:
+    mine, reference = Masters(adamw), Reference(adamw)
+    for one in (mine, reference):
+        backward(one.model, 0)
+    tokens = torch.tensor(5.0)
+    mine.acc.finish(tokens, defer=True)
+    tokens.zero_()  # for the next window
+    mine.optimizer.step()
+    reference.step(5.0)
+    assert_equal(mine.masters(), reference.masters())
+
+
+def test_gradients_that_are_loaded_have_nothing_deferred() -> None:
+    mine, reference = Masters(adamw), Reference(adamw)
+    for one in (mine, reference):
+        backward(one.model, 0)
+    state = copy.deepcopy(mine.acc.state_dict())
+    mine.acc.finish(7.0, max_norm=1e-3, defer=True)
+    mine.acc.load_state_dict(state)
+    mine.optimizer.step()
+    reference.step()
+    assert_equal(mine.masters(), reference.masters())
+
+
+def test_what_is_deferred_is_done_by_detach() -> None:
+    mine = Masters(adamw)
+    backward(mine.model, 0)
+    expected = [mine.acc.gradient(param) / 4 for param in mine.params]  # type: ignore[operator]
+    mine.acc.finish(4.0, defer=True)
+    mine.acc.detach()
+    for param, wanted in zip(mine.params, expected, strict=True):
+        torch.testing.assert_close(param.grad.float(), wanted, rtol=2.0**-8, atol=0.0)  # type: ignore[union-attr]
+    mine.acc.detach()
 
 
 def test_defer_needs_masters_and_is_a_bool() -> None:

@@ -203,3 +203,20 @@ def test_coefficients_round_once(device_of_lr: str) -> None:
     exact = [-1, 0, 1e-3 * 0.1, 1 - beta1, beta2, 1 - beta2, (1 - beta2**3) ** 0.5, 1e-8, 1e-3 / (1 - beta1**3)]
     torch.testing.assert_close(row, torch.tensor(exact, dtype=torch.float64).float(), rtol=1.2e-7, atol=0.0)
     assert row[5] == torch.tensor(1 - 0.999)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_coefficients_do_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
+    adam = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
+    adam["decoupled_weight_decay"] = True
+    sgd = {"lr": 1e-3, "weight_decay": 0.1, "momentum": 0.9, "dampening": 0.3, "nesterov": True, "maximize": False}
+    steps, is_first = torch.tensor([1.0, 300.0]), torch.tensor([True, False])
+    expected = adam_coefficients(adam, steps), sgd_coefficients(sgd, is_first)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = adam_coefficients(adam, steps), sgd_coefficients(sgd, is_first)
+    finally:
+        torch.set_default_dtype(before)
+    for rows, wanted in zip(found, expected, strict=True):
+        assert torch.equal(rows, wanted)
