@@ -134,7 +134,9 @@ class GradAccumulator:
         how = divide_by, max_norm, norm_type, error_if_nonfinite
         finished, scaling = measure(stored, *how, self._fold.kernels_on)
         if stepping is not None:
-            stepping.defer(scaling if defer else None)
+            stepping.deferred.forget()
+            if defer:
+                stepping.deferred.set(scaling)
         if scaling.changes and not defer:
             write(slots, scaling, self._fold.kernels_on, keeps_residuals=stepping is not None)
         self._rooms.finished_at = self._passes.count
@@ -306,7 +308,7 @@ class GradAccumulator:
         """
         self._check_parameters()
         self._passes.complete()
-        if self._rooms.stepping is not None and self._rooms.stepping.is_deferred():
+        if self._rooms.stepping is not None and self._rooms.stepping.deferred.waits():
             raise RuntimeError("finish(defer=True) waits for optimizer.step(); call state_dict() after it")
         params, masters = self._attachment.params, self._rooms.masters
         found = state.saved(params, self._attachment.slots, self.buffer)
@@ -348,7 +350,7 @@ class GradAccumulator:
             masters.load(param, residual)
         self._rooms.finished_at = -1
         if self._rooms.stepping is not None:
-            self._rooms.stepping.defer(None)
+            self._rooms.stepping.deferred.forget()
         if self._rooms.noise_scale is not None:
             self._rooms.noise_scale.squares.reset()
         if self._rooms.lost_bits is not None:
@@ -363,7 +365,10 @@ class GradAccumulator:
         """
         self._passes.complete()
         if self._rooms.stepping is not None and self._attachment.is_attached:
-            self._rooms.stepping.scale_deferred(self._attachment.with_gradients())
+            deferred = self._rooms.stepping.deferred
+            if deferred.waits():
+                deferred.write(self._attachment.with_gradients())
+            deferred.forget()
         self._attachment.detach()
 
     def __enter__(self) -> GradAccumulator:

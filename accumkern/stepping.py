@@ -16,51 +16,28 @@ import gc
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from accumkern.backends import Kernels
 from accumkern.casting import take_cut_off
-from accumkern.dtensor import is_dtensor, largest_shard, with_shard
-from accumkern.finish import Scaling, write
-from accumkern.formats import Format
+from accumkern.deferred import DeferredScaling
+from accumkern.dtensor import is_dtensor, largest_shard
+from accumkern.finish import Scaling
 from accumkern.fused_step import FusedStep, is_fused
 from accumkern.master_weights import MasterWeights, dense, local_of, sum_of_bits, version_of
 from accumkern.optimizers import is_stepped_in_parts, raw_step
 from accumkern.passes import BackwardPasses
 from accumkern.slot import Slot
+from accumkern.stand_ins import STAND_IN_BYTES, StandIn, StandIns
 from accumkern.torch_private import HOOKS_OF_STEP, LastHook, call_first_after_step
 
-STAND_IN_BYTES = 8  # of an element: FP32 weight and gradient
-_ALIGNMENT = 64  # elements
 #: Bytes of a bucket. On a CPU it stays in the cache; elsewhere each one takes a few launches. docs/performance.md
 _CPU_BUCKET, _BUCKET = 8 * 2**20, 256 * 2**20
 
 _Members = dict[int, list[Tensor]]  # index of a parameter group -> parameters in it
-
-
-class _StandIn(NamedTuple):
-    """A parameter, what stands for it, and the memory of the master weight."""
-
-    param: Tensor
-    version: int  # of the parameter, before the step
-    bits: Tensor | None  # the sum of its bits, as long as it is to be seen that the step leaves it alone
-    parameter: nn.Parameter
-    made_version: int  # of the stand-in, before the step
-    own: frozenset[str]  # its attributes that the parameter has not
-    master: Tensor
-
-
-@dataclass
-class _Deferred:
-    """What ``finish(defer=True)`` leaves to the next step, until that has come to its end."""
-
-    scaling: Scaling
-    count: int  # of backward passes before
-    is_written: bool = False  # into the gradients of what is stepped in buckets
 
 
 def bucket_bytes_on(device: torch.device) -> int:
@@ -73,6 +50,7 @@ class Stepping:
 
     Attributes:
         masters: see below.
+        deferred: what ``finish(defer=True)`` leaves to the step.
         is_in_parts: whether buckets are stepped one after the other; else there is one of everything.
 
     Args:
@@ -98,14 +76,12 @@ class Stepping:
         self._kernels_on, self._passes = kernels_on, passes
         self.is_in_parts = is_stepped_in_parts(optimizer)
         self._fused = FusedStep(optimizer, masters, slots, kernels_on) if is_fused(optimizer) else None
+        self._make = StandIns(masters, slots, kernels_on)
         self._not_fused = 0  # parameters with masters in the last step that it did not take
-        self._deferred: _Deferred | None = None
+        self.deferred = DeferredScaling(kernels_on, lambda: passes.count)
         self._bucket_bytes = bucket_bytes
         kind = self._class = type(optimizer)
         own = ("param_groups", "state", "_accumkern_members", "_accumkern_stand_ins", *HOOKS_OF_STEP)
-        # On a CPU, large memory that is freed goes back to the system, and takes ten times as long as the step to come
-        # again, page by page. On other devices torch keeps it.
-        self._kept: dict[torch.device, Tensor] = {}
         try:
             self._kind: Any = type(kind.__name__, (kind,), {"__slots__": own, "__module__": kind.__module__})
         except Exception as error:
@@ -131,22 +107,19 @@ class Stepping:
         self.masters.keep_only(self._slots)
         step = raw_step(optimizer)
         fused = self._fused_params(optimizer)
-        deferred = self._checked_deferred()
-        scaling = deferred.scaling
+        scaling = self.deferred.checked() if self._has_gradients() else Scaling()
         buckets = list(self._buckets(optimizer, {param for params in fused for param in params}))
         if closure is not None:
             closure.calls_left = len(buckets)
-        memory = dict(self._kept)
+        memory = dict(self._make.kept)
         written: list[Tensor] = []
         try:
             if self._fused is not None:
                 for some in self._fused.step(optimizer, fused, *scaling):
                     written += some
-            if scaling.changes and not deferred.is_written:
-                params = {param: None for some in buckets for group in some.values() for param in group}
-                slots = [self._slots[param] for param in params if param.grad is not None and param in self._slots]
-                write(slots, scaling, self._kernels_on, keeps_residuals=True)
-                deferred.is_written = True
+            params = {param: None for some in buckets for group in some.values() for param in group}
+            slots = [self._slots[param] for param in params if param.grad is not None and param in self._slots]
+            self.deferred.write(slots)
             for members in buckets[:-1]:
                 made = self._with_stand_ins(optimizer, members, memory, closure)
                 step(made, *args[1:], **kwargs)
@@ -155,46 +128,13 @@ class Stepping:
             self.masters.count_changes(written)
         last = self._with_stand_ins(optimizer, buckets[-1], memory, closure)
         if self.is_in_parts:  # else the optimizer may have kept what it was given
-            self._kept = {device: flat for device, flat in memory.items() if device.type == "cpu"}
+            self._make.keep(memory)
         return (last, *args[1:]), kwargs
 
     def _after(self, optimizer: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         if isinstance(args[0], self._kind):
-            self._deferred = None
+            self.deferred.end_step()
             self.masters.count_changes(self._store(optimizer, args[0]))
-
-    def defer(self, scaling: Scaling | None) -> None:
-        """Have the next step scale the gradients that it reads; None leaves them as they are."""
-        if scaling is not None:  # a divisor may be counted on by others before the step
-            scaling = Scaling(*[scalar.clone() if isinstance(scalar, Tensor) else scalar for scalar in scaling])
-        self._deferred = None if scaling is None else _Deferred(scaling, self._passes.count)
-
-    def is_deferred(self) -> bool:
-        """Return whether gradients of the last backward pass are still to be scaled."""
-        return self._deferred is not None and self._deferred.count == self._passes.count
-
-    def scale_deferred(self, slots: list[Slot]) -> None:
-        """Scale the gradients of the last backward pass now, if they are still to be scaled.
-
-        Args:
-            slots: of all of them.
-        """
-        deferred, self._deferred = self._deferred, None
-        if deferred is not None and deferred.count == self._passes.count and not deferred.is_written:
-            write(slots, deferred.scaling, self._kernels_on, keeps_residuals=True)
-
-    def _checked_deferred(self) -> _Deferred:
-        deferred = self._deferred
-        if deferred is None:
-            return _Deferred(Scaling(), self._passes.count)
-        if deferred.count != self._passes.count:
-            self._deferred = None
-            raise RuntimeError(
-                f"finish(defer=True) was followed by {self._passes.count - deferred.count} backward passes before "
-                "step(): its norm is not that of the gradients. Call finish() again, or step() once more to take them "
-                "as they are"
-            )
-        return deferred
 
     def how(self) -> str:
         """Return how ``step()`` is made: in one pass, in buckets of FP32 weights, or with all of them at once."""
@@ -212,11 +152,11 @@ class Stepping:
     def remove(self) -> None:
         """Let go of what the weights lack, and of the memory that is kept."""
         self.masters.forget_all()
-        self._kept.clear()
+        self._make.kept.clear()
 
     def kept_bytes(self) -> int:
         """Return the bytes of the memory that is kept for the next step's stand-ins."""
-        return sum(flat.nbytes for flat in self._kept.values())
+        return sum(flat.nbytes for flat in self._make.kept.values())
 
     def _check_class(self, optimizer: Any) -> None:
         """Raise where an optimizer has become one of another class, whose step is made in another way."""
@@ -236,6 +176,9 @@ class Stepping:
                 f"{type(optimizer).__name__} keeps parameters of its last step outside of optimizer.state, which are "
                 "other ones in each step with master_weights; attach without master_weights"
             )
+
+    def _has_gradients(self) -> bool:
+        return any(param.grad is not None for param in self._slots)
 
     # ---- buckets -------------------------------------------------------------------------------------------------
 
@@ -298,7 +241,7 @@ class Stepping:
         """
         params = [param for some in members.values() for param in some]
         stepped = [param for param in dict.fromkeys(params) if self._has_stand_in(param)]
-        of = dict(zip(stepped, self._stand_ins(stepped, memory), strict=True))
+        of = dict(zip(stepped, self._make(stepped, memory, self._is_known), strict=True))
         if closure is not None:
             closure.stand_ins = list(of.values())
         made = object.__new__(self._kind)
@@ -326,7 +269,7 @@ class Stepping:
         Raises:
             RuntimeError: the step has written the parameters themselves.
         """
-        stand_ins: list[_StandIn] = list(made._accumkern_stand_ins.values())
+        stand_ins: list[StandIn] = list(made._accumkern_stand_ins.values())
         if any(
             version_of(one.param) != one.version
             or (one.bits is not None and not torch.equal(one.bits, sum_of_bits(dense(local_of(one.param)))))
@@ -354,64 +297,6 @@ class Stepping:
             optimizer.param_groups[i].update((key, value) for key, value in group.items() if key != "params")
         return params
 
-    # ---- stand-ins -----------------------------------------------------------------------------------------------
-
-    def _stand_ins(self, params: list[Tensor], memory: dict[torch.device, Tensor]) -> list[_StandIn]:
-        """Return the stand-ins of parameters: master weight and accumulated gradient in FP32."""
-        weights = [dense(local_of(param)) for param in params]
-        stored = [self._slots[param].stored() for param in params]
-        coded = [i for i, gradient in enumerate(stored) if gradient.format not in (None, Format.PLAIN32)]
-        made = _fp32_like([*weights, *(stored[i].sum for i in coded)], memory)
-        masters, values = made[: len(params)], dict(zip(coded, made[len(params) :], strict=True))
-        self.masters.read(params, masters)
-        launches: dict[Any, list[int]] = defaultdict(list)
-        for i in coded:
-            launches[stored[i].sum.device, stored[i].format, stored[i].residual is None].append(i)
-        for (device, format_, is_alone), indices in launches.items():
-            sums, out = [stored[i].sum for i in indices], [values[i] for i in indices]
-            if is_alone:
-                torch._foreach_copy_(out, sums)
-            else:
-                residuals: Any = [stored[i].residual for i in indices]
-                self._kernels_on(device).decode(format_, sums, residuals, out)
-        found = []
-        for i, (param, master) in enumerate(zip(params, masters, strict=True)):
-            whole = with_shard(master, param.detach()) if is_dtensor(param) else master
-            parameter = nn.Parameter(whole, requires_grad=param.requires_grad)
-            own = frozenset(vars(parameter))
-            vars(parameter).update((key, value) for key, value in vars(param).items() if key not in own)
-            slot, grad = self._slots[param], param.grad
-            assert grad is not None
-            if i in values:
-                parameter.grad = slot.whole(values[i], grad)
-            else:  # one of FP32 as it is; sparse ones and those with holes in memory are rare
-                parameter.grad = grad.detach() if grad.dtype is torch.float32 else slot.value(grad)
-            bits = None if self._is_known else sum_of_bits(weights[i])
-            found.append(_StandIn(param, version_of(param), bits, parameter, parameter._version, own, master))
-        return found
-
-
-def _fp32_like(tensors: list[Tensor], memory: dict[torch.device, Tensor]) -> list[Tensor]:
-    """Return FP32 tensors without values, laid out as others are, in one piece of memory for each device.
-
-    Args:
-        tensors: without holes in memory.
-        memory: a device's piece of memory, which is taken again where it is large enough.
-    """
-    numel: dict[torch.device, int] = defaultdict(int)
-    offsets = []
-    for tensor in tensors:
-        offsets.append(numel[tensor.device])
-        numel[tensor.device] += -(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT
-    for device, needed in numel.items():
-        if device not in memory or memory[device].numel() < needed:
-            memory.pop(device, None)
-            memory[device] = torch.empty(needed, dtype=torch.float32, device=device)
-    return [
-        memory[tensor.device].as_strided(tensor.shape, tensor.stride(), offset)
-        for tensor, offset in zip(tensors, offsets, strict=True)
-    ]
-
 
 # ---- closures and hooks ------------------------------------------------------------------------------------------
 
@@ -422,7 +307,7 @@ class _CalledClosure:
     def __init__(self, loss: Any) -> None:
         self.loss = loss
         self.calls_left = 0
-        self.stand_ins: list[_StandIn] = []
+        self.stand_ins: list[StandIn] = []
 
     def __call__(self) -> Any:
         has_moved = any(one.parameter._version != one.made_version for one in self.stand_ins)

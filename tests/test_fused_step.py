@@ -341,6 +341,26 @@ def test_deferred_and_then_another_backward_pass_is_an_error() -> None:
     assert not torch.equal(mine.masters()[0], before[0])
 
 
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_two_steps_on_deferred_gradients_are_an_error(zeroed: bool) -> None:
+    """Those that are stepped in one pass would be sums then, and others divided."""
+    mine = Masters(adamw)
+    backward(mine.model, 0)
+    mine.acc.finish(3.0, defer=True)
+    mine.optimizer.step()
+    before = mine.masters()
+    if zeroed:
+        mine.optimizer.zero_grad()
+        mine.optimizer.step()
+    else:
+        with pytest.raises(RuntimeError, match=r"are stepped a second time: .* Call zero_grad\(\) after step\(\)"):
+            mine.optimizer.step()
+    assert_equal(mine.masters(), before)
+    mine.optimizer.zero_grad()
+    mine.window(1)
+    assert not torch.equal(mine.masters()[0], before[0])
+
+
 def test_a_step_that_is_left_out_takes_along_what_was_deferred() -> None:
     mine, reference = Masters(adamw), Reference(adamw)
     for one in (mine, reference):

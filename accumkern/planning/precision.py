@@ -15,7 +15,8 @@ from accumkern.fused_step import is_fused
 from accumkern.master_weights import MASTER_FORMATS
 from accumkern.optimizers import is_stepped_in_parts, refusal
 from accumkern.planning.protocol import Setup
-from accumkern.stepping import STAND_IN_BYTES, bucket_bytes_on
+from accumkern.stand_ins import STAND_IN_BYTES
+from accumkern.stepping import bucket_bytes_on
 from accumkern.wiring import attach
 
 
