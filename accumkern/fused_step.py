@@ -127,10 +127,10 @@ class FusedStep:
                 for i, member in enumerate(members):
                     alike[member.gradient.format, member.gradient.residual is None].append(i)
                 for (format_, is_alone), indices in alike.items():
-                    is_all = len(indices) == len(members)
-                    launches[device, update, format_, is_alone].append(
-                        ([members[i] for i in indices], rows if is_all else rows[indices])
-                    )
+                    of_these = rows  # those of some one by one: indices would be copied to the device, and waited for
+                    if len(indices) < len(members):
+                        of_these = torch.stack([rows[i] for i in indices])
+                    launches[device, update, format_, is_alone].append(([members[i] for i in indices], of_these))
         found_inf, grad_scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
         for (device, update, format_, is_alone), parts in launches.items():
             stepped = [member for members, _ in parts for member in members]
