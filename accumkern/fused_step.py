@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from accumkern.backends import Kernels
-from accumkern.dtensor import is_dtensor, with_shard
+from accumkern.dtensor import is_dtensor, shard, with_shard
 from accumkern.formats import Start
 from accumkern.master_weights import MasterWeights, local_of
 from accumkern.ops import is_dense, same_order
@@ -39,7 +39,7 @@ def is_fused(optimizer: Any) -> bool:
     return type(optimizer) in FUSED and is_stepped_in_parts(optimizer)  # and nobody has replaced its step()
 
 
-class _Member(NamedTuple):
+class Member(NamedTuple):
     """A parameter that is stepped, and what belongs to it on this rank."""
 
     param: Tensor
@@ -70,9 +70,12 @@ class FusedStep:
         self._update_of = FUSED[type(optimizer)]
         self._masters, self._slots, self._kernels_on = masters, slots, kernels_on
 
-    def takes(self, optimizer: Any, group: Mapping[str, Any], param: Any) -> bool:
-        """Return whether a parameter that has a master and a gradient is stepped in one pass."""
-        slot, grad = self._slots[param], param.grad
+    def member(self, optimizer: Any, group: Mapping[str, Any], param: Any) -> Member | None:
+        """Return what belongs to a parameter that has a master and a gradient; None where torch has to step it.
+
+        States are made as torch makes them, where there are none.
+        """
+        slot, grad, is_spread = self._slots[param], param.grad, is_dtensor(param)
         gradient, weight = slot.stored(), local_of(param)
         is_alike = (
             gradient.format is not None
@@ -83,57 +86,73 @@ class FusedStep:
             and not weight.is_neg()
             and same_order(gradient.sum, weight)
         )
-        if is_alike and is_dtensor(param):
+        if is_alike and is_spread:
             is_alike = grad.placements == param.placements and grad.device_mesh == param.device_mesh
-        state = optimizer.state.get(param)
-        if not is_alike or not state:
-            return is_alike
+        if not is_alike:
+            return None
         update = self._update_of(group)
-        states = [state.get(name) for name in update.states]
-        if update is Update.MOMENTUM and states == [None]:  # the first
-            return True
-        has_steps = update not in COUNTED or _is_count(state.get("step"))
-        return has_steps and all(_is_state_of(value, param, weight) for value in states)
+        if not update.states:
+            return Member(param, weight, gradient, [], None, {})
+        state: Mapping[str, Any] = optimizer.state.get(param) or {}
+        made: dict[str, Any] = {}
+        if not state or (update is Update.MOMENTUM and state.get("momentum_buffer") is None):
+            if update in COUNTED:
+                made["step"] = _zero_steps(group, weight.device)
+            for name in update.states:
+                zeros = torch.zeros_like(weight, dtype=torch.float32)
+                made[name] = with_shard(zeros, param.detach()) if is_spread else zeros
+            state = made
+        steps = None
+        if update in COUNTED:
+            steps = state.get("step")
+            if not _is_count(steps):
+                return None
+        states = []
+        for name in update.states:
+            local = _state_of(state.get(name), is_spread, weight)
+            if local is None:
+                return None
+            states.append(local)
+        return Member(param, weight, gradient, states, steps, made)
 
     @torch.no_grad()
     def step(
-        self, optimizer: Any, params: Iterable[list[Tensor]], divisor: float | Tensor, factor: float | Tensor
+        self, optimizer: Any, members: Iterable[list[Member]], divisor: float | Tensor, factor: float | Tensor
     ) -> Iterator[list[Tensor]]:
-        """Step parameters that :meth:`takes` takes, with ``(gradient / divisor) * factor``; yield them once they are.
+        """Step parameters with ``(gradient / divisor) * factor``; yield some once they are stepped.
 
         The versions of the weights are left alone, until :meth:`MasterWeights.count_changes`. After an error, those
         that were not yielded are as they were, with their states.
 
         Args:
             optimizer: the optimizer.
-            params: of each of its groups.
+            members: of each of its groups, what :meth:`member` has returned.
             divisor: a number, or an FP32 0-dim tensor.
             factor: the same.
 
         Raises:
             RuntimeError: a CUDA graph is being captured, and the optimizer is not ``capturable``.
         """
-        launches: dict[Any, list[tuple[list[_Member], Tensor]]] = defaultdict(list)
-        for group, some in zip(optimizer.param_groups, params, strict=True):
+        launches: dict[Any, list[tuple[list[Member], Tensor]]] = defaultdict(list)
+        for group, of_group in zip(optimizer.param_groups, members, strict=True):
             update = self._update_of(group)
-            by_device: dict[torch.device, list[_Member]] = defaultdict(list)
-            for param in some:
-                member = self._member(optimizer, group, update, param)
+            by_device: dict[torch.device, list[Member]] = defaultdict(list)
+            for member in of_group:
                 by_device[member.weight.device].append(member)
-            for device, members in by_device.items():
+            for device, there in by_device.items():
                 _check_capture(optimizer, group, device)
-                rows = _coefficients(group, update, members, device)
+                rows = _coefficients(group, update, there, device)
                 alike: dict[Any, list[int]] = defaultdict(list)
-                for i, member in enumerate(members):
+                for i, member in enumerate(there):
                     alike[member.gradient.format, member.gradient.residual is None].append(i)
                 for (format_, is_alone), indices in alike.items():
                     of_these = rows  # those of some one by one: indices would be copied to the device, and waited for
-                    if len(indices) < len(members):
+                    if len(indices) < len(there):
                         of_these = torch.stack([rows[i] for i in indices])
-                    launches[device, update, format_, is_alone].append(([members[i] for i in indices], of_these))
+                    launches[device, update, format_, is_alone].append(([there[i] for i in indices], of_these))
         found_inf, grad_scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
         for (device, update, format_, is_alone), parts in launches.items():
-            stepped = [member for members, _ in parts for member in members]
+            stepped = [member for some, _ in parts for member in some]
             counts = [member.steps for member in stepped if member.steps is not None]
             _add(counts, 1.0)  # torch may refuse it
             try:
@@ -164,23 +183,6 @@ class FusedStep:
             self._masters.wrote(wrote, [member.weight for member in stepped])
             yield wrote
 
-    def _member(self, optimizer: Any, group: Mapping[str, Any], update: Update, param: Any) -> _Member:
-        """Return what belongs to a parameter; its states are made as torch makes them, where there are none."""
-        weight, gradient = local_of(param), self._slots[param].stored()
-        if not update.states:
-            return _Member(param, weight, gradient, [], None, {})
-        state = optimizer.state[param]
-        made: dict[str, Any] = {}
-        if state.get(update.states[0]) is None:
-            if update in COUNTED:
-                made["step"] = _zero_steps(group, weight.device)
-            for name in update.states:
-                zeros = torch.zeros_like(weight, dtype=torch.float32)
-                made[name] = with_shard(zeros, param.detach()) if is_dtensor(param) else zeros
-        whole = {**state, **made}
-        states = [local_of(whole[name]) for name in update.states]
-        return _Member(param, weight, gradient, states, whole["step"] if update in COUNTED else None, made)
-
 
 def _zero_steps(group: Mapping[str, Any], device: torch.device) -> Tensor:
     """Return what Adam counts steps with: on the device where it is fused or capturable."""
@@ -194,12 +196,13 @@ def _is_count(steps: Any) -> bool:
     return isinstance(steps, Tensor) and not is_dtensor(steps) and steps.dim() == 0 and steps.is_floating_point()
 
 
-def _is_state_of(value: Any, param: Any, weight: Tensor) -> bool:
-    """Return whether a state is FP32 and laid out as its parameter is, of which this rank holds ``weight``."""
-    if not isinstance(value, Tensor) or value.dtype is not torch.float32 or is_dtensor(value) != is_dtensor(param):
-        return False
-    local = local_of(value)
-    return local.shape == weight.shape and local.device == weight.device and same_order(local, weight)
+def _state_of(value: Any, is_spread: bool, weight: Tensor) -> Tensor | None:
+    """Return what this rank holds of a state, if it is FP32 and laid out as its parameter is."""
+    if not isinstance(value, Tensor) or value.dtype is not torch.float32 or is_dtensor(value) is not is_spread:
+        return None
+    local = shard(value) if is_spread else value
+    is_alike = local.shape == weight.shape and local.device == weight.device and same_order(local, weight)
+    return local if is_alike else None
 
 
 def _add(counts: list[Tensor], number: float) -> None:
@@ -212,7 +215,7 @@ def _add(counts: list[Tensor], number: float) -> None:
         torch._foreach_add_(elsewhere, number)
 
 
-def _coefficients(group: Mapping[str, Any], update: Update, members: list[_Member], device: torch.device) -> Tensor:
+def _coefficients(group: Mapping[str, Any], update: Update, members: list[Member], device: torch.device) -> Tensor:
     """Return a row of coefficients for each parameter, on the device of the weights, without waiting for it."""
     counts = [member.steps for member in members if member.steps is not None]
     inputs = [*counts, group["lr"], *group.get("betas", ())]

@@ -26,7 +26,7 @@ from accumkern.casting import take_cut_off
 from accumkern.deferred import DeferredScaling
 from accumkern.dtensor import is_dtensor, largest_shard
 from accumkern.finish import Scaling
-from accumkern.fused_step import FusedStep, is_fused
+from accumkern.fused_step import FusedStep, Member, is_fused
 from accumkern.master_weights import MasterWeights, dense, local_of, sum_of_bits, version_of
 from accumkern.optimizers import is_stepped_in_parts, raw_step
 from accumkern.passes import BackwardPasses
@@ -106,9 +106,9 @@ class Stepping:
         self._passes.complete()
         self.masters.keep_only(self._slots)
         step = raw_step(optimizer)
-        fused = self._fused_params(optimizer)
+        fused = self._fused_members(optimizer)
         scaling = self.deferred.checked() if self._has_gradients() else Scaling()
-        buckets = list(self._buckets(optimizer, {param for params in fused for param in params}))
+        buckets = list(self._buckets(optimizer, {member.param for members in fused for member in members}))
         if closure is not None:
             closure.calls_left = len(buckets)
         memory = dict(self._make.kept)
@@ -188,19 +188,21 @@ class Stepping:
         self.masters.check("a parameter of optimizer", param)  # it may have been cast
         return self.masters.has(param)
 
-    def _fused_params(self, optimizer: Any) -> list[list[Tensor]]:
+    def _fused_members(self, optimizer: Any) -> list[list[Member]]:
         """Return, for each parameter group, what is stepped in one pass."""
         groups = optimizer.param_groups
-        fused = self._fused
-        if fused is None:
+        if self._fused is None:
             return [[] for _ in groups]
         times = Counter(param for group in groups for param in group["params"])  # torch lets a group hold one twice
-        with_masters = [[param for param in group["params"] if self._has_stand_in(param)] for group in groups]
-        taken = [
-            [param for param in params if times[param] == 1 and fused.takes(optimizer, group, param)]
-            for group, params in zip(groups, with_masters, strict=True)
-        ]
-        self._not_fused = sum(map(len, with_masters)) - sum(map(len, taken))
+        taken: list[list[Member]] = [[] for _ in groups]
+        self._not_fused = 0
+        for group, members in zip(groups, taken, strict=True):
+            for param in filter(self._has_stand_in, group["params"]):
+                member = self._fused.member(optimizer, group, param) if times[param] == 1 else None
+                if member is None:
+                    self._not_fused += 1
+                else:
+                    members.append(member)
         return taken
 
     def _buckets(self, optimizer: Any, fused: Set[Tensor]) -> Iterator[_Members]:
