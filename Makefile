@@ -12,7 +12,7 @@ BENCHMARKS := kernels finish overhead step training accuracy convergence reduce 
 SOURCES := $(wildcard csrc/*) setup.py accumkern/version.py
 
 help:
-	@echo "make demo [TEXT=folder]   train a small GPT with stock and with accumkern accumulation, and compare"
+	@echo "make demo [TEXT=folder]   train a small GPT in stock bf16, FP32 + autocast and accumkern, and compare"
 	@echo "make test                 lint, types and all tests; with CONSTRAINTS=constraints-floor.txt, on the oldest torch"
 	@echo "make bench                the CPU benchmarks; writes benchmarks/results/"
 	@echo "make gpu                  GPU tests and benchmarks, with the python3 that has torch; installs nothing."
