@@ -8,6 +8,7 @@ import os
 import re
 import weakref
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -608,3 +609,29 @@ def test_a_rank_that_dies_is_an_error_and_zero_grad_repairs(in_fp32: bool) -> No
     (_, left), dead = processes.outcomes(survive, in_fp32, ranks=2)
     assert dead == (False, "the process died")
     assert re.search(r"RuntimeError: as it should: .*(closed by peer|reset by peer|Broken pipe)", left), left
+
+
+def dies(folder: str, times: int) -> int:
+    """End the process of rank 1 as a crash does, so many times."""
+    dist.barrier()
+    seen = len(os.listdir(folder))
+    dist.barrier()
+    if dist.get_rank() == 1 and seen < times:
+        with open(os.path.join(folder, str(seen)), "w"):
+            os._exit(1)
+    dist.barrier()
+    return seen
+
+
+def test_ranks_begin_again_after_a_crash(tmp_path: Path) -> None:
+    processes = Ranks("gloo")
+    with pytest.warns(UserWarning, match="a rank died in dies, which was begun again"):
+        assert processes.run(dies, str(tmp_path), 1) == [1, 1]
+    processes.stop()
+
+
+@pytest.mark.filterwarnings("ignore:a rank died in dies")
+def test_ranks_that_crash_again_have_failed(tmp_path: Path) -> None:
+    processes = Ranks("gloo")
+    with pytest.raises(pytest.fail.Exception, match="rank 1: the process died"):
+        processes.run(dies, str(tmp_path), 2)
