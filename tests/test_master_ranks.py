@@ -379,6 +379,24 @@ def test_buckets_are_the_same_on_all_ranks(ranks: Ranks, kind: type) -> None:
     ranks.run(pending_sums, kind, 8 * 19)  # where the last rank, with 3 rows, would have room for all
 
 
+def on_another_mesh() -> None:
+    meshes = [DeviceMesh(device().type, order) for order in ([0, 1], [1, 0])]
+    weight, grad = (
+        distribute_tensor(torch.arange(8.0).to(device(), BF16), mesh, [Shard(0)], src_data_rank=None) for mesh in meshes
+    )
+    param = nn.Parameter(weight)
+    optimizer = ADAMW([param])
+    acc = accumkern.attach(optimizer, master_weights="split32")
+    param.grad = grad
+    with pytest.raises(RuntimeError, match="mesh"):  # torch's own
+        optimizer.step()
+    assert torch.equal(full(acc.master_weight(param)).cpu(), torch.arange(8.0))
+
+
+def test_a_gradient_whose_shards_lie_elsewhere_is_left_to_torch(ranks: Ranks) -> None:
+    ranks.run(on_another_mesh, at_least=2)
+
+
 # ---- pipelines ----------------------------------------------------------------------------------------------------
 
 
