@@ -58,7 +58,9 @@ class Fp32Twin:
             group.update({key: value for key, value in theirs.items() if key != "params"})
         for param, twin in zip(self.of, self.params, strict=True):
             gradient = self.acc.gradient(param)
-            twin.grad = None if gradient is None else gradient / divide_by
+            if gradient is not None and divide_by != 1:  # some versions of torch take a pending sum before they divide
+                gradient = gradient / divide_by
+            twin.grad = gradient
         self.optimizer.step()
 
     def check(self) -> None:
