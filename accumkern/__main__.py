@@ -28,7 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="accumkern", description="FP32-exact gradient accumulation.")
+    parser = argparse.ArgumentParser(
+        prog="accumkern", description="FP32 sums of gradients and FP32 master weights inside bfloat16 tensors."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="print versions, devices and backends, for people and for bug reports")
 

@@ -107,8 +107,8 @@ class GradAccumulator:
             norm_type: 2 or any other positive number, or infinity, as in ``clip_grad_norm_``.
             error_if_nonfinite: raise where the norm is infinite or NaN. Waits for the device.
             defer: leave ``.grad`` as it is, and have the next ``optimizer.step()`` divide and clip what it reads, which
-                saves a pass over all gradients; needs ``attach(..., master_weights=...)``. A step that is left out
-                takes this along with the next call of ``finish``.
+                saves a pass over all gradients; needs ``attach(..., master_weights=...)``. Leave the gradients alone
+                until then. ``zero_grad()`` instead of a step takes this back.
 
         Returns:
             ``Finished(norm, clip_coefficient, found_nonfinite)``, 0-dim tensors on the device.
@@ -136,7 +136,7 @@ class GradAccumulator:
         if stepping is not None:
             stepping.deferred.forget()
             if defer:
-                stepping.deferred.set(scaling)
+                stepping.deferred.set(scaling, slots)
         if scaling.changes and not defer:
             write(slots, scaling, self._fold.kernels_on, keeps_residuals=stepping is not None)
         self._rooms.finished_at = self._passes.count
@@ -276,6 +276,7 @@ class GradAccumulator:
         They are counted from the tensors themselves, each piece of memory once: of the optimizer's parameters, with
         their gradients, residuals and states. ``print(acc.memory())`` shows them, and the bytes per parameter. Not in
         it are parameters and buffers that the optimizer does not have, activations, and what a step makes for a moment.
+        It is most before a step: residuals come with a window's second micro-batch, ``zero_grad()`` lets gradients go.
         """
         self._check_attached()
         slots, stepping = self._attachment.slots.values(), self._rooms.stepping

@@ -26,6 +26,7 @@ class _CutOff(NamedTuple):
 # By the module that has a weight, and its name there: a parameter may be moved, sharded or replaced before it gets a
 # master.
 _cut_off: weakref.WeakKeyDictionary[nn.Module, dict[str, _CutOff]] = weakref.WeakKeyDictionary()
+_calls = 0  # of to_bfloat16()
 
 
 def to_bfloat16(module: nn.Module, keep: Iterable[type[nn.Module] | str] = ()) -> nn.Module:
@@ -35,7 +36,7 @@ def to_bfloat16(module: nn.Module, keep: Iterable[type[nn.Module] | str] = ()) -
     next ``attach(optimizer, master_weights=...)``: the first masters are the FP32 weights that there were, with
     ``"split24"`` rounded to 16 bits. A weight that is changed until then has none. Buffers are only rounded.
 
-    Call it after ``fully_shard()``, or before it, and before training.
+    Call it after ``fully_shard()``, or before it; before ``attach()``, or after it and before the next step.
 
     Args:
         module: the model. 2 bytes per weight are kept beside it until its parameters are attached.
@@ -81,7 +82,14 @@ def to_bfloat16(module: nn.Module, keep: Iterable[type[nn.Module] | str] = ()) -
     sums = checksums([getattr(part, name) for part, name in residuals])
     for ((part, name), residual), checksum in zip(residuals.items(), sums, strict=True):
         _cut_off.setdefault(part, {})[name] = _CutOff(residual, checksum)
+    global _calls
+    _calls += 1
     return module
+
+
+def count_calls() -> int:
+    """Return how often :func:`to_bfloat16` has cast a module."""
+    return _calls
 
 
 @torch.no_grad()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,12 @@ from accumkern.slot import Slot
 class _Deferred:
     scaling: Scaling
     count: int  # of backward passes before
+    versions: list[tuple[Slot, Any, int]]  # of each slot the gradient, as a weak reference, and its version
     is_written: bool = False  # into the gradients that are scaled in memory
+
+    def are_there(self) -> bool:
+        """Return whether some of the gradients are."""
+        return any(slot.param.grad is reference() is not None for slot, reference, _ in self.versions)
 
 
 class DeferredScaling:
@@ -33,11 +40,11 @@ class DeferredScaling:
         self._deferred: _Deferred | None = None
         self._done_at = -1  # backward passes before the last step that has scaled
 
-    def set(self, scaling: Scaling) -> None:
-        """Have the next step scale the gradients that it reads."""
+    def set(self, scaling: Scaling, slots: list[Slot]) -> None:
+        """Have the next step scale the gradients that it reads, those of some slots."""
         # A divisor may be counted on by others before the step.
         copies = Scaling(*[scalar.clone() if isinstance(scalar, Tensor) else scalar for scalar in scaling])
-        self._deferred = _Deferred(copies, self._count_passes())
+        self._deferred = _Deferred(copies, self._count_passes(), _versions(slots))
 
     def forget(self) -> None:
         """Leave gradients as they are; they may be other ones."""
@@ -45,7 +52,8 @@ class DeferredScaling:
 
     def waits(self) -> bool:
         """Return whether gradients of the last backward pass are still to be scaled."""
-        return self._deferred is not None and self._deferred.count == self._count_passes()
+        deferred = self._deferred
+        return deferred is not None and deferred.count == self._count_passes() and deferred.are_there()
 
     def checked(self) -> Scaling:
         """Return how a step has to scale the gradients, which are there.
@@ -57,16 +65,25 @@ class DeferredScaling:
         if self._deferred is None:
             if self._done_at == count:
                 raise RuntimeError(
-                    "gradients that finish(defer=True) was called for are stepped a second time: some were scaled in "
-                    "memory, others as they were read. Call zero_grad() after step(), or finish() without defer"
+                    "zero_grad() is missing: gradients that finish(defer=True) was called for are stepped a second "
+                    "time, and it has divided them for one step alone. Or call finish() without defer"
                 )
             return Scaling()
         if self._deferred.count != count:
+            if not self._deferred.are_there():  # zero_grad() was called, and no step
+                self.forget()
+                return Scaling()
             passes = count - self._deferred.count
             self.forget()
             raise RuntimeError(
-                f"finish(defer=True) was followed by {passes} backward passes before step(): its norm is not that of "
-                "the gradients. Call finish() again, or step() once more to take them as they are"
+                f"finish(defer=True) was followed by {passes} backward pass{'es' if passes > 1 else ''} before step(): "
+                "its norm is not that of the gradients. Call finish() again; step() now would take them undivided"
+            )
+        if any(_is_changed(*version) for version in self._deferred.versions):
+            raise RuntimeError(
+                "gradients were changed between finish(defer=True) and step(), which is to divide and clip them: "
+                "whoever has changed them has seen undivided ones. Call zero_grad(), and clip by finish(max_norm=...), "
+                "or call finish() without defer"
             )
         return self._deferred.scaling
 
@@ -76,8 +93,20 @@ class DeferredScaling:
         if deferred is not None and deferred.scaling.changes and not deferred.is_written:
             write(slots, deferred.scaling, self._kernels_on, keeps_residuals=True)
             deferred.is_written = True
+            deferred.versions = _versions([slot for slot, _, _ in deferred.versions])
 
     def end_step(self) -> None:
         """Note that a step has read the gradients."""
         if self._deferred is not None:
             self._done_at, self._deferred = self._deferred.count, None
+
+
+def _versions(slots: list[Slot]) -> list[tuple[Slot, Any, int]]:
+    grads: list[tuple[Slot, Any]] = [(slot, slot.param.grad) for slot in slots]
+    return [(slot, weakref.ref(grad), slot.version_of(grad)) for slot, grad in grads if grad is not None]
+
+
+def _is_changed(slot: Slot, reference: Any, version: int) -> bool:
+    """Return whether a gradient is another one, or another version, than it was; one that is gone does not count."""
+    grad: Any = slot.param.grad
+    return grad is not None and (grad is not reference() or slot.version_of(grad) != version)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from accumkern.backends import Kernels
-from accumkern.casting import take_cut_off
+from accumkern.casting import count_calls, take_cut_off
 from accumkern.deferred import DeferredScaling
 from accumkern.dtensor import is_dtensor, largest_shard
 from accumkern.finish import Scaling
@@ -86,7 +86,7 @@ class Stepping:
             self._kind: Any = type(kind.__name__, (kind,), {"__slots__": own, "__module__": kind.__module__})
         except Exception as error:
             raise TypeError(f"optimizer is a {kind.__name__}, which cannot be derived from: {error}") from error
-        self._begun = 0  # how many parameters had come when that was looked for last
+        self._begun = (0, 0)  # how many parameters and casts there had been when that was looked for last
         self._of_last_step: list[Any] = []  # weak references to stand-ins, of what is not stepped in parts
         self._is_known = self.is_in_parts  # whether a step was seen to step stand-ins
 
@@ -145,9 +145,10 @@ class Stepping:
 
     def begin_masters(self) -> None:
         """Begin the masters of parameters that have come with what ``to_bfloat16()`` has cut off them."""
-        if len(self._slots) != self._begun:
+        found = len(self._slots), count_calls()
+        if found != self._begun:
             take_cut_off(self.masters, self._slots)
-            self._begun = len(self._slots)
+            self._begun = found
 
     def remove(self) -> None:
         """Let go of what the weights lack, and of the memory that is kept."""

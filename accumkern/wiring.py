@@ -6,6 +6,7 @@ fold in fold, and what belongs to one parameter in slot.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any
 
@@ -134,6 +135,12 @@ def attach(
             attachment.keep([*stepping.hook(inner), stepping])
             attachment.keep([Fp32State(inner, stepping.masters.has)])
             stepping.begin_masters()
+            if attachment.slots and not any(map(stepping.masters.has, attachment.slots)):
+                warnings.warn(
+                    f"master_weights is {master_weights!r}, and no parameter of optimizer is bfloat16: FP32 ones need "
+                    "none. accumkern.to_bfloat16(model) casts a model without loss",
+                    stacklevel=2,
+                )
         except BaseException:  # there may be no memory for it
             attachment.detach()
             raise

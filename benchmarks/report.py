@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS = Path(__file__).resolve().parent / "schemas"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOT_MEASURED = "On a GPU: not measured."
-NO_STEP = "On a GPU the step with master weights has not been measured."
+NO_STEP = (
+    "On a GPU only the kernels and training with exact sums have been measured so far, no step with master weights."
+)
 
 #: A machine's folder -> benchmark -> content of its result file.
 Results = dict[str, dict[str, Content]]
@@ -87,11 +89,10 @@ def _add_note(content: Content, note: str, designs: dict[str, dict[str, str]] | 
 
 def readme_block(results: Results, drawn: set[str]) -> str:
     """Return the generated part of the README; ``drawn`` are the figures that there are."""
-    lines = headlines(results)
+    lines = [*_not_measured(results), *headlines(results)]
     for folder, benchmarks in results.items():
         changed = f", an older one ([what has changed](docs/benchmarks.md#{folder}))" if _is_older(benchmarks) else ""
         lines += paragraph(f"{_machine(benchmarks)}{changed}.")
-    lines += _not_measured(results)
     shown: set[str] = set()
     for folder, benchmarks in results.items():
         drawings = [d for name in benchmarks for d in FIGURES.get(name, []) if d.in_readme and d.name not in shown]

@@ -442,7 +442,8 @@ def step_tables(content: Content) -> list[str]:
         "taken before, by dividing the loss or with `average_over`. *mean* and *clip* are by `_foreach_div_` and "
         "`clip_grad_norm_` (stock bf16 and other packages), inside the fused AdamW (stock fp32 + masters), and by "
         "`finish()` (accumkern), which leaves them to the step in one pass where it is *deferred*. Ratios are to stock "
-        "fp32 + masters with the same end in the same round: median and interval."
+        "fp32 + masters with the same end in the same round: median and interval. Compare ratios, not times: designs "
+        "were measured some at a time, and a shared machine's memory is faster at some times than at others."
     )
     for of_weights in grouped(content["results"], "tensors").values():
         lines += [f"{_of_weights(of_weights[0])}, while `copy_` went at {of_weights[0]['copy_gb_per_s']:.0f} GB/s", ""]

@@ -38,6 +38,22 @@ def test_first_masters_are_the_fp32_weights() -> None:
     assert not any(part in casting._cut_off for part in model)
 
 
+def test_a_model_that_is_cast_after_attach_keeps_all_bits_too() -> None:
+    fp32, model = fp32_model(), fp32_model()
+    with pytest.warns(
+        UserWarning, match=r"'split32', and no parameter of optimizer is bfloat16: .*to_bfloat16\(model\)"
+    ):
+        acc = attach(model)
+    accumkern.to_bfloat16(model)
+    assert_equal(masters(model, acc), weights(fp32))
+    assert not any(part in casting._cut_off for part in model)
+    optimizer = acc._optimizer
+    backward(model, 0)
+    optimizer.step()
+    assert not torch.equal(masters(model, acc)[0], weights(fp32)[0])
+    assert acc.memory().master_residuals == 2 * acc.memory().numel
+
+
 def test_split24_masters_are_the_fp32_weights_rounded() -> None:
     fp32 = fp32_model()
     with torch.no_grad():
