@@ -19,12 +19,12 @@ from accumkern.slot import Slot
 class _Deferred:
     scaling: Scaling
     count: int  # of backward passes before
-    versions: list[tuple[Slot, Any, int]]  # of each slot the gradient, as a weak reference, and its version
+    versions: list[tuple[Any, Any, int]]  # of each gradient: weak references to its slot and to it, and its version
     is_written: bool = False  # into the gradients that are scaled in memory
 
     def are_there(self) -> bool:
         """Return whether some of the gradients are."""
-        return any(slot.param.grad is reference() is not None for slot, reference, _ in self.versions)
+        return any(_grad_of(slot) is grad() is not None for slot, grad, _ in self.versions)
 
 
 class DeferredScaling:
@@ -38,7 +38,7 @@ class DeferredScaling:
     def __init__(self, kernels_on: Callable[[torch.device], Kernels], count_passes: Callable[[], int]) -> None:
         self._kernels_on, self._count_passes = kernels_on, count_passes
         self._deferred: _Deferred | None = None
-        self._done_at = -1  # backward passes before the last step that has scaled
+        self._done: _Deferred | None = None  # what the last step has scaled
 
     def set(self, scaling: Scaling, slots: list[Slot]) -> None:
         """Have the next step scale the gradients that it reads, those of some slots."""
@@ -48,7 +48,7 @@ class DeferredScaling:
 
     def forget(self) -> None:
         """Leave gradients as they are; they may be other ones."""
-        self._deferred, self._done_at = None, -1
+        self._deferred = self._done = None
 
     def waits(self) -> bool:
         """Return whether gradients of the last backward pass are still to be scaled."""
@@ -56,14 +56,14 @@ class DeferredScaling:
         return deferred is not None and deferred.count == self._count_passes() and deferred.are_there()
 
     def checked(self) -> Scaling:
-        """Return how a step has to scale the gradients, which are there.
+        """Return how a step has to scale the gradients.
 
         Raises:
             RuntimeError: they are other gradients than those that were to be scaled, or have been stepped already.
         """
         count = self._count_passes()
         if self._deferred is None:
-            if self._done_at == count:
+            if self._done is not None and self._done.count == count and self._done.are_there():
                 raise RuntimeError(
                     "zero_grad() is missing: gradients that finish(defer=True) was called for are stepped a second "
                     "time, and it has divided them for one step alone. Or call finish() without defer"
@@ -93,20 +93,25 @@ class DeferredScaling:
         if deferred is not None and deferred.scaling.changes and not deferred.is_written:
             write(slots, deferred.scaling, self._kernels_on, keeps_residuals=True)
             deferred.is_written = True
-            deferred.versions = _versions([slot for slot, _, _ in deferred.versions])
+            deferred.versions = _versions([slot for reference, _, _ in deferred.versions if (slot := reference())])
 
     def end_step(self) -> None:
         """Note that a step has read the gradients."""
         if self._deferred is not None:
-            self._done_at, self._deferred = self._deferred.count, None
+            self._done, self._deferred = self._deferred, None
 
 
-def _versions(slots: list[Slot]) -> list[tuple[Slot, Any, int]]:
+def _versions(slots: list[Slot]) -> list[tuple[Any, Any, int]]:
     grads: list[tuple[Slot, Any]] = [(slot, slot.param.grad) for slot in slots]
-    return [(slot, weakref.ref(grad), slot.version_of(grad)) for slot, grad in grads if grad is not None]
+    return [(weakref.ref(slot), weakref.ref(grad), slot.version_of(grad)) for slot, grad in grads if grad is not None]
 
 
-def _is_changed(slot: Slot, reference: Any, version: int) -> bool:
+def _grad_of(reference: Any) -> Any:
+    slot = reference()
+    return None if slot is None else slot.param.grad
+
+
+def _is_changed(slot: Any, reference: Any, version: int) -> bool:
     """Return whether a gradient is another one, or another version, than it was; one that is gone does not count."""
-    grad: Any = slot.param.grad
-    return grad is not None and (grad is not reference() or slot.version_of(grad) != version)
+    grad = _grad_of(slot)
+    return grad is not None and (grad is not reference() or slot().version_of(grad) != version)

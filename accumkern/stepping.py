@@ -25,7 +25,6 @@ from accumkern.backends import Kernels
 from accumkern.casting import count_calls, take_cut_off
 from accumkern.deferred import DeferredScaling
 from accumkern.dtensor import is_dtensor, largest_shard
-from accumkern.finish import Scaling
 from accumkern.fused_step import FusedStep, Member, is_fused
 from accumkern.master_weights import MasterWeights, dense, local_of, sum_of_bits, version_of
 from accumkern.optimizers import is_stepped_in_parts, raw_step
@@ -76,7 +75,7 @@ class Stepping:
         self._kernels_on, self._passes = kernels_on, passes
         self.is_in_parts = is_stepped_in_parts(optimizer)
         self._fused = FusedStep(optimizer, masters, slots, kernels_on) if is_fused(optimizer) else None
-        self._make = StandIns(masters, slots, kernels_on)
+        self._stand_ins = StandIns(masters, slots, kernels_on)
         self._not_fused = 0  # parameters with masters in the last step that it did not take
         self.deferred = DeferredScaling(kernels_on, lambda: passes.count)
         self._bucket_bytes = bucket_bytes
@@ -107,11 +106,11 @@ class Stepping:
         self.masters.keep_only(self._slots)
         step = raw_step(optimizer)
         fused = self._fused_members(optimizer)
-        scaling = self.deferred.checked() if self._has_gradients() else Scaling()
+        scaling = self.deferred.checked()
         buckets = list(self._buckets(optimizer, {member.param for members in fused for member in members}))
         if closure is not None:
             closure.calls_left = len(buckets)
-        memory = dict(self._make.kept)
+        memory = dict(self._stand_ins.kept)
         written: list[Tensor] = []
         try:
             if self._fused is not None:
@@ -128,7 +127,7 @@ class Stepping:
             self.masters.count_changes(written)
         last = self._with_stand_ins(optimizer, buckets[-1], memory, closure)
         if self.is_in_parts:  # else the optimizer may have kept what it was given
-            self._make.keep(memory)
+            self._stand_ins.keep(memory)
         return (last, *args[1:]), kwargs
 
     def _after(self, optimizer: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
@@ -141,7 +140,8 @@ class Stepping:
         otherwise = "in buckets" if self.is_in_parts else "at once"
         if self._fused is None:
             return otherwise
-        return f"fused, {self._not_fused} parameters in buckets" if self._not_fused else "fused"
+        count = self._not_fused
+        return f"fused, {count} parameter{'s' if count > 1 else ''} in buckets" if count else "fused"
 
     def begin_masters(self) -> None:
         """Begin the masters of parameters that have come with what ``to_bfloat16()`` has cut off them."""
@@ -153,11 +153,11 @@ class Stepping:
     def remove(self) -> None:
         """Let go of what the weights lack, and of the memory that is kept."""
         self.masters.forget_all()
-        self._make.kept.clear()
+        self._stand_ins.kept.clear()
 
     def kept_bytes(self) -> int:
         """Return the bytes of the memory that is kept for the next step's stand-ins."""
-        return sum(flat.nbytes for flat in self._make.kept.values())
+        return sum(flat.nbytes for flat in self._stand_ins.kept.values())
 
     def _check_class(self, optimizer: Any) -> None:
         """Raise where an optimizer has become one of another class, whose step is made in another way."""
@@ -177,9 +177,6 @@ class Stepping:
                 f"{type(optimizer).__name__} keeps parameters of its last step outside of optimizer.state, which are "
                 "other ones in each step with master_weights; attach without master_weights"
             )
-
-    def _has_gradients(self) -> bool:
-        return any(param.grad is not None for param in self._slots)
 
     # ---- buckets -------------------------------------------------------------------------------------------------
 
@@ -244,7 +241,7 @@ class Stepping:
         """
         params = [param for some in members.values() for param in some]
         stepped = [param for param in dict.fromkeys(params) if self._has_stand_in(param)]
-        of = dict(zip(stepped, self._make(stepped, memory, self._is_known), strict=True))
+        of = dict(zip(stepped, self._stand_ins(stepped, memory, self._is_known), strict=True))
         if closure is not None:
             closure.stand_ins = list(of.values())
         made = object.__new__(self._kind)

@@ -55,6 +55,10 @@ class Update(IntEnum):
         return member
 
 
+#: The most states that an update has. Shared with csrc/accumulate.h.
+MAX_STATES = max(len(update.states) for update in Update)
+
+
 def updated(update: Update, by: Tensor, grad: Tensor, weight: Tensor, states: list[Tensor]) -> Tensor:
     """Return the new FP32 weight, and write the states.
 

@@ -44,8 +44,8 @@ class Ranks:
             pytest.skip(f"needs {at_least} GPUs; torch finds {ranks}")
         outcomes = self.outcomes(function, *args, ranks=ranks)
         if (False, DIED) in outcomes:
-            # gloo's own thread crashes, in malloc, about once in ten thousand process groups (torch 2.13). A crash that
-            # is ours comes again.
+            # Seen twice in some ten thousand calls with torch 2.13: gloo's thread had a segmentation fault in malloc.
+            # Nobody knows why; a fault that comes again is a failure.
             warnings.warn(
                 f"a rank died in {getattr(function, '__name__', function)}, which was begun again", stacklevel=2
             )

@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_stepped_in_buckets_and_repr_says_so() -> None:
     mine.optimizer.step()
     stock.step()
     assert torch.equal(mine.acc.master_weight(weight), twin.detach())
-    assert "step='fused, 1 parameters in buckets'" in repr(mine.acc)
+    assert "step='fused, 1 parameter in buckets'" in repr(mine.acc)
 
 
 def test_a_parameter_that_is_there_twice_is_stepped_twice() -> None:
@@ -386,6 +386,18 @@ def test_two_steps_on_deferred_gradients_are_an_error(zeroed: bool) -> None:
     assert_equal(mine.masters(), before)
     mine.optimizer.zero_grad()
     mine.window(1)
+    assert not torch.equal(mine.masters()[0], before[0])
+
+
+def test_gradients_that_are_given_by_hand_after_a_deferred_step_are_stepped() -> None:
+    mine = Masters(adamw)
+    backward(mine.model, 0)
+    mine.acc.finish(3.0, defer=True)
+    mine.optimizer.step()
+    before = mine.masters()
+    for param in mine.params:
+        param.grad = torch.ones_like(param)
+    mine.optimizer.step()
     assert not torch.equal(mine.masters()[0], before[0])
 
 

@@ -440,7 +440,7 @@ def test_a_step_needs_one_bucket_beside_what_is_held(bucket: int) -> None:
     window()
     optimizer.step()
     optimizer.zero_grad()
-    acc._rooms.stepping._make.kept.clear()  # type: ignore[union-attr]
+    acc._rooms.stepping._stand_ins.kept.clear()  # type: ignore[union-attr]
     window()
     held = acc.memory().total
     with MemoryMeter(torch.device("cpu"), held, 2**40) as meter:

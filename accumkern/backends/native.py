@@ -9,7 +9,7 @@ from torch import Tensor
 
 from accumkern.backends import _C  # type: ignore[attr-defined]
 from accumkern.formats import Format, Start
-from accumkern.updates import Update
+from accumkern.updates import MAX_STATES, Update
 
 _Column = list[Tensor] | None
 
@@ -90,7 +90,7 @@ def step(
     skip: Tensor | None,
 ) -> None:
     """Update each weight; see :class:`accumkern.backends.Kernels`."""
-    columns = [weights, weight_residuals, grads, grad_residuals, *states, *[None] * (_MAX_STATES - len(states))]
+    columns = [weights, weight_residuals, grads, grad_residuals, *states, *[None] * (MAX_STATES - len(states))]
     table = _table(columns, weights)
     (divisor_pair, kept), (factor_pair, kept_too) = _pair(divisor), _pair(factor)
     skip_address = 0 if skip is None else skip.data_ptr()
@@ -101,7 +101,6 @@ def step(
 
 _address, _numel = Tensor.data_ptr, Tensor.numel
 _ABSENT = -1
-_MAX_STATES = 3
 
 
 def _run(

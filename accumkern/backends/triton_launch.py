@@ -29,7 +29,7 @@ from accumkern.backends.triton_kernels import (
 )
 from accumkern.backends.triton_step import STEP_NUMEL, step_kernel, step_list_kernel
 from accumkern.formats import Format, Start, partial_rows
-from accumkern.updates import Update
+from accumkern.updates import MAX_STATES, Update
 
 # The arithmetic is pinned: tl.fma where one rounding is meant, no other product is fused with a sum.
 OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
@@ -140,7 +140,7 @@ def step(
 ) -> None:
     """Update each weight; see :class:`accumkern.backends.Kernels`."""
     # A list of states that the update does not have, or residuals that are not read, are weights instead.
-    absent = [weights] * (_MAX_STATES - len(states))
+    absent = [weights] * (MAX_STATES - len(states))
     columns = [weights, weight_residuals, grads, grad_residuals or weights, *states, *absent]
     given = {"divisor": divisor, "factor": factor}
     scalars = _scalars(given)
@@ -186,9 +186,6 @@ def step(
                     **residual_dtypes,
                     **options,
                 )
-
-
-_MAX_STATES = 3
 
 
 def _step_blocks(numel: int) -> int:
