@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from accumkern.hooks import ParameterHooks, owner_of
-from accumkern.passes import hook_functions
 from accumkern.slot import NOT_SET_ASIDE, Slot
 from accumkern.torch_private import NO_BACKWARD, current_graph_task_id, has_step_hooks
 
@@ -217,7 +216,7 @@ class Attachment:
     def _hook(self, params: list[Tensor]) -> None:
         for param in params:
             slot = self.slots[param] = self._make_slot(param)
-            self._hooks[param] = ParameterHooks(param, *hook_functions(slot), owner=self)
+            self._hooks[param] = ParameterHooks(slot, owner=self)
 
     def _note_known(self) -> None:
         self._known = self.params

@@ -120,13 +120,17 @@ class Fold:
         squares = self.squares
         if squares is not None:
             partials = [slot.partials_for(total) for slot, total in zip(slots, sums, strict=True)]
-        self.kernels_on(new.device).fold(format_, start, grads, sums, residuals, scale, partials)
+        kernels = self.kernels_on(new.device)
+        kernels.fold(format_, start, grads, sums, residuals, scale, partials)
         if start is Start.FROM_ZERO:
             for slot, total in zip(slots, sums, strict=True):
                 slot.param.grad = slot.whole(total, slot.param.grad)
         if start is not Start.CONTINUE:
             for slot in slots:
                 slot.remember()
+        for slot, total in zip(slots, sums, strict=True):
+            if type(total) is Tensor and slot.address != total.data_ptr():
+                slot.prepare(total, kernels.fold_into)
         if squares is not None and partials is not None:
             for slot, rows in zip(slots, partials, strict=True):
                 squares.fold(slot.param, slot.param.grad, start, rows, scale)

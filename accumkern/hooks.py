@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
+from accumkern.slot import Slot
 from accumkern.torch_private import (
     current_graph_task_id,
     current_node,
     identity_of,
     post_accumulate_hooks,
+    refuse_compiled_autograd,
     set_hooks,
     tensor_hooks,
     will_evaluate,
@@ -24,28 +26,30 @@ from accumkern.torch_private import (
 class ParameterHooks:
     """The hooks of one parameter.
 
-    Both are kept by the parameter, not by the node that accumulates its gradient: nobody has to keep the node alive,
-    which knows the parameter's shape of the time when it was made.
+    When autograd is about to accumulate a gradient, and after all other hooks that see it come, ``.grad`` goes into
+    ``slot.set_aside`` and is None from then on. When the gradient is in ``.grad``, and before other post-accumulate
+    hooks, ``slot.accumulate(slot, param)`` is called.
+
+    Both hooks are kept by the parameter, not by the node that accumulates its gradient: nobody has to keep the node
+    alive, which knows the parameter's shape of the time when it was made.
 
     Args:
-        param: the parameter, held; a frozen one has its hooks when it is unfrozen.
-        set_aside: called as ``set_aside(grad)`` when autograd is about to accumulate a gradient, and after all other
-            hooks that see it come. ``grad`` is ``.grad``, which is None from then on.
-        after: called as ``after(param)`` when the gradient is in ``.grad``, before other post-accumulate hooks.
+        slot: of the parameter, held; a frozen parameter has its hooks when it is unfrozen.
         owner: who :func:`owner_of` returns; held weakly.
 
-    Autograd holds both functions in objects of its own, through which Python's collector cannot see: they must refer to
-    the parameter weakly.
+    Autograd holds both functions in objects of its own, through which Python's collector cannot see: they refer to the
+    parameter weakly.
     """
 
-    def __init__(
-        self, param: Tensor, set_aside: Callable[[Any], None], after: Callable[[Tensor], None], owner: object
-    ) -> None:
-        self.param = param
-        self._before, self._after = _before(weakref.ref(self), set_aside), after
+    __slots__ = ("__weakref__", "_after", "_before", "_handles", "_identity", "param", "slot")
+
+    def __init__(self, slot: Slot, owner: object) -> None:
+        self.slot = slot
+        self.param = slot.param
+        self._before, self._after = _before(weakref.ref(self)), _after(weakref.ref(slot))
         self._handles: list[RemovableHandle] = []
-        self._identity = identity_of(param)
-        after.accumkern_owner = weakref.ref(owner)  # type: ignore[attr-defined]
+        self._identity = identity_of(self.param)
+        self._after.accumkern_owner = weakref.ref(owner)  # type: ignore[attr-defined]
         self.put_on()
 
     def put_on(self) -> None:
@@ -104,33 +108,37 @@ def _is_left_over(hook: Any) -> bool:
     return reference is not None and reference() is None
 
 
-def _before(reference: Callable[[], Any], set_aside: Callable[[Any], None]) -> Callable[[Any], None]:
+def _before(reference: Callable[[], Any]) -> Callable[[Any], None]:
     """Return the hook that autograd calls when a gradient comes, be it to accumulate it or for torch.autograd.grad."""
 
+    # It is called for every gradient: what can be written out is not called.
     @unserializable_hook
     def before(_new: Any) -> None:
         hooks = reference()
         if hooks is None:
             return
+        node = current_node()
+        if node is None:
+            refuse_compiled_autograd()
+            return
+        try:
+            accumulates = will_evaluate(node)
+        except RuntimeError:  # torch.autograd.grad
+            return
+        if not hooks.are_on():  # who would put the gradient back?
+            return
         param = hooks.param
-        grad, node = param.grad, current_node()
-        if node is not None:  # there is none in compiled autograd, which is refused
-            try:
-                accumulates = will_evaluate(node)
-            except RuntimeError:  # torch.autograd.grad
+        grad = param.grad
+        if grad is not None:
+            all_hooks = tensor_hooks(param)
+            # In the order in which autograd calls them; move_to_end() of an OrderedDict does not change that.
+            is_last = len(all_hooks) == 1 or list(dict.values(all_hooks))[-1] is before
+            if not accumulates or not is_last:  # a pass from the parameter itself; others are still to look
+                number = current_graph_task_id()
+                handle: RemovableHandle = node.register_prehook(lambda _: last(number, handle))
                 return
-            if not hooks.are_on():  # who would put the gradient back?
-                return
-            if grad is not None:
-                all_hooks = tensor_hooks(param)
-                # In the order in which autograd calls them; move_to_end() of an OrderedDict does not change that.
-                is_last = len(all_hooks) == 1 or list(dict.values(all_hooks))[-1] is before
-                if not accumulates or not is_last:  # a pass from the parameter itself; others are still to look
-                    number = current_graph_task_id()
-                    handle: RemovableHandle = node.register_prehook(lambda _: last(number, handle))
-                    return
-                param.grad = None
-        set_aside(grad)
+            param.grad = None
+        hooks.slot.set_aside = grad
 
     def last(number: int, handle: RemovableHandle) -> None:
         if current_graph_task_id() != number:  # of a pass inside that one, or after it failed
@@ -140,6 +148,17 @@ def _before(reference: Callable[[], Any], set_aside: Callable[[Any], None]) -> C
         grad = None if hooks is None else hooks.param.grad
         if grad is not None and hooks.are_on():
             hooks.param.grad = None
-            set_aside(grad)
+            hooks.slot.set_aside = grad
 
     return before
+
+
+def _after(reference: Callable[[], Slot | None]) -> Callable[[Tensor], None]:
+    """Return the hook that autograd calls after it has accumulated a gradient."""
+
+    def after(param: Tensor) -> None:
+        slot = reference()
+        if slot is not None and slot.param is param:  # swap_tensors gives others its hooks
+            slot.accumulate(slot, param)
+
+    return after

@@ -5,8 +5,8 @@ new gradient in its place instead of adding to it in the parameter's dtype. The 
 gradient into the one set aside, in FP32, and puts that back. Between two backward passes ``.grad`` is what it always
 was, the sum so far in the parameter's dtype; the low bits lie in a residual beside it.
 
-On a GPU a launch costs more than a small fold. Small gradients wait there and are folded together: they arrive at the
-end of the backward pass, as far as anybody can tell. Until then ``.grad`` is what it was before the pass.
+On a GPU a launch costs more than most folds. Gradients wait there and are folded together: they arrive later in the
+backward pass, as far as anybody can tell. Until then ``.grad`` is what it was before the pass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,33 +28,27 @@ from accumkern.lost_bits import LostBitsMeter
 from accumkern.slot import FOLDED_DTYPES, NOT_SET_ASIDE, Slot
 from accumkern.torch_private import (
     NO_BACKWARD,
-    compiled_autograd,
     current_graph_task_id,
     current_node,
     current_raw_stream,
     is_in_function,
     post_accumulate_hooks,
     queue_callback,
+    refuse_compiled_autograd,
 )
 
 # Where a fold costs less than what waiting costs in Python, gradients do not wait.
 WAITING_DEVICE_TYPES = frozenset({"cuda"})
-# Gradients of at most this many elements wait, unless so many elements wait already that their memory counts.
-SMALL_NUMEL = 65536
+# Gradients of at most so many elements wait: a larger one keeps a GPU busy for as long as its launch takes. When more
+# than that wait they are folded: less than twice as many, 16 MiB, most of it in the GPU's cache still.
 MAX_WAITING_NUMEL = 2**22
 
 _is_grad_enabled = torch.is_grad_enabled
 
 
-class _Waiting(NamedTuple):
-    """A small gradient that waits for the end of the backward pass."""
-
-    slot: Slot
-    new: Tensor
-    running: Tensor | None  # .grad until then
-    version: int  # of it
-    stream: int  # that made the gradient
-    number: int  # of the backward pass
+# A gradient that waits to be folded: its slot; the gradient; .grad until then, and its version; the stream that made it;
+# the number of the backward pass.
+_Waiting: TypeAlias = tuple[Slot, Tensor, "Tensor | None", int, int, int]
 
 
 class _Pass:
@@ -67,29 +61,6 @@ class _Pass:
 
     def __call__(self) -> None:
         self._end(self.number)
-
-
-def hook_functions(slot: Slot) -> tuple[Callable[[Any], None], Callable[[Tensor], None]]:
-    """Return the functions for the two hooks of a parameter (:class:`accumkern.hooks.ParameterHooks`).
-
-    They hold the slot weakly: a cycle through autograd's own objects would never be collected.
-    """
-    reference = weakref.ref(slot)
-
-    def set_aside(grad: Any) -> None:
-        compiled = compiled_autograd()
-        if compiled is not None and compiled.in_compiled_autograd_region:
-            _refuse_compiled_autograd()
-        slot = reference()
-        if slot is not None:
-            slot.set_aside = grad
-
-    def accumulate(param: Tensor) -> None:
-        slot = reference()
-        if slot is not None and slot.param is param:
-            slot.accumulate(slot, param)
-
-    return set_aside, accumulate
 
 
 class BackwardPasses:
@@ -115,10 +86,11 @@ class BackwardPasses:
         self._waiting_numel = 0
         self._lock = threading.RLock()
         self._number = NO_BACKWARD  # autograd's, of the backward pass that has brought a gradient last
+        self._is_observed = lost_bits is not None or fold.squares is not None  # whether each gradient is looked at
         self._newest = NO_BACKWARD  # the greatest number so far
         self._under_way: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
         self._in_group = False  # whether there is a process group
-        self._may_wait = False  # whether small gradients may wait for the end of the backward pass
+        self._may_wait = False  # whether gradients may wait
         self._versions: dict[int, int] = {}  # of memory that gradients are views of, when the backward pass came there
 
     def accumulate(self, slot: Slot, param: Tensor) -> None:
@@ -129,6 +101,27 @@ class BackwardPasses:
         running: Any = slot.set_aside
         slot.set_aside = NOT_SET_ASIDE
         new: Any = param.grad
+        # What comes most often, written out because every reading of an attribute counts: a pass that is known brings a
+        # gradient that is laid out as the running one, which is as the last fold left it.
+        if (
+            current_graph_task_id() == self._number
+            and running is not None
+            and slot.written() is running
+            and running._version == slot.version
+            and type(new) is Tensor
+            and running.data_ptr() == slot.address
+            and running.numel() == slot.numel == new.numel()
+            and running.dtype is slot.dtype is new.dtype
+            and running.is_contiguous()
+            and new.is_contiguous()
+            and not new.is_neg()
+            and not (self._is_observed or _is_grad_enabled() or (self._in_group and running._is_view()))
+        ):
+            param.grad = running
+            if not self._may_wait or not self._waits(slot, param, running, new):
+                slot.fold_next(new, running, self._fold.scale)
+                self._show(param)
+            return
         if running is NOT_SET_ASIDE:
             if new is None:  # somebody's hook took it
                 return
@@ -169,8 +162,8 @@ class BackwardPasses:
         if self._in_group and running is not None:
             self._look_through_bucket(slot, running)
         continues = running is not None and slot.has_residual_of(running)
-        if not continues and self._may_wait and new.device.type in WAITING_DEVICE_TYPES:  # it may begin a window
-            slot.node_is_hooked = _has_hooks(current_node())
+        if not continues:  # it may begin a window
+            slot.may_wait = self._may_wait and _is_small(new) and not _has_hooks(current_node())
         if self._lost_bits is not None:
             self._lost_bits.add(param, new, fold.scale, running, slot.value if continues else None)
         if running is None:  # the first micro-batch of a window
@@ -188,30 +181,28 @@ class BackwardPasses:
         plain = dtype in FOLDED_DTYPES and is_plain(new, dtype) and (running is None or is_plain(running, dtype))
         if not plain or _is_grad_enabled():  # create_graph=True
             fold.one(slot, running, new, start)
-        elif self._may_wait and self._waits(slot, param, running, new):
-            return
         else:
             param.grad = running
+            if self._may_wait and self._waits(slot, param, running, new):
+                return
             fold.many([slot], [new], [running], start)
-        if self._waiting and len(post_accumulate_hooks(param)) > 1:  # they may look at any gradient
+        self._show(param)
+
+    def _show(self, param: Tensor) -> None:
+        """Fold what waits if other hooks of a parameter follow: they may look at any gradient."""
+        if self._waiting and len(post_accumulate_hooks(param)) > 1:
             self._fold_waiting()
 
     def _waits(self, slot: Slot, param: Tensor, running: Any, new: Tensor) -> bool:
-        """Let a gradient wait for the end of the backward pass, unless somebody is going to look at it before."""
-        numel = new.numel()
-        if (
-            numel > SMALL_NUMEL
-            or new.device.type not in WAITING_DEVICE_TYPES
-            or len(post_accumulate_hooks(param)) > 1
-            or slot.node_is_hooked
-        ):
+        """Let a gradient wait, unless somebody is going to look at it before; ``.grad`` is the running one."""
+        if not slot.may_wait or len(post_accumulate_hooks(param)) > 1:
             return False
-        param.grad = running
-        stream = current_raw_stream(new.get_device()) if new.is_cuda else 0
+        device = new.get_device()
+        stream = current_raw_stream(device) if device >= 0 else 0
         version = 0 if running is None else running._version
-        self._waiting.append(_Waiting(slot, new, running, version, stream, self._number))
         slot.waits = True
-        self._waiting_numel += numel
+        self._waiting.append((slot, new, running, version, stream, self._number))
+        self._waiting_numel += new.numel()
         if self._waiting_numel > MAX_WAITING_NUMEL:
             self._fold_waiting()
         return True
@@ -227,9 +218,7 @@ class BackwardPasses:
         Raises:
             RuntimeError: it has, and those that were there have been multiplied by ``scale`` already.
         """
-        compiled = compiled_autograd()
-        if compiled is not None and compiled.in_compiled_autograd_region:
-            _refuse_compiled_autograd()
+        refuse_compiled_autograd()
         self._put_on_hooks(slot.param)
         if was_added and self._fold.is_scaled:
             raise RuntimeError(
@@ -294,7 +283,7 @@ class BackwardPasses:
                 slot.version = grad._version
 
     def _fold_waiting(self) -> None:
-        """Fold the small gradients that wait, in one launch for each device, stream, dtype and start."""
+        """Fold the gradients that wait, in one launch for each device, stream, dtype and start."""
         if not self._waiting:
             return
         self._waiting_numel = 0
@@ -347,17 +336,14 @@ def _on_stream(device: torch.device, handle: int) -> Iterator[None]:
     torch.cuda.current_stream(device).wait_stream(stream)
 
 
+def _is_small(new: Tensor) -> bool:
+    """Return whether a launch costs more than the fold of a gradient."""
+    return new.device.type in WAITING_DEVICE_TYPES and new.numel() <= MAX_WAITING_NUMEL
+
+
 def _has_hooks(node: Any) -> bool:
     """Return whether somebody hooks a node. He keeps the node, too, so to look once in a window will do."""
     handle = node.register_hook(lambda *_: None)
     others = len(handle.hooks_dict_ref()) > 1
     handle.remove()
     return others
-
-
-def _refuse_compiled_autograd() -> None:
-    """Raise, because compiled autograd calls both hooks after it has added the gradient."""
-    raise RuntimeError(
-        "compiled autograd adds gradients before accumkern sees them; call backward() without it "
-        "(torch._dynamo.config.compiled_autograd = False), which torch.compile of the model does not need"
-    )

@@ -57,9 +57,13 @@ class Slot:
     __slots__ = (
         "__weakref__",
         "accumulate",
+        "address",
+        "dtype",
+        "fold_next",
         "formats",
         "last",
-        "node_is_hooked",
+        "may_wait",
+        "numel",
         "param",
         "partials",
         "residual",
@@ -77,10 +81,13 @@ class Slot:
         self.accumulate = accumulate
         self.set_aside: Any = NOT_SET_ASIDE  # a tensor, or None where there was no gradient
         self.last: Callable[[], Any] = _nothing  # .grad as the last window or fold left it
-        self.waits = False  # whether a gradient waits for the end of the backward pass
-        self.node_is_hooked = False  # whether somebody hooks the node that accumulates the gradient
+        self.waits = False  # whether a gradient waits to be folded
+        self.may_wait = False  # whether one may in this window: it is not large, and nobody hooks the node that brings it
         self.residual: Any = None  # a tensor, once there is one: flat, in the memory order of .grad
         self.partials: Tensor | None = None
+        self.address = self.numel = -1  # of the sum that fold_next() is for
+        self.dtype: torch.dtype | None = None
+        self.fold_next: Callable[[Tensor, Tensor, float | Tensor], None] = _no_fold
         self.forget()
 
     # ---- what a shard does in its own way (accumkern/sharded.py) ----
@@ -156,7 +163,19 @@ class Slot:
         """Return memory for the residual of a sum, made when it is needed first and kept: its address is stable."""
         if not self._fits(total, dtype):
             self.residual = torch.empty(total.numel(), dtype=dtype, device=total.device)
+            self.address = -1
         return self.residual
+
+    def prepare(self, total: Tensor, make_fold: Callable[[Format, Tensor, Any], Any]) -> None:
+        """Prepare to fold into a sum that lies where ``total`` does, which continues with the residual.
+
+        Args:
+            total: the sum as the kernels take it: contiguous, or one range of memory in another order.
+            make_fold: the kernels' ``fold_into``.
+        """
+        format_ = self.formats[total.dtype]
+        self.fold_next = make_fold(format_, total, None if format_.residual_dtype is None else self.residual)
+        self.address, self.numel, self.dtype = total.data_ptr(), total.numel(), total.dtype
 
     def partials_for(self, total: Tensor) -> Tensor:
         """Return the rows for partial sums of a sum, made when they are needed first and kept."""
@@ -202,6 +221,7 @@ class Slot:
                 self.residual.copy_(residual)
             else:
                 self.residual = residual
+                self.address = -1
             self.remember()
 
     def parts(self) -> Parts:
@@ -232,3 +252,7 @@ def _dense_strides(total: Tensor) -> tuple[int, ...]:
 
 def _nothing() -> None:
     return None
+
+
+def _no_fold(*_: object) -> None:
+    raise AssertionError("a fold was not prepared")

@@ -120,9 +120,18 @@ tensor_hooks = operator.attrgetter("_backward_hooks")
 identity_of = operator.attrgetter("_cdata")
 
 
-#: The module of compiled autograd, whose ``in_compiled_autograd_region`` says whether it runs, or None. Without a
-#: function in Python, because it is called for every gradient.
+#: The module of compiled autograd, whose ``in_compiled_autograd_region`` says whether it runs, or None.
 compiled_autograd = functools.partial(sys.modules.get, "torch._dynamo.compiled_autograd")
+
+
+def refuse_compiled_autograd() -> None:
+    """Raise where compiled autograd runs, because it calls both hooks after it has added the gradient."""
+    compiled = compiled_autograd()
+    if compiled is not None and compiled.in_compiled_autograd_region:
+        raise RuntimeError(
+            "compiled autograd adds gradients before accumkern sees them; call backward() without it "
+            "(torch._dynamo.config.compiled_autograd = False), which torch.compile of the model does not need"
+        )
 
 
 def set_hooks(param: Tensor, tensor_hooks: dict[int, Any], post_accumulate_hooks: dict[int, Any]) -> None:

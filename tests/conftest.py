@@ -121,7 +121,16 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
             recorded.append([grad.numel() for grad in grads])
             found.fold(format_, start, grads, *others)
 
-        return found._replace(fold=fold_and_record)
+        def fold_into_and_record(*place):  # type: ignore[no-untyped-def]
+            add = found.fold_into(*place)
+
+            def add_and_record(grad, *others):  # type: ignore[no-untyped-def]
+                recorded.append([grad.numel()])
+                add(grad, *others)
+
+            return add_and_record
+
+        return found._replace(fold=fold_and_record, fold_into=fold_into_and_record)
 
     monkeypatch.setattr(backends, "kernels", kernels)
     return recorded

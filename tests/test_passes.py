@@ -245,20 +245,23 @@ def test_backward_inside_a_backward_pass() -> None:
 # ---- small and large tensors ---------------------------------------------------------------------------------------
 
 
-def test_large_tensors_are_folded_at_once_and_small_ones_together(launches: list[list[int]], waiting: bool) -> None:
-    params = [parameter(65536), parameter(65537), parameter(10), parameter(90000), parameter(3, 4)]
+def test_large_tensors_are_folded_at_once_and_others_together(
+    launches: list[list[int]], waiting: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accumkern.passes, "MAX_WAITING_NUMEL", 65600)
+    params = [parameter(65570), parameter(65601), parameter(10), parameter(90000), parameter(3, 4)]
     acc = accumkern.attach(sgd(*params), "split32")
     grads = [micro_gradients(4, *p.shape) for p in params]
     for micro_batch in zip(*grads, strict=True):
         launches.clear()
         backward_of_all(params, micro_batch)
-    small = [[10, 12, 65536]] if waiting else [[10], [12], [65536]]
-    assert sorted(map(sorted, launches)) == [*small, [65537], [90000]]
+    small = [[10, 12, 65570]] if waiting else [[10], [12], [65570]]
+    assert sorted(map(sorted, launches)) == [*small, [65601], [90000]]
     for param, of_param in zip(params, grads, strict=True):
         assert_same_bits(acc.gradient(param), fp32_sum(of_param))
 
 
-def test_small_gradients_wait_only_until_they_are_many(
+def test_gradients_wait_only_until_they_are_many(
     launches: list[list[int]], waiting: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Waiting gradients are memory that stock PyTorch would have freed."""

@@ -9,7 +9,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -38,6 +38,9 @@ class Kernels(NamedTuple):
             residual)); (sum, residual) = encode(x)``, in place. Sums are read unless ``start`` is FROM_ZERO, residuals
             if it is CONTINUE. ``partials`` are written: FP32 of shape ``(partial_rows(numel), PARTIALS)``; None to
             leave them out.
+        fold_into: ``fold_into(format_, total, residual)`` returns ``add(grad, total, scale)``, which does what
+            ``fold(format_, Start.CONTINUE, [grad], [total], [residual], scale, None)`` does. What does not change while
+            the two lie where they are is looked up once.
         finish: ``finish(format_, start, sums, residuals, divisor, factor)``: ``sum = round((x / divisor) * factor)`` in
             FP32, in place; ``x`` is ``decode(sum, residual)`` if ``start`` is CONTINUE, the sum if it is FROM_SUM.
         rescale: ``rescale(format_, start, sums, residuals, divisor, factor)``: ``(sum, residual) = encode((x /
@@ -59,6 +62,7 @@ class Kernels(NamedTuple):
     """
 
     fold: Callable[[Format, Start, _Tensors, _Tensors, _Tensors | None, _Scalar, _Tensors | None], None]
+    fold_into: Callable[[Format, Tensor, Tensor | None], Callable[[Tensor, Tensor, _Scalar], None]]
     finish: Callable[[Format, Start, _Tensors, _Tensors | None, _Scalar, _Scalar], None]
     rescale: Callable[[Format, Start, _Tensors, _Tensors | None, _Scalar, _Scalar], None]
     decode: Callable[[Format, _Tensors, _Tensors | None, _Tensors], None]
@@ -168,7 +172,16 @@ def kernels(name: str) -> Kernels:
     if _are_left_out:
         return Kernels(*[_do_nothing] * len(Kernels._fields))
     module = importlib.import_module(BACKENDS[name].module)
-    return Kernels(*[getattr(module, name) for name in Kernels._fields])
+    others = {name: getattr(module, name) for name in Kernels._fields if name != "fold_into"}
+    return Kernels(fold_into=getattr(module, "fold_into", partial(_fold_into, module.fold)), **others)
+
+
+def _fold_into(
+    fold: Callable[..., None], format_: Format, _total: Tensor, residual: Tensor | None
+) -> Callable[[Tensor, Tensor, _Scalar], None]:
+    """Return what :attr:`Kernels.fold_into` does, for a backend that has nothing to look up."""
+    residuals = None if residual is None else [residual]
+    return lambda grad, total, scale: fold(format_, Start.CONTINUE, [grad], [total], residuals, scale, None)
 
 
 _are_left_out = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import repeat
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from accumkern.backends import _C  # type: ignore[attr-defined]
 from accumkern.formats import Format, Start
+from accumkern.torch_private import current_raw_stream
 from accumkern.updates import MAX_STATES, Update
 
 _Column = list[Tensor] | None
@@ -25,6 +28,21 @@ def fold(
 ) -> None:
     """Fold each gradient into its sum; see :class:`accumkern.backends.Kernels`."""
     _run(_C.FOLD, format_, start, grads, sums, residuals, partials, scale)
+
+
+def fold_into(format_: Format, total: Tensor, residual: Tensor | None) -> Callable[[Tensor, Tensor, float | Tensor], None]:
+    """Return a function that folds into a sum; see :class:`accumkern.backends.Kernels`."""
+    fold_one, number, device, numel = _C.fold_one, int(format_), total.get_device(), total.numel()
+    address, low = total.data_ptr(), _ABSENT if residual is None else residual.data_ptr()
+    place = torch.get_num_threads if device < 0 else partial(current_raw_stream, device)
+
+    def add(grad: Tensor, total: Tensor, scale: float | Tensor) -> None:
+        if type(scale) is float:
+            fold_one(number, grad.data_ptr(), address, low, numel, scale, device, place())
+        else:
+            fold(format_, Start.CONTINUE, [grad], [total], None if residual is None else [residual], scale, None)
+
+    return add
 
 
 def finish(
