@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from accumkern.slot import Slot
 from accumkern.torch_private import (
+    NO_BACKWARD,
     current_graph_task_id,
     current_node,
     identity_of,
@@ -41,14 +42,14 @@ class ParameterHooks:
     parameter weakly.
     """
 
-    __slots__ = ("__weakref__", "_after", "_before", "_handles", "_identity", "param", "slot")
+    __slots__ = ("__weakref__", "_after", "_before", "_handles", "after_id", "identity", "param", "slot")
 
     def __init__(self, slot: Slot, owner: object) -> None:
         self.slot = slot
         self.param = slot.param
         self._before, self._after = _before(weakref.ref(self)), _after(weakref.ref(slot))
         self._handles: list[RemovableHandle] = []
-        self._identity = identity_of(self.param)
+        self.after_id, self.identity = -1, identity_of(self.param)
         self._after.accumkern_owner = weakref.ref(owner)  # type: ignore[attr-defined]
         self.put_on()
 
@@ -72,7 +73,7 @@ class ParameterHooks:
             set_hooks(param, tensor_hooks(param), hooks)
             if is_frozen:
                 param.requires_grad_(False)
-        self._identity = identity_of(param)
+        self.after_id, self.identity = self._handles[1].id, identity_of(param)
 
     def are_on(self) -> bool:
         """Return whether the parameter has its hooks still.
@@ -85,7 +86,7 @@ class ParameterHooks:
         param = self.param
         before, after = self._handles
         return (
-            identity_of(param) == self._identity
+            identity_of(param) == self.identity
             and before.id in (tensor_hooks(param) or ())
             and after.id in (post_accumulate_hooks(param) or ())
         )
@@ -108,33 +109,40 @@ def _is_left_over(hook: Any) -> bool:
     return reference is not None and reference() is None
 
 
+_accumulating = NO_BACKWARD  # number of the newest backward pass that was found to accumulate
+
+
 def _before(reference: Callable[[], Any]) -> Callable[[Any], None]:
     """Return the hook that autograd calls when a gradient comes, be it to accumulate it or for torch.autograd.grad."""
 
-    # It is called for every gradient: what can be written out is not called.
+    # It is called for every gradient: what can be written out is not called, and a pass is asked once what it does.
     @unserializable_hook
     def before(_new: Any) -> None:
+        global _accumulating
         hooks = reference()
         if hooks is None:
             return
-        node = current_node()
-        if node is None:
-            refuse_compiled_autograd()
-            return
-        try:
-            accumulates = will_evaluate(node)
-        except RuntimeError:  # torch.autograd.grad
-            return
-        if not hooks.are_on():  # who would put the gradient back?
-            return
+        number, may_accumulate = current_graph_task_id(), True
+        if number != _accumulating or number == NO_BACKWARD:
+            node = current_node()
+            if node is None:
+                refuse_compiled_autograd()
+                return
+            try:
+                may_accumulate = will_evaluate(node)  # False in a pass from the parameter itself
+            except RuntimeError:  # torch.autograd.grad
+                return
+            if may_accumulate:
+                _accumulating = number
         param = hooks.param
+        if identity_of(param) != hooks.identity or hooks.after_id not in (post_accumulate_hooks(param) or ()):
+            return  # who would put the gradient back?
         grad = param.grad
         if grad is not None:
             all_hooks = tensor_hooks(param)
             # In the order in which autograd calls them; move_to_end() of an OrderedDict does not change that.
-            is_last = len(all_hooks) == 1 or list(dict.values(all_hooks))[-1] is before
-            if not accumulates or not is_last:  # a pass from the parameter itself; others are still to look
-                number = current_graph_task_id()
+            if not may_accumulate or not (len(all_hooks) == 1 or list(dict.values(all_hooks))[-1] is before):
+                node = current_node()  # others are still to look
                 handle: RemovableHandle = node.register_prehook(lambda _: last(number, handle))
                 return
             param.grad = None

@@ -111,10 +111,10 @@ class BackwardPasses:
             and type(new) is Tensor
             and running.data_ptr() == slot.address
             and running.numel() == slot.numel == new.numel()
-            and running.dtype is slot.dtype is new.dtype
+            and running.dtype is (dtype := slot.dtype) is new.dtype
             and running.is_contiguous()
             and new.is_contiguous()
-            and not new.is_neg()
+            and (dtype is torch.bfloat16 or not new.is_neg())
             and not (self._is_observed or _is_grad_enabled() or (self._in_group and running._is_view()))
         ):
             param.grad = running
