@@ -87,6 +87,7 @@ class BackwardPasses:
         self._lock = threading.RLock()
         self._number = NO_BACKWARD  # autograd's, of the backward pass that has brought a gradient last
         self._is_observed = lost_bits is not None or fold.squares is not None  # whether each gradient is looked at
+        self._plain_number = NO_BACKWARD - 1
         self._newest = NO_BACKWARD  # the greatest number so far
         self._under_way: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
         self._in_group = False  # whether there is a process group
@@ -101,27 +102,19 @@ class BackwardPasses:
         running: Any = slot.set_aside
         slot.set_aside = NOT_SET_ASIDE
         new: Any = param.grad
-        # What comes most often, written out because every reading of an attribute counts: a pass that is known brings a
-        # gradient that is laid out as the running one, which is as the last fold left it.
-        if (
-            current_graph_task_id() == self._number
-            and running is not None
-            and slot.written() is running
-            and running._version == slot.version
-            and type(new) is Tensor
-            and running.data_ptr() == slot.address
-            and running.numel() == slot.numel == new.numel()
-            and running.dtype is (dtype := slot.dtype) is new.dtype
-            and running.is_contiguous()
-            and new.is_contiguous()
-            and (dtype is torch.bfloat16 or not new.is_neg())
-            and not (self._is_observed or _is_grad_enabled() or (self._in_group and running._is_view()))
-        ):
-            param.grad = running
-            if not self._may_wait or not self._waits(slot, param, running, new):
-                slot.fold_next(new, running, self._fold.scale)
-                self._show(param)
-            return
+        # What comes most often: a pass that is known brings a gradient that is laid out as the running one, which is as
+        # the last fold left it.
+        if current_graph_task_id() == self._plain_number and running is not None and slot.written() is running:
+            if self._in_group and running._is_view():
+                pass
+            else:
+                try:
+                    if slot.fold_next(new, running, slot.version, self._fold.scale):
+                        param.grad = running
+                        return
+                except BaseException:
+                    param.grad = running
+                    raise
         if running is NOT_SET_ASIDE:
             if new is None:  # somebody's hook took it
                 return
@@ -261,6 +254,8 @@ class BackwardPasses:
                     self._under_way[number] = this = _Pass(number, self._end)
                     queue_callback(this)
                     self._newest = max(self._newest, number)
+            plain = not (self._is_observed or self._may_wait or _is_grad_enabled())
+            self._plain_number = number if plain else NO_BACKWARD - 1
             self._number = number  # last: other threads look at it without the lock
 
     def _end(self, number: int) -> None:

@@ -58,12 +58,10 @@ class Slot:
         "__weakref__",
         "accumulate",
         "address",
-        "dtype",
         "fold_next",
         "formats",
         "last",
         "may_wait",
-        "numel",
         "param",
         "partials",
         "residual",
@@ -85,9 +83,8 @@ class Slot:
         self.may_wait = False  # whether one may in this window: it is not large, and nobody hooks the node that brings it
         self.residual: Any = None  # a tensor, once there is one: flat, in the memory order of .grad
         self.partials: Tensor | None = None
-        self.address = self.numel = -1  # of the sum that fold_next() is for
-        self.dtype: torch.dtype | None = None
-        self.fold_next: Callable[[Tensor, Tensor, float | Tensor], None] = _no_fold
+        self.address = -1  # of the sum that fold_next() is for
+        self.fold_next: Callable[[Tensor, Tensor, int, Any], bool] = _cannot
         self.forget()
 
     # ---- what a shard does in its own way (accumkern/sharded.py) ----
@@ -163,7 +160,7 @@ class Slot:
         """Return memory for the residual of a sum, made when it is needed first and kept: its address is stable."""
         if not self._fits(total, dtype):
             self.residual = torch.empty(total.numel(), dtype=dtype, device=total.device)
-            self.address = -1
+            self.address, self.fold_next = -1, _cannot
         return self.residual
 
     def prepare(self, total: Tensor, make_fold: Callable[[Format, Tensor, Any], Any]) -> None:
@@ -175,7 +172,7 @@ class Slot:
         """
         format_ = self.formats[total.dtype]
         self.fold_next = make_fold(format_, total, None if format_.residual_dtype is None else self.residual)
-        self.address, self.numel, self.dtype = total.data_ptr(), total.numel(), total.dtype
+        self.address = total.data_ptr()
 
     def partials_for(self, total: Tensor) -> Tensor:
         """Return the rows for partial sums of a sum, made when they are needed first and kept."""
@@ -221,7 +218,7 @@ class Slot:
                 self.residual.copy_(residual)
             else:
                 self.residual = residual
-                self.address = -1
+                self.address, self.fold_next = -1, _cannot
             self.remember()
 
     def parts(self) -> Parts:
@@ -254,5 +251,5 @@ def _nothing() -> None:
     return None
 
 
-def _no_fold(*_: object) -> None:
-    raise AssertionError("a fold was not prepared")
+def _cannot(*_: object) -> bool:
+    return False

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "accumulate.h"
+#include "fold_into.h"
 #if defined(__linux__)
 #include <sys/uio.h>
 #include <unistd.h>
@@ -82,41 +83,6 @@ void step(const StepCall& call, int device, uintptr_t threads_or_stream) {
 #endif
 }
 
-// fold_one(format, grad, sum, residual, numel, scale, device, threads_or_stream): a fold of one tensor that goes on from its
-// residual. It comes for every gradient that does not wait, and a small one takes less time than pybind11 takes to read
-// eight arguments, or another thread to take the interpreter and give it back.
-PyObject* fold_one(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  constexpr int64_t kShort = 1 << 15;  // elements: some ten microseconds
-  if (count != 8) {
-    PyErr_SetString(PyExc_TypeError, "accumkern.backends._C.fold_one takes eight arguments");
-    return nullptr;
-  }
-  int64_t numbers[8] = {};
-  for (int i = 0; i < 8; ++i) {
-    if (i != 5) numbers[i] = PyLong_AsLongLong(arguments[i]);
-  }
-  const float scale = static_cast<float>(PyFloat_AsDouble(arguments[5]));
-  if (PyErr_Occurred() != nullptr) return nullptr;
-  const int64_t numel = numbers[4], device = numbers[6];
-  try {
-    const FoldTensor tensor = {pointer_of(numbers[1], numel), pointer_of(numbers[2], numel), pointer_of(numbers[3], numel),
-                               nullptr, numel};
-    const Call call = {Kernel::kFold, static_cast<Format>(numbers[0]), Start::kContinue, {tensor}, {scale, nullptr}, {1.0f, nullptr}};
-    if (device < 0 && numel <= kShort) {
-      run_cpu(call, 1);
-    } else {
-      run(call, static_cast<int>(device), static_cast<uintptr_t>(numbers[7]));
-    }
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-  }
-  Py_RETURN_NONE;
-}
-
-PyMethodDef fold_one_method = {"fold_one", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&fold_one)), METH_FASTCALL,
-                               "Fold one tensor, from its sum and residual."};
-
 // Whether the first and the last byte of a range of this process can be written, without writing: the kernel copies
 // each byte onto itself and refuses where a store would fault. Where it cannot be asked, the answer is yes.
 bool is_writable(uintptr_t address, size_t bytes) {
@@ -154,7 +120,15 @@ PYBIND11_MODULE(_C, module) {
                                      {"DECODE", Kernel::kDecode}, {"ENCODE", Kernel::kEncode}, {"SQUARES", Kernel::kSquares}}) {
     module.attr(name) = static_cast<int>(kernel);
   }
-  module.attr("fold_one") = py::reinterpret_steal<py::object>(PyCFunction_New(&fold_one_method, nullptr));
+  module.def("read_tensors_of", [](const py::object& type) { read_tensors_of(type.ptr()); }, py::arg("type"));
+  module.def(
+      "fold_into",
+      [](int format, const py::object& total, const py::object& residual, const py::object& threads) {
+        PyObject* function = fold_into(format, total.ptr(), residual.ptr(), threads.ptr());
+        if (function == nullptr) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(function);
+      },
+      py::arg("format"), py::arg("total"), py::arg("residual"), py::arg("threads"));
   module.def(
       "run",
       [](int kernel, int format, int start, const std::vector<int64_t>& table, ScalarPair scalar, ScalarPair factor,

@@ -38,9 +38,10 @@ class Kernels(NamedTuple):
             residual)); (sum, residual) = encode(x)``, in place. Sums are read unless ``start`` is FROM_ZERO, residuals
             if it is CONTINUE. ``partials`` are written: FP32 of shape ``(partial_rows(numel), PARTIALS)``; None to
             leave them out.
-        fold_into: ``fold_into(format_, total, residual)`` returns ``add(grad, total, scale)``, which does what
-            ``fold(format_, Start.CONTINUE, [grad], [total], [residual], scale, None)`` does. What does not change while
-            the two lie where they are is looked up once.
+        fold_into: ``fold_into(format_, total, residual)`` returns ``add(grad, total, version, scale)``. That does what
+            ``fold(format_, Start.CONTINUE, [grad], [total], [residual], scale, None)`` does, and returns True, if the
+            sum lies where it lay and is of that version, the gradient is laid out alike, both are plain contiguous
+            tensors, and scale is a float. Else it writes nothing and returns False.
         finish: ``finish(format_, start, sums, residuals, divisor, factor)``: ``sum = round((x / divisor) * factor)`` in
             FP32, in place; ``x`` is ``decode(sum, residual)`` if ``start`` is CONTINUE, the sum if it is FROM_SUM.
         rescale: ``rescale(format_, start, sums, residuals, divisor, factor)``: ``(sum, residual) = encode((x /
@@ -62,7 +63,7 @@ class Kernels(NamedTuple):
     """
 
     fold: Callable[[Format, Start, _Tensors, _Tensors, _Tensors | None, _Scalar, _Tensors | None], None]
-    fold_into: Callable[[Format, Tensor, Tensor | None], Callable[[Tensor, Tensor, _Scalar], None]]
+    fold_into: Callable[[Format, Tensor, Tensor | None], Callable[[Tensor, Tensor, int, Any], bool]]
     finish: Callable[[Format, Start, _Tensors, _Tensors | None, _Scalar, _Scalar], None]
     rescale: Callable[[Format, Start, _Tensors, _Tensors | None, _Scalar, _Scalar], None]
     decode: Callable[[Format, _Tensors, _Tensors | None, _Tensors], None]
@@ -177,11 +178,30 @@ def kernels(name: str) -> Kernels:
 
 
 def _fold_into(
-    fold: Callable[..., None], format_: Format, _total: Tensor, residual: Tensor | None
-) -> Callable[[Tensor, Tensor, _Scalar], None]:
-    """Return what :attr:`Kernels.fold_into` does, for a backend that has nothing to look up."""
+    fold: Callable[..., None], format_: Format, total: Tensor, residual: Tensor | None
+) -> Callable[[Tensor, Tensor, int, Any], bool]:
+    """Return what :attr:`Kernels.fold_into` returns, for a backend that has nothing of its own."""
+    address, numel, dtype = total.data_ptr(), total.numel(), total.dtype
     residuals = None if residual is None else [residual]
-    return lambda grad, total, scale: fold(format_, Start.CONTINUE, [grad], [total], residuals, scale, None)
+
+    def add(grad: Tensor, total: Tensor, version: int, scale: Any) -> bool:
+        is_as_it_was = (
+            type(grad) is type(total) is Tensor
+            and type(scale) is float
+            and total._version == version
+            and total.data_ptr() == address
+            and total.numel() == grad.numel() == numel
+            and total.dtype is grad.dtype is dtype
+            and total.device == grad.device
+            and total.is_contiguous()
+            and grad.is_contiguous()
+            and not grad.is_neg()
+        )
+        if is_as_it_was:
+            fold(format_, Start.CONTINUE, [grad], [total], residuals, scale, None)
+        return is_as_it_was
+
+    return add
 
 
 _are_left_out = False

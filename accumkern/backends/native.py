@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from accumkern.backends import _C  # type: ignore[attr-defined]
 from accumkern.formats import Format, Start
 from accumkern.torch_private import current_raw_stream
 from accumkern.updates import MAX_STATES, Update
+
+_C.read_tensors_of(Tensor)
 
 _Column = list[Tensor] | None
 
@@ -30,19 +32,9 @@ def fold(
     _run(_C.FOLD, format_, start, grads, sums, residuals, partials, scale)
 
 
-def fold_into(format_: Format, total: Tensor, residual: Tensor | None) -> Callable[[Tensor, Tensor, float | Tensor], None]:
+def fold_into(format_: Format, total: Tensor, residual: Tensor | None) -> Callable[[Tensor, Tensor, int, Any], bool]:
     """Return a function that folds into a sum; see :class:`accumkern.backends.Kernels`."""
-    fold_one, number, device, numel = _C.fold_one, int(format_), total.get_device(), total.numel()
-    address, low = total.data_ptr(), _ABSENT if residual is None else residual.data_ptr()
-    place = torch.get_num_threads if device < 0 else partial(current_raw_stream, device)
-
-    def add(grad: Tensor, total: Tensor, scale: float | Tensor) -> None:
-        if type(scale) is float:
-            fold_one(number, grad.data_ptr(), address, low, numel, scale, device, place())
-        else:
-            fold(format_, Start.CONTINUE, [grad], [total], None if residual is None else [residual], scale, None)
-
-    return add
+    return _C.fold_into(format_, total, residual, torch.get_num_threads)
 
 
 def finish(

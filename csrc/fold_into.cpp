@@ -1,0 +1,164 @@
+// The fold of one gradient as autograd brings it. Its Python would cost several times what a small fold does: tensors are
+// read by DLPack, and arguments without pybind11.
+#include "fold_into.h"
+
+#include <exception>
+#include <stdexcept>
+#include <string>
+
+#include "accumulate.h"
+#include "dlpack.h"
+
+namespace accumkern {
+namespace {
+
+// A small fold keeps the interpreter: to give it away and take it again costs as much.
+constexpr int64_t kShort = 1 << 15;  // elements, some ten microseconds
+
+PyTypeObject* tensor_type = nullptr;  // torch.Tensor
+const dlpack::Exchange* exchange = nullptr;
+PyObject *version_name = nullptr, *is_neg_name = nullptr;
+
+// A sum where it lies, and what belongs to it.
+struct Place {
+  Format format;
+  dlpack::Device device;
+  dlpack::DType dtype;
+  void* sum;
+  void* residual;
+  int64_t numel;
+  PyObject* threads;  // a function that returns how many
+
+  ~Place() { Py_XDECREF(threads); }
+
+  // Whether a tensor could be added to the sum element by element.
+  bool is_laid_out_alike(const dlpack::Tensor& tensor) const {
+    return tensor.device.type == device.type && tensor.device.id == device.id && tensor.dtype.code == dtype.code &&
+           tensor.dtype.bits == dtype.bits && dlpack::numel(tensor) == numel && dlpack::is_contiguous(tensor);
+  }
+};
+
+bool read(PyObject* object, dlpack::Tensor* tensor) {
+  if (Py_TYPE(object) != tensor_type) return false;
+  if (exchange->read(object, tensor) == 0) return true;
+  PyErr_Clear();  // a sparse one
+  return false;
+}
+
+// 1 or 0; -1 with a Python exception.
+int has_version(PyObject* tensor, PyObject* version) {
+  PyObject* now = PyObject_GetAttr(tensor, version_name);
+  if (now == nullptr) return -1;
+  const int is_equal = PyObject_RichCompareBool(now, version, Py_EQ);
+  Py_DECREF(now);
+  return is_equal;
+}
+
+// Whether a tensor is lazily negated: 1 or 0; -1 with a Python exception. It is the imaginary part of a conjugate then, and
+// no complex number has parts of bfloat16.
+int is_negated(PyObject* tensor, const dlpack::DType& dtype) {
+  if (dtype.code == dlpack::kBFloat) return 0;
+  PyObject* answer = PyObject_CallMethodNoArgs(tensor, is_neg_name);
+  if (answer == nullptr) return -1;
+  const int is_true = PyObject_IsTrue(answer);
+  Py_DECREF(answer);
+  return is_true;
+}
+
+// Folds a gradient; returns whether it could, or raises.
+bool fold(const Place& place, void* grad, float scale) {
+  int64_t threads = 1;
+  if (place.device.type == dlpack::kCpu && place.numel > kShort) {
+    PyObject* number = PyObject_CallNoArgs(place.threads);
+    threads = number == nullptr ? -1 : PyLong_AsLongLong(number);
+    Py_XDECREF(number);
+    if (PyErr_Occurred() != nullptr) return false;
+  }
+  void* stream = nullptr;
+  if (place.device.type != dlpack::kCpu && exchange->current_stream(place.device.type, place.device.id, &stream) != 0) return false;
+
+  PyThreadState* interpreter = place.device.type == dlpack::kCpu && place.numel <= kShort ? nullptr : PyEval_SaveThread();
+  std::string problem;
+  try {
+    const Call call = {Kernel::kFold, place.format, Start::kContinue, {{grad, place.sum, place.residual, nullptr, place.numel}},
+                       {scale, nullptr}, {1.0f, nullptr}};
+    if (place.device.type == dlpack::kCpu) {
+      run_cpu(call, static_cast<int>(threads));
+    } else {
+#if defined(ACCUMKERN_CUDA_TARGETS)
+      run_cuda(call, place.device.id, reinterpret_cast<uintptr_t>(stream));
+#else
+      problem = "accumkern: built without CUDA kernels";
+#endif
+    }
+  } catch (const std::exception& error) {
+    problem = error.what();
+  }
+  if (interpreter != nullptr) PyEval_RestoreThread(interpreter);
+  if (problem.empty()) return true;
+  PyErr_SetString(PyExc_RuntimeError, problem.c_str());
+  return false;
+}
+
+// add(grad, total, version, scale)
+PyObject* add(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 4) {
+    PyErr_SetString(PyExc_TypeError, "accumkern.backends._C: add() takes a gradient, a sum, its version and a scale");
+    return nullptr;
+  }
+  PyObject *grad_object = arguments[0], *total_object = arguments[1];
+  const auto& place = *static_cast<const Place*>(PyCapsule_GetPointer(self, nullptr));
+  dlpack::Tensor grad, total;
+  if (!PyFloat_CheckExact(arguments[3]) || !read(grad_object, &grad) || !read(total_object, &total)) Py_RETURN_FALSE;
+  if (dlpack::address(total) != place.sum || !place.is_laid_out_alike(total) || !place.is_laid_out_alike(grad)) Py_RETURN_FALSE;
+  if (dlpack::address(grad) == nullptr && place.numel > 0) Py_RETURN_FALSE;  // torch's immutable zeros
+  const int is_unchanged = has_version(total_object, arguments[2]);
+  if (is_unchanged < 0) return nullptr;
+  const int is_neg = is_negated(grad_object, grad.dtype);
+  if (is_neg < 0) return nullptr;
+  if (!is_unchanged || is_neg) Py_RETURN_FALSE;
+  if (!fold(place, dlpack::address(grad), static_cast<float>(PyFloat_AS_DOUBLE(arguments[3])))) return nullptr;
+  Py_RETURN_TRUE;
+}
+
+PyMethodDef add_method = {"add", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&add)), METH_FASTCALL,
+                          "add(grad, total, version, scale): fold, or return False where that is not as it was."};
+
+void release(PyObject* capsule) { delete static_cast<Place*>(PyCapsule_GetPointer(capsule, nullptr)); }
+
+}  // namespace
+
+void read_tensors_of(PyObject* type) {
+  PyObject* capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
+  if (capsule == nullptr) throw std::runtime_error("this torch has no torch.Tensor.__dlpack_c_exchange_api__");
+  const auto* found = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule, dlpack::kCapsuleName));
+  Py_DECREF(capsule);
+  while (found != nullptr && found->major > dlpack::kMajorVersion) found = found->older;
+  if (found == nullptr || found->read == nullptr || found->current_stream == nullptr) {
+    PyErr_Clear();
+    throw std::runtime_error("this torch exchanges tensors by another version of DLPack than 1");
+  }
+  exchange = found;
+  tensor_type = reinterpret_cast<PyTypeObject*>(type);
+  Py_INCREF(type);
+  version_name = PyUnicode_InternFromString("_version");
+  is_neg_name = PyUnicode_InternFromString("is_neg");
+}
+
+PyObject* fold_into(int format, PyObject* total, PyObject* residual, PyObject* threads) {
+  dlpack::Tensor sum, low = {};
+  if (!read(total, &sum) || (residual != Py_None && !read(residual, &low))) throw std::invalid_argument("not a torch.Tensor");
+  Py_INCREF(threads);
+  auto* place = new Place{static_cast<Format>(format), sum.device, sum.dtype, dlpack::address(sum),
+                          residual == Py_None ? nullptr : dlpack::address(low), dlpack::numel(sum), threads};
+  PyObject* capsule = PyCapsule_New(place, nullptr, &release);
+  if (capsule == nullptr) {
+    delete place;
+    return nullptr;
+  }
+  PyObject* function = PyCFunction_New(&add_method, capsule);
+  Py_DECREF(capsule);
+  return function;
+}
+
+}  // namespace accumkern
