@@ -42,21 +42,17 @@ class ParameterHooks:
     parameter weakly.
     """
 
-    __slots__ = ("__weakref__", "_after", "_before", "_handles", "after_id", "identity", "param", "slot")
-
     def __init__(self, slot: Slot, owner: object) -> None:
-        self.slot = slot
-        self.param = slot.param
-        self._before, self._after = _before(weakref.ref(self)), _after(weakref.ref(slot))
+        self._slot = slot
+        self._before, self._after = _hooks_of(weakref.ref(slot))
         self._handles: list[RemovableHandle] = []
-        self.after_id, self.identity = -1, identity_of(self.param)
         self._after.accumkern_owner = weakref.ref(owner)  # type: ignore[attr-defined]
         self.put_on()
 
     def put_on(self) -> None:
         """Hook the parameter."""
         self.remove()
-        param = self.param
+        param = self._slot.param
         is_frozen = not param.requires_grad
         with torch.inference_mode(False):
             if is_frozen:  # it takes no hooks
@@ -73,7 +69,7 @@ class ParameterHooks:
             set_hooks(param, tensor_hooks(param), hooks)
             if is_frozen:
                 param.requires_grad_(False)
-        self.after_id, self.identity = self._handles[1].id, identity_of(param)
+        self._slot.identity, self._slot.hook = identity_of(param), self._handles[1].id
 
     def are_on(self) -> bool:
         """Return whether the parameter has its hooks still.
@@ -83,13 +79,7 @@ class ParameterHooks:
         """
         if not self._handles:
             return False
-        param = self.param
-        before, after = self._handles
-        return (
-            identity_of(param) == self.identity
-            and before.id in (tensor_hooks(param) or ())
-            and after.id in (post_accumulate_hooks(param) or ())
-        )
+        return self._handles[0].id in (tensor_hooks(self._slot.param) or ()) and _will_come(self._slot)
 
     def remove(self) -> None:
         """Remove both hooks."""
@@ -109,21 +99,30 @@ def _is_left_over(hook: Any) -> bool:
     return reference is not None and reference() is None
 
 
-_accumulating = NO_BACKWARD  # number of the newest backward pass that was found to accumulate
+def _will_come(slot: Slot) -> bool:
+    """Return whether autograd calls the second hook when it has accumulated a gradient of the parameter."""
+    param = slot.param
+    return identity_of(param) == slot.identity and slot.hook in (post_accumulate_hooks(param) or ())
 
 
-def _before(reference: Callable[[], Any]) -> Callable[[Any], None]:
-    """Return the hook that autograd calls when a gradient comes, be it to accumulate it or for torch.autograd.grad."""
+_accumulating = NO_BACKWARD - 1  # number of the backward pass that was found to accumulate last
 
-    # It is called for every gradient: what can be written out is not called, and a pass is asked once what it does.
+
+def _hooks_of(reference: Callable[[], Slot | None]) -> tuple[Callable[[Any], None], Callable[[Tensor], None]]:
+    """Return the two hooks, which are called for every gradient. They share what they look at.
+
+    Autograd calls the first when a gradient comes, be it to accumulate it or for torch.autograd.grad, and the second after
+    it has accumulated one.
+    """
+
     @unserializable_hook
     def before(_new: Any) -> None:
         global _accumulating
-        hooks = reference()
-        if hooks is None:
+        slot = reference()
+        if slot is None:
             return
         number, may_accumulate = current_graph_task_id(), True
-        if number != _accumulating or number == NO_BACKWARD:
+        if number != _accumulating:  # a pass is asked once what it does
             node = current_node()
             if node is None:
                 refuse_compiled_autograd()
@@ -134,39 +133,32 @@ def _before(reference: Callable[[], Any]) -> Callable[[Any], None]:
                 return
             if may_accumulate:
                 _accumulating = number
-        param = hooks.param
-        if identity_of(param) != hooks.identity or hooks.after_id not in (post_accumulate_hooks(param) or ()):
-            return  # who would put the gradient back?
+        if not _will_come(slot):  # who would put the gradient back?
+            return
+        param = slot.param
         grad = param.grad
         if grad is not None:
-            all_hooks = tensor_hooks(param)
+            hooks = tensor_hooks(param)
             # In the order in which autograd calls them; move_to_end() of an OrderedDict does not change that.
-            if not may_accumulate or not (len(all_hooks) == 1 or list(dict.values(all_hooks))[-1] is before):
-                node = current_node()  # others are still to look
-                handle: RemovableHandle = node.register_prehook(lambda _: last(number, handle))
-                return
+            if not may_accumulate or (len(hooks) > 1 and list(dict.values(hooks))[-1] is not before):
+                handle: RemovableHandle = current_node().register_prehook(lambda _: last(number, handle))
+                return  # others are still to look
             param.grad = None
-        hooks.slot.set_aside = grad
+        slot.set_aside = grad
 
     def last(number: int, handle: RemovableHandle) -> None:
         if current_graph_task_id() != number:  # of a pass inside that one, or after it failed
             return
         handle.remove()
-        hooks = reference()
-        grad = None if hooks is None else hooks.param.grad
-        if grad is not None and hooks.are_on():
-            hooks.param.grad = None
-            hooks.slot.set_aside = grad
-
-    return before
-
-
-def _after(reference: Callable[[], Slot | None]) -> Callable[[Tensor], None]:
-    """Return the hook that autograd calls after it has accumulated a gradient."""
+        slot = reference()
+        grad = None if slot is None else slot.param.grad
+        if slot is not None and grad is not None and _will_come(slot):
+            slot.param.grad = None
+            slot.set_aside = grad
 
     def after(param: Tensor) -> None:
         slot = reference()
         if slot is not None and slot.param is param:  # swap_tensors gives others its hooks
             slot.accumulate(slot, param)
 
-    return after
+    return before, after

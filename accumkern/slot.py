@@ -60,6 +60,8 @@ class Slot:
         "address",
         "fold_next",
         "formats",
+        "hook",
+        "identity",
         "last",
         "may_wait",
         "param",
@@ -78,6 +80,7 @@ class Slot:
         self.formats = formats
         self.accumulate = accumulate
         self.set_aside: Any = NOT_SET_ASIDE  # a tensor, or None where there was no gradient
+        self.identity = self.hook = -1  # of the parameter and of its second hook, when they were hooked
         self.last: Callable[[], Any] = _nothing  # .grad as the last window or fold left it
         self.waits = False  # whether a gradient waits to be folded
         self.may_wait = False  # whether one may in this window: it is not large, and nobody hooks the node that brings it
