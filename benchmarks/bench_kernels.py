@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checko
 
 from harness import backends_on, parser, steps, write_results
 from shapes import MODELS, Shape
-from tables import COPY
+from tables.kernels import COPY
 from timing import Timing, Variant, allocate, sets_of, time_variants
 
 from accumkern import backends

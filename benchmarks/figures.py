@@ -17,7 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MultipleLocator, NullFormatter
 from PIL import Image
-from tables import COMPARED_WITH, HELD, SUMMARY_CASES, Content, Result, grouped
+from tables.convergence import COMPARED_WITH
+from tables.kernels import SUMMARY_CASES
+from tables.parts import Content, Result, grouped
+from tables.step import HELD
 
 COLORS = {
     "split24": "#1f77b4",

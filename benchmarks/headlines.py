@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from tables import (
-    ALONE,
-    COMPARED_WITH,
-    STOCK,
-    Content,
-    Result,
-    fastest,
-    grouped,
-    interval,
-    number,
-    number_of_tensors,
-    table,
-)
+from tables.convergence import COMPARED_WITH
+from tables.kernels import STOCK
+from tables.parts import Content, Result, fastest, grouped, interval, number, number_of_tensors, table
+from tables.step import ALONE
 
 NOT_MEASURED = "not measured"
 MICRO_BATCHES = 8  # of the losses that are shown: the middle of the three that are measured
