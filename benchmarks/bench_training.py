@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -27,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import torch
 from harness import parser, steps, write_results
-from paired import summary
-from timing import describe, percentile
+from paired import quantiles, summary
+from timing import describe
 from torch import Tensor, nn
 
 from accumkern import backends
@@ -424,16 +423,6 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def quantiles(values_ms: list[float]) -> dict[str, float]:
-    """Return median, 20th and 80th percentile and the number of measurements."""
-    return {
-        "median_ms": statistics.median(values_ms),
-        "p20_ms": percentile(values_ms, 0.2),
-        "p80_ms": percentile(values_ms, 0.8),
-        "n": len(values_ms),
-    }
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from tables.convergence import COMPARED_WITH
 from tables.kernels import STOCK
-from tables.parts import Content, Result, fastest, grouped, interval, number, number_of_tensors, table
+from tables.parts import NOT_MEASURED, Content, Result, fastest, grouped, interval, number, number_of_tensors, table
 from tables.step import ALONE
 
-NOT_MEASURED = "not measured"
 MICRO_BATCHES = 8  # of the losses that are shown: the middle of the three that are measured
 # Designs whose losses and whose memory are shown, and what they are called.
 LOSSES = {

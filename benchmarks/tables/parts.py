@@ -11,6 +11,7 @@ Content = dict[str, Any]  # of a result file: provenance, method, results
 Result = dict[str, Any]
 
 SURE = 0.9  # intervals of less confidence prove nothing
+NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
