@@ -12,6 +12,7 @@ from tables.finish import finish_summary, finish_tables
 from tables.kernels import kernels_summary, kernels_tables
 from tables.overhead import overhead_summary, overhead_tables
 from tables.parts import Section
+from tables.product import product_summary, product_tables
 from tables.reduce import reduce_summary, reduce_tables
 from tables.registers import registers_tables
 from tables.step import step_summary, step_tables
@@ -20,6 +21,7 @@ from tables.training import training_summary, training_tables
 #: Benchmark, which is also the name of its result file -> what is shown of it, in this order.
 SECTIONS = {
     "kernels": Section("One fold of a gradient", kernels_tables, kernels_summary),
+    "product": Section("A weight's gradient and its accumulation", product_tables, product_summary),
     "accuracy": Section("Error of the sum", accuracy_tables, accuracy_summary),
     "finish": Section("The end of a window", finish_tables, finish_summary),
     "overhead": Section("Host time of the hook", overhead_tables, overhead_summary),

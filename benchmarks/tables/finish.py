@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tables.parts import Content, grouped, number, paragraph, spread, table, times
+from tables.parts import Content, grouped, host_time, number, on_cpu, paragraph, table, taken, times
 
 
 def finish_tables(content: Content) -> list[str]:
@@ -11,13 +11,18 @@ def finish_tables(content: Content) -> list[str]:
         "Mean, norm, clip and round of bf16 gradients by `finish()`; stock is `_foreach_div_` and `clip_grad_norm_`. "
         "And a split24 fold without, and with the squared norms that `stats=True` asks for (*measured*)."
     )
+    with_host = any(r.get("host_ms") for r in content["results"])
+    if not with_host and not on_cpu(content):
+        lines += paragraph("Not measured here: host time of a call.")
     for numel, results in grouped(content["results"], "numel").items():
+        header = ["operation", "time / stock", "time", *["host time of a call"] * with_host]
         rows = []
         for result in results:
             name = result["variant"] if result["backend"] == "torch" else f"**{result['variant']}**"
             ratio = number(result["time_over_stock"]) if "time_over_stock" in result else ""
-            rows.append([name, ratio, result["error"] if "error" in result else spread(result)])
-        lines += [f"**{numel:,} elements**", "", *table(["operation", "time / stock", "time"], rows)]
+            shown = result["error"] if "error" in result else taken(result)
+            rows.append([name, ratio, shown, *[host_time(result)] * with_host])
+        lines += [f"**{numel:,} elements**", "", *table(header, rows)]
     return lines
 
 

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
-from tables.parts import Content, Result, fastest, grouped, number, paragraph, spread, table, times
+from tables.parts import (
+    NOT_MEASURED,
+    Content,
+    Result,
+    fastest,
+    grouped,
+    host_time,
+    number,
+    on_cpu,
+    paragraph,
+    table,
+    taken,
+    times,
+)
 
 COPY = "bf16.copy_(bf16)"
+MUL = "torch.mul(bf16, 1, out=bf16)"
 # The cases that the summary shows, where they were measured.
 SUMMARY_CASES = ("2^20", "2^25", "2^28", "GPT-2", "Llama-1B", "Llama-8B")
 # What the summary shows of stock PyTorch, each by its fastest variant.
@@ -15,7 +29,11 @@ STOCK = {
     "stock, fp32 sum": ("fp32.add_(bf16)", "fp32.add_(bf16.float())", "_foreach_add_(fp32, bf16)"),
     "stock, fp32 sum, `torch.compile`d": ("torch.compile(fp32 += bf16)",),
     "`copy_`, which adds nothing": (COPY,),
+    "`torch.mul` by 1, which adds nothing": (MUL,),
 }
+
+
+HOST = "host time of a call"
 
 
 def kernels_tables(content: Content) -> list[str]:
@@ -25,6 +43,11 @@ def kernels_tables(content: Content) -> list[str]:
         "in brackets. GB/s counts the bytes that the operation has to move, and the roof is a `copy_` of as many "
         "elements in one piece. Ratios are to split24, on the backend that accumkern chooses here, in its faster call."
     )
+    columns = {name: show for name, (key, show) in MORE.items() if any(r.get(key) for r in content["results"])}
+    missing = [
+        name.removeprefix("of ") for name in MORE if name not in columns and not (name == HOST and on_cpu(content))
+    ]
+    lines += paragraph(f"Not measured here: {', '.join(missing)}.") if missing else []
     for case, results in grouped(content["results"], "case").items():
         tensors = results[0]["tensors"]
         elements = f"{results[0]['numel']:,} elements"
@@ -33,11 +56,11 @@ def kernels_tables(content: Content) -> list[str]:
         for result in results:
             name = _name(result) + (f", {result['called']}" if tensors > 1 else "")
             if "error" in result:
-                rows.append([name, "", result["error"], "", ""])
-            else:
-                gb_per_s = number(result["gb_per_s"])
-                rows.append([name, _over_split24(result), spread(result), gb_per_s, _of_copy(result)])
-        lines += table(["operation", "time / split24", "time", "GB/s", "of `copy_` bandwidth"], rows)
+                rows.append([name, "", result["error"], "", "", *("" for _ in columns)])
+                continue
+            shown = [_over_split24(result), taken(result), number(result["gb_per_s"]), _of_copy(result)]
+            rows.append([name, *shown, *(show(result) for show in columns.values())])
+        lines += table(["operation", "time / split24", "time", "GB/s", "of `copy_` bandwidth", *columns], rows)
     return lines
 
 
@@ -70,10 +93,13 @@ def kernels_summary(content: Content) -> list[str]:
                 else ""
             )
         )
-    rows = [
-        [name, *(_over_split24(found) for found in by_case.values()), _of_copy(by_case[largest])]
-        for name, by_case in best.items()
-    ]
+    rows = []
+    for name, by_case in best.items():
+        if any(by_case.values()):
+            cells = [*(_over_split24(found) for found in by_case.values()), _of_copy(by_case[largest])]
+        else:
+            cells = [NOT_MEASURED] * (len(by_case) + 1)
+        rows.append([name, *cells])
     header = [str(case) + (" elements" if case in single else "") for case in cases]
     return lines + table(["to add a micro-gradient", *header, f"of `copy_` bandwidth, {largest}"], rows)
 
@@ -88,3 +114,14 @@ def _over_split24(result: Result | None) -> str:
 
 def _of_copy(result: Result | None) -> str:
     return f"{result['fraction_of_copy']:.2f}" if result and "fraction_of_copy" in result else ""
+
+
+def _of_mul(result: Result) -> str:
+    return f"{result['fraction_of_mul']:.2f}" if "fraction_of_mul" in result else ""
+
+
+# Columns that older files lack -> key of a result, and what is shown of it.
+MORE: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "of `torch.mul` bandwidth": ("fraction_of_mul", _of_mul),
+    HOST: ("host_ms", host_time),
+}

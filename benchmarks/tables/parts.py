@@ -56,6 +56,16 @@ def spread(result: Result) -> str:
     return f"{median} {unit} ({low}-{high})"
 
 
+def taken(result: Result) -> str:
+    """Return the same, and whether a GPU was faster than what queued its work."""
+    return spread(result) + (", by the host" if result["how"] == "host" else "")
+
+
+def host_time(result: Result) -> str:
+    """Return the microseconds until Python goes on after a call; nothing where they were not measured."""
+    return f"{number(1e3 * result['host_ms'])} µs" if result.get("host_ms") else ""
+
+
 def interval(found: Result | None) -> str:
     """Return a ratio's median, and in brackets the interval that holds it; nothing where there is none."""
     return f"{found['median']:.3f} ({found['low']:.3f}-{found['high']:.3f})" if found else ""
@@ -78,6 +88,11 @@ def grouped(results: list[Result], *keys: str) -> dict[Hashable, list[Result]]:
         values = tuple(result[key] for key in keys)
         groups.setdefault(values[0] if len(keys) == 1 else values, []).append(result)
     return groups
+
+
+def on_cpu(content: Content) -> bool:
+    """Return whether a CPU was measured."""
+    return str(content["provenance"]["machine"]).startswith("CPU ")
 
 
 def times(result: Result, other: Result) -> float:
