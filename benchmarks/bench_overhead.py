@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checko
 import overhead_finish
 import overhead_hook
 import overhead_training
-from bench_training import REGIMES, TINY, Regime
 from harness import backends_on, parser, steps, write_results
+from regimes import REGIMES, TINY, Regime
 from turns import MAX_ROUNDS, MIN_ROUNDS, Budget
 
 from accumkern import backends

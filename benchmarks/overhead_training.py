@@ -11,8 +11,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import torch
-from bench_training import MAX_NORM, Regime
 from overhead_hook import STOCK
+from regimes import MAX_NORM, Regime
 from torch import nn
 from turns import Clocked, by_turns, clocked, compared
 

@@ -24,7 +24,7 @@ import overhead_hook  # noqa: E402
 import overhead_training  # noqa: E402
 import report  # noqa: E402
 import turns  # noqa: E402
-from bench_training import REGIMES, TINY  # noqa: E402
+from regimes import REGIMES, TINY  # noqa: E402
 from tables.overhead import overhead_summary, overhead_tables  # noqa: E402
 
 CPU = torch.device("cpu")

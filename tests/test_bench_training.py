@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import figures  # noqa: E402
 import report  # noqa: E402
 import tables  # noqa: E402
 from paired import median_interval, summary  # noqa: E402
+from regimes import REGIMES, TINY  # noqa: E402
 from tables.convergence import COMPARED_WITH, convergence_summary, convergence_tables  # noqa: E402
 from tables.training import training_tables, verdict  # noqa: E402
 
@@ -153,9 +155,9 @@ def test_training(tmp_path: Path) -> None:
 def measurement(monkeypatch: pytest.MonkeyPatch, **more: type[designs.StockBF16]) -> bench_training.Measurement:
     for key, design in more.items():
         monkeypatch.setitem(bench_training.DESIGNS, key, design)
-    regime = bench_training.replace(
-        bench_training.REGIMES["cpu"]["launch"],
-        **bench_training.TINY,
+    regime = replace(
+        REGIMES["cpu"]["launch"],
+        **TINY,
         turn=2,
         designs=("stock_bf16", *more, "split24"),
     )
