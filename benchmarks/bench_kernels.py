@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checko
 
 from harness import backends_on, parser, steps, write_results
 from shapes import MODELS, Shape
-from tables import COPY
+from tables.kernels import COPY, MUL
 from timing import Timing, Variant, allocate, sets_of, time_variants
 
 from accumkern import backends
@@ -211,6 +211,7 @@ def stock(case: Case) -> list[Operation]:
         make("_foreach_add_(fp32, bf16)", as_a_list, 10, torch_add_all, "wide"),
         make("torch.compile(fp32 += bf16)", as_a_list, 10, compiled, "wide"),
         Operation(COPY, AS_ONE_TENSOR, None, "torch", COPY_BYTES, copy),
+        Operation(MUL, AS_ONE_TENSOR, None, "torch", COPY_BYTES, multiply),
     ]
 
 
@@ -246,6 +247,12 @@ def copy(buffers: Buffers) -> Run:
     return lambda i: flat[i][0].copy_(flat[i][1])
 
 
+def multiply(buffers: Buffers) -> Run:
+    """Return the same by a kernel: on a GPU a copy may be none, but a memcpy."""
+    flat = buffers.flat
+    return lambda i: torch.mul(flat[i][1], 1, out=flat[i][0])
+
+
 def main() -> None:
     """Measure every case and write the file."""
     options = parser(__doc__)
@@ -265,7 +272,7 @@ def main() -> None:
         "backend": backends.choose(None, device),
         "accumkern_is_called_as": "accumkern.backends.kernels(backend).fold, which the hook calls, without checks",
         "bandwidth": "bytes that the operation must read and write, over the median time",
-        "roof": "copy_ of as many elements in one tensor",
+        "roof": "copy_ of as many elements in one tensor, and torch.mul(x, 1, out=y): a kernel on any device",
         "left_out": f"the eager backend above {EAGER_MAX_NUMEL[device.type]:,} elements, by rule",
     }
     write_results(arguments, "kernels", method, results)
@@ -306,7 +313,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[dict[str, Any
 
     chosen = f"split24 {backends.choose(None, device)}"
     split24 = [t.median_ms for (name, _), t in timings.items() if name == chosen and isinstance(t, Timing)]
-    copied = timings[COPY, AS_ONE_TENSOR]
+    roofs = {"fraction_of_copy": timings[COPY, AS_ONE_TENSOR], "fraction_of_mul": timings[MUL, AS_ONE_TENSOR]}
     results = []
     for key, operation in operations.items():
         timing = timings[key]
@@ -316,8 +323,9 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[dict[str, Any
         if isinstance(timing, Timing):
             gb_per_s = operation.bytes_per_element * case.numel / timing.median_ms / 1e6
             result |= {**asdict(timing), "gb_per_s": gb_per_s}
-            if isinstance(copied, Timing):
-                result["fraction_of_copy"] = gb_per_s / (COPY_BYTES * case.numel / copied.median_ms / 1e6)
+            for fraction, roof in roofs.items():
+                if isinstance(roof, Timing):
+                    result[fraction] = gb_per_s / (COPY_BYTES * case.numel / roof.median_ms / 1e6)
             if split24:
                 result["time_over_split24"] = timing.median_ms / min(split24)
         else:

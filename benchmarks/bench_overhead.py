@@ -1,202 +1,130 @@
-"""What the hook costs on the host: microseconds for each parameter and micro-batch, over stock accumulation.
+"""What accumkern costs on the host: the hook, training where launches decide, and the end of a window.
 
-``python benchmarks/bench_overhead.py [--device cpu|cuda] [--quick]``
+``python benchmarks/bench_overhead.py [--device cpu|cuda] [--quick] [--parameters 10,300,3000] [--backends cuda,eager]
+[--seconds 40]``
 
-Many tiny bfloat16 parameters, in three kinds of models: *bare*, whose gradients one autograd node makes, so that little
-is timed beside accumulation; a stack of transformer blocks; and the same with its blocks ``torch.compile``d. What is
-timed is ``backward()`` of a micro-batch that is added to earlier ones. On a GPU that is the time until Python goes on,
-not until the GPU has finished. Writes ``benchmarks/results/<machine>/overhead.json``.
+The hook: ``backward()`` of a micro-batch that is added to earlier ones, over stock accumulation, for many tiny bfloat16
+parameters in three kinds of models: *bare*, whose gradients one autograd node makes, so that little is timed beside
+accumulation; a stack of transformer blocks; and the same with its blocks ``torch.compile``d. On a GPU that is the time
+until Python goes on, not until the GPU has finished. Then micro-batches and windows of a small GPT
+(``overhead_training.py``), and ``finish()`` beside torch's clipping (``overhead_finish.py``). Writes
+``benchmarks/results/<machine>/overhead.json``.
 """
 
 from __future__ import annotations
 
-import statistics
+import argparse
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, installed or not
 
+import overhead_finish
+import overhead_hook
+import overhead_training
 from harness import backends_on, parser, steps, write_results
-from timing import describe, percentile
+from regimes import REGIMES, TINY, Regime
+from turns import MAX_ROUNDS, MIN_ROUNDS, Budget
 
-import accumkern
 from accumkern import backends
 
-PARAMETERS = (10, 300, 3000)
-STOCK = "stock"
-BARE_NUMEL = 64  # of a parameter
-HIDDEN, HEADS, TOKENS = 32, 2, 8  # of a block, which has ten parameters of up to 4096 elements
-MIN_ROUNDS = 8
-
-
-class MakeGradients(torch.autograd.Function):
-    """A scalar whose gradients are new tensors, made by one call."""
-
-    @staticmethod
-    def forward(ctx: Any, micro_gradients: list[Tensor], *params: Tensor) -> Tensor:
-        """Return zero."""
-        ctx.micro_gradients = micro_gradients
-        return torch.zeros((), device=params[0].device)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Return copies of the micro-gradients."""
-        return None, *torch._foreach_mul(ctx.micro_gradients, 1.0)
-
-
-class Bare(nn.Module):
-    """As many parameters as wanted, and one autograd node."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.params = nn.ParameterList(torch.randn(BARE_NUMEL).bfloat16() for _ in range(count))
-        self.micro_gradients = nn.ParameterList(
-            nn.Parameter(torch.randn(BARE_NUMEL).bfloat16(), requires_grad=False) for _ in range(count)
-        )
-
-    def forward(self, _: Tensor) -> Tensor:
-        """Return zero."""
-        loss: Tensor = MakeGradients.apply([g.detach() for g in self.micro_gradients], *self.params)
-        return loss
-
-
-class Block(nn.Module):
-    """A small transformer block of ten parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(HIDDEN)
-        self.query_key_value = nn.Linear(HIDDEN, 3 * HIDDEN)
-        self.output = nn.Linear(HIDDEN, HIDDEN)
-        self.mlp_norm = nn.RMSNorm(HIDDEN)
-        self.up = nn.Linear(HIDDEN, 4 * HIDDEN)
-        self.down = nn.Linear(4 * HIDDEN, HIDDEN)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` (batch, tokens, hidden) after attention and MLP."""
-        heads = self.query_key_value(self.attention_norm(x)).unflatten(-1, (3, HEADS, HIDDEN // HEADS))
-        query, key, value = (part.transpose(1, 2) for part in heads.unbind(2))
-        mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.output(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(gelu(self.up(self.mlp_norm(x))))
-
-
-class Transformer(nn.Module):
-    """A stack of blocks."""
-
-    def __init__(self, count: int, compiled: bool) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(count // 10))
-        if compiled:
-            for block in self.blocks:
-                block.compile(fullgraph=True)  # torch compiles the first, and all others run the same code
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return a scalar loss of ``x`` (batch, tokens, hidden)."""
-        for block in self.blocks:
-            x = block(x)
-        return x.float().square().mean()
-
-
-MODELS: dict[str, Callable[[int], nn.Module]] = {
-    "bare": Bare,
-    "eager": lambda count: Transformer(count, compiled=False),
-    "compiled": lambda count: Transformer(count, compiled=True),
-}
+PARAMETERS = (10, 300)
+SLOW = "eager"  # a backend that takes tens of times as long as the others: measured when it is asked for
+SECONDS = 40.0
+# What torch.compile takes is known before the others have their shares; a round of training takes the longest.
+ORDER = ("compiled", "training", "bare", "eager", "finish")
+WEIGHTS = {"training": 3}
 
 
 def main() -> None:
-    """Measure every model with every number of parameters and write the file."""
+    """Measure all cases within the time and write the file."""
+    begin = time.perf_counter()
     options = parser(__doc__)
-    options.add_argument("--parameters", help="numbers of parameters, multiples of ten, as 10,300")
+    options.add_argument("--parameters", type=numbers, default=[*PARAMETERS], help="multiples of ten, as 10,300,3000")
+    options.add_argument("--backends", help=f"default: all that run on the device but {SLOW}")
+    options.add_argument("--seconds", type=float, default=SECONDS, help="for everything, torch.compile's time included")
     arguments = options.parse_args()
     device = torch.device(arguments.device)
-    counts = [int(text) for text in arguments.parameters.split(",")] if arguments.parameters else list(PARAMETERS)
+    chosen, others = chosen_backends(options, arguments.backends, device)
     torch.set_num_threads(1)  # the hook's time is Python's; torch's threads would add their waits for one another
-    work = 300 if arguments.quick else 3_000  # parameters that a variant sees in all rounds
+    regime = REGIMES[device.type]["launch"]
+    if arguments.quick:
+        regime = replace(regime, **TINY)
 
-    results = []
-    for model in MODELS:
-        for count in counts:
-            results += measure(model, count, device, rounds=work // count + MIN_ROUNDS)
+    cases: list[tuple[str, Callable[..., list[dict[str, Any]]]]] = [
+        *((m, partial(overhead_hook.measure, m, n)) for m in overhead_hook.MODELS for n in arguments.parameters),
+        *(("finish", partial(overhead_finish.measure, n)) for n in overhead_finish.COUNTS),
+        ("training", partial(overhead_training.measure, regime)),
+    ]
+    cases.sort(key=lambda case: ORDER.index(case[0]))
+    budget = Budget(0.0 if arguments.quick else arguments.seconds, [WEIGHTS.get(name, 1) for name, _ in cases])
+    results: list[dict[str, Any]] = []
+    with steps("overhead") as on_step:
+        for number, (_, measure) in enumerate(cases):
+            on_step(number, len(cases))
+            results += measure(device, chosen, budget.share)
+    taken = f"{time.perf_counter() - begin:.0f} in all, of {arguments.seconds:g} that were to be used"
+    not_asked_for = [*(f"the {name} backend" for name in others), *left_out(arguments.parameters)]
     method = {
-        "timed": "backward() on the host, second and later micro-batches of a window",
-        "order": "stock and each backend take turns in every round; the order is reversed from round to round",
-        "over_stock": "median over rounds of the difference to stock of the same round, divided by the parameters",
-        "models": f"bare: parameters of {BARE_NUMEL} elements, all gradients by one autograd node; "
-        f"transformer: blocks of width {HIDDEN}, {TOKENS} tokens; compiled: each block by torch.compile",
-        "threads": "one",
-        "buffer": "split24",
+        **how(regime),
+        "seconds": taken,
+        "left_out": f"{', '.join(not_asked_for)}: only where asked for" if not_asked_for else "nothing",
         "backend": backends.choose(None, device),
     }
     write_results(arguments, "overhead", method, results)
 
 
-def measure(model: str, count: int, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """Return one result for stock and for each backend, on a model with ``count`` parameters."""
-    errors: dict[str, str] = {}
-    variants: dict[str, Callable[[], float]] = {}
-    for name in (STOCK, *backends_on(device)):
-        try:
-            variants[name] = make_backward(model, count, device, None if name == STOCK else name)
-        except Exception as error:  # any variant's any failure is a result
-            errors[name] = describe(error)
-    us: dict[str, list[float]] = {name: [] for name in variants}
-    with steps(f"overhead, {model}, {count:,} parameters") as on_step:
-        for number in range(rounds):
-            on_step(number, rounds)
-            for name in list(variants) if number % 2 == 0 else list(variants)[::-1]:
-                us[name].append(1e6 * variants[name]() / count)
-    results = []
-    for name in [*variants, *errors]:
-        result: dict[str, Any] = {"model": model, "parameters": count, "variant": name}
-        if name in errors:
-            result["error"] = errors[name]
-        else:
-            result |= {"us_per_parameter": statistics.median(us[name]), "n": rounds}
-        if name in us and name != STOCK and STOCK in us:
-            over = [mine - stock for mine, stock in zip(us[name], us[STOCK], strict=True)]
-            result["over_stock_us"] = statistics.median(over)
-            result["over_stock_p20_us"] = percentile(over, 0.2)
-            result["over_stock_p80_us"] = percentile(over, 0.8)
-        results.append(result)
-    return results
+def how(regime: Regime) -> dict[str, str]:
+    """Return how it is measured."""
+    numel = overhead_hook.BARE_NUMEL
+    return {
+        "timed": "hook: backward() on the host, second and later micro-batches of a window",
+        "order": "stock and each backend take turns in every round; the order is reversed from round to round",
+        "over_stock": "median over rounds of the difference to stock of the same round, divided by the parameters",
+        "models": f"bare: parameters of {numel} elements, all gradients by one autograd node; "
+        f"transformer: blocks of width {overhead_hook.HIDDEN}, {overhead_hook.TOKENS} tokens; "
+        "compiled: each block by torch.compile",
+        "training": f"a GPT of width {regime.width} with {regime.layers} layers, {regime.micro_batches} micro-batches "
+        f"of {regime.batch_size} x {regime.context} tokens, clip_grad_norm_ and AdamW; a round is a window of each",
+        "finish": f"of {overhead_finish.MICRO_BATCHES} micro-batches, parameters of {numel} elements",
+        "clock": "host: until Python goes on; done: until the GPU has finished, which had nothing to do before",
+        "over": "ratio to the same micro-batch, or window, of the same round: median, and an interval that holds it "
+        "with the confidence that stands in the file",
+        "rounds": f"{MIN_ROUNDS} to {MAX_ROUNDS}, as many as its share of the time allows a case",
+        "threads": "one",
+        "buffer": "split24",
+    }
 
 
-def make_backward(model_name: str, count: int, device: torch.device, backend: str | None) -> Callable[[], float]:
-    """Return a function that runs one micro-batch and returns the seconds of its ``backward()``.
+def numbers(text: str) -> list[int]:
+    """Return the numbers of parameters that the command line names."""
+    counts = [int(part) for part in text.split(",")]
+    if wrong := [count for count in counts if count <= 0 or count % 10]:
+        raise argparse.ArgumentTypeError(f"{', '.join(map(str, wrong))}: a block has ten parameters; use multiples")
+    return counts
 
-    Args:
-        model_name: of :data:`MODELS`.
-        count: number of parameters.
-        device: where they are.
-        backend: what accumkern folds with; None leaves accumulation to torch.
-    """
-    torch.manual_seed(0)
-    model = MODELS[model_name](count).to(device, torch.bfloat16)
-    params = [param for param in model.parameters() if param.requires_grad]
-    assert len(params) == count, f"the model has {len(params)} parameters instead of {count}"
-    x = torch.randn(1, TOKENS, HIDDEN, device=device).bfloat16()
-    acc = None if backend is None else accumkern.attach(torch.optim.SGD(params), backend=backend)
 
-    def backward(_kept: object = acc) -> float:  # the hooks live no longer than the accumulator
-        loss = model(x)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        loss.backward()
-        return time.perf_counter() - begin
+def left_out(counts: list[int]) -> list[str]:
+    """Return which numbers of parameters were not asked for."""
+    return [] if max(counts) >= 3000 else ["3,000 parameters"]
 
-    for _ in range(3):  # begin a window, make the residuals, compile
-        backward()
-    return backward
+
+def chosen_backends(
+    options: argparse.ArgumentParser, asked: str | None, device: torch.device
+) -> tuple[list[str], list[str]]:
+    """Return the backends that are measured, and those that run here and are not."""
+    there = backends_on(device)
+    chosen = asked.split(",") if asked else [name for name in there if name != SLOW] or there
+    if missing := [name for name in chosen if name not in there]:
+        options.error(f"--backends has {', '.join(missing)}; on {device.type} there are {', '.join(there)}")
+    return chosen, [name for name in there if name not in chosen]
 
 
 if __name__ == "__main__":

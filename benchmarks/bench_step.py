@@ -26,9 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import torch
 from bench_kernels import parse_size
-from bench_training import quantiles
 from harness import parser, steps, write_results
-from paired import summary
+from paired import quantiles, summary
 from provenance import version_of
 from step_designs import DESIGNS, BesideWeights, Design, is_installed, package_of, stored_bytes, with_bucket
 from timing import describe

@@ -11,13 +11,11 @@ others go on. Writes ``benchmarks/results/<machine>/training.json``.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
-import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,81 +25,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import torch
 from harness import parser, steps, write_results
-from paired import summary
-from timing import describe, percentile
+from paired import quantiles, summary
+from regimes import MAX_NORM, MODELS, REGIMES, Regime, adapted, names_of
+from timing import describe
 from torch import Tensor, nn
 
 from accumkern import backends
-from designs import DESIGNS, LEARNING_RATE, Split24, Split32, StockBF16, StockFP32Masters
+from designs import DESIGNS, LEARNING_RATE, StockBF16, StockFP32Masters
 from measure import Memory, measure_error, measure_memory, run_micro_batches, timed
 from train_gpt import GPT, random_batch, read_text
 
 Returned = TypeVar("Returned")
 
-MAX_NORM = 1.0
 MEMORY_MICRO_BATCHES = 2  # the first keeps the gradient, the second allocates what is missing
 VALIDATION_SEQUENCES = 64
 # What every design is compared with: the fastest, and the strongest that is exact and has masters.
 REFERENCES = (StockBF16.key, StockFP32Masters.key)
-
-
-@dataclass(frozen=True)
-class Regime:
-    """What is trained.
-
-    Attributes:
-        what: what it is for.
-        width, layers, heads, context: of the GPT.
-        batch_size: sequences of ``context`` bytes in a micro-batch.
-        micro_batches: of a window.
-        turn: micro-batches that a design runs until the next has its turn.
-        windows: timed windows for each seed, after one that is not.
-        seeds: of weights and text.
-        designs: which take part, by their keys.
-    """
-
-    what: str
-    width: int
-    layers: int
-    heads: int
-    context: int
-    batch_size: int
-    micro_batches: int
-    turn: int
-    windows: int
-    seeds: int
-    designs: tuple[str, ...] = tuple(DESIGNS)
-
-
-# Weights -> width, layers, heads.
-MODELS = {"10M": (320, 8, 5), "100M": (768, 14, 12), "1B": (2048, 20, 16), "3B": (2560, 38, 20)}
-COMPUTE = "the arithmetic of the model decides"
-LAUNCH = "tiny micro-batches, many small parameters"
-PAIRED = "larger micro-batches, few designs and more windows, to tell small differences"
-FEW = (StockBF16.key, Split24.key, Split32.key)
-REGIMES = {
-    "cpu": {
-        "compute": Regime(COMPUTE, *MODELS["10M"], 64, batch_size=4, micro_batches=4, turn=1, windows=3, seeds=1),
-        "paired": Regime(PAIRED, *MODELS["10M"], 64, batch_size=8, micro_batches=4, turn=1, windows=8, seeds=1,
-                         designs=FEW),
-        "launch": Regime(LAUNCH, 64, 16, 2, 64, batch_size=1, micro_batches=8, turn=8, windows=3, seeds=3),
-    },
-    "cuda": {
-        "compute": Regime(COMPUTE, *MODELS["1B"], 1024, batch_size=4, micro_batches=4, turn=1, windows=4, seeds=1),
-        "paired": Regime(PAIRED, *MODELS["1B"], 1024, batch_size=8, micro_batches=8, turn=1, windows=12, seeds=1,
-                         designs=FEW),
-        "launch": Regime(LAUNCH, 128, 24, 2, 64, batch_size=1, micro_batches=8, turn=8, windows=4, seeds=3),
-    },
-}  # fmt: skip
-TINY: dict[str, Any] = {
-    "width": 32,
-    "layers": 2,
-    "heads": 1,
-    "context": 16,
-    "micro_batches": 4,
-    "windows": 2,
-    "seeds": 1,
-}
 
 
 @dataclass
@@ -128,8 +67,8 @@ def main() -> None:
     """Measure every regime and write the file."""
     options = parser(__doc__)
     options.add_argument("--model", choices=MODELS, help="weights where not launches decide (10M; on a GPU 1B)")
-    options.add_argument("--regimes", type=_names(REGIMES["cpu"]), default=[*REGIMES["cpu"]], help="default: all")
-    options.add_argument("--designs", type=_names(DESIGNS), default=[*DESIGNS], help="default: all of the regime")
+    options.add_argument("--regimes", type=names_of(REGIMES["cpu"]), default=[*REGIMES["cpu"]], help="default: all")
+    options.add_argument("--designs", type=names_of(DESIGNS), default=[*DESIGNS], help="default: all of the regime")
     options.add_argument("--windows", type=int, help="timed windows for each seed")
     arguments = options.parse_args()
     device = torch.device(arguments.device)
@@ -156,30 +95,6 @@ def main() -> None:
         "backend": backends.choose(None, device),
     }
     write_results(arguments, "training", method, results)
-
-
-def _names(known: dict[str, Any]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: there are {', '.join(known)}")
-        return names
-
-    return parse
-
-
-def adapted(regime: Regime, arguments: argparse.Namespace) -> Regime:
-    """Return a regime with what the options change."""
-    regime = replace(regime, designs=tuple(key for key in regime.designs if key in arguments.designs))
-    if arguments.model and regime.what is not LAUNCH:
-        width, layers, heads = MODELS[arguments.model]
-        regime = replace(regime, width=width, layers=layers, heads=heads)
-    if arguments.quick:
-        regime = replace(regime, **TINY)
-    if arguments.windows:
-        regime = replace(regime, windows=arguments.windows)
-    return regime
 
 
 class Measurement:
@@ -424,16 +339,6 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def quantiles(values_ms: list[float]) -> dict[str, float]:
-    """Return median, 20th and 80th percentile and the number of measurements."""
-    return {
-        "median_ms": statistics.median(values_ms),
-        "p20_ms": percentile(values_ms, 0.2),
-        "p80_ms": percentile(values_ms, 0.8),
-        "n": len(values_ms),
-    }
 
 
 if __name__ == "__main__":

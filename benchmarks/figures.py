@@ -17,7 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MultipleLocator, NullFormatter
 from PIL import Image
-from tables import COMPARED_WITH, HELD, SUMMARY_CASES, Content, Result, grouped
+from tables.convergence import COMPARED_WITH
+from tables.kernels import COPY, MUL, SUMMARY_CASES
+from tables.parts import Content, Result, grouped
+from tables.step import HELD
 
 COLORS = {
     "split24": "#1f77b4",
@@ -95,7 +98,7 @@ def sizes(machine: str, content: Content) -> Figure | None:
         "bf16.add_(bf16)": "stock",
         "fp32.add_(bf16)": "stock",
         "torch.compile(fp32 += bf16)": "stock",
-        "bf16.copy_(bf16)": "roof",
+        COPY: "roof",
     }
     styles = {"fp32.add_(bf16)": "--", "torch.compile(fp32 += bf16)": ":"}
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -266,7 +269,7 @@ def _design_color(result: Result) -> str:
 def _kind(result: Result) -> str:
     if result["buffer"] is not None:
         return str(result["buffer"])
-    return "roof" if "copy_" in result["variant"] else "stock"
+    return "roof" if result["variant"] in (COPY, MUL) else "stock"
 
 
 def _finish(axes: Axes, title: str, grid: Literal["both", "x", "y"]) -> None:

@@ -14,7 +14,8 @@ from provenance import folder_name, provenance
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from tables import SECTIONS, Content
+from tables import SECTIONS
+from tables.parts import Content
 
 from accumkern import backends
 
@@ -71,7 +72,7 @@ def write_results(
 
     Args:
         arguments: what :func:`parser` parsed.
-        name: the benchmark, which has a schema in ``schemas/`` and a section in ``tables.py``.
+        name: the benchmark, which has a schema in ``schemas/`` and a section in ``tables/``.
         method: how it was measured.
         results: one dictionary for each measurement.
     """

@@ -5,21 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from tables import (
-    ALONE,
-    COMPARED_WITH,
-    STOCK,
-    Content,
-    Result,
-    fastest,
-    grouped,
-    interval,
-    number,
-    number_of_tensors,
-    table,
-)
+from tables.convergence import COMPARED_WITH
+from tables.kernels import STOCK
+from tables.parts import NOT_MEASURED, Content, Result, fastest, grouped, interval, number, number_of_tensors, table
+from tables.step import ALONE
 
-NOT_MEASURED = "not measured"
 MICRO_BATCHES = 8  # of the losses that are shown: the middle of the three that are measured
 # Designs whose losses and whose memory are shown, and what they are called.
 LOSSES = {
@@ -49,13 +39,14 @@ class Headline:
 
     Attributes:
         question: what was measured.
-        benchmark: whose result file answers.
-        answer: makes the answer from the file's content; None where the file does not have it.
+        benchmarks: whose result files answer.
+        answer: makes the answer from the first file's content, or None, and others' if it takes them; None where no
+            file has it.
     """
 
     question: str
-    benchmark: str
-    answer: Callable[[Content], str | None]
+    benchmarks: tuple[str, ...]
+    answer: Callable[..., str | None]
 
 
 def fold(content: Content) -> str | None:
@@ -106,13 +97,24 @@ def step(content: Content) -> str | None:
     return f"{said}; with mean and clipping by {STEPS[str(design)]} {ratios}"
 
 
-def training_time(content: Content) -> str | None:
-    """Return the time of a micro-batch with split24 sums over that of stock bf16."""
+def training_time(training: Content | None, overhead: Content | None = None) -> str | None:
+    """Return the time of a micro-batch with split24 sums over that of stock bf16.
+
+    Tiny micro-batches are also part of the benchmark of host time: its answer is taken where the other has none.
+    """
     found = {
         r["regime"]: interval(r["micro_batch_over"].get("stock_bf16"))
-        for r in content["results"]
+        for r in (training["results"] if training else [])
         if r["design"] == "split24" and "error" not in r
     }
+    if overhead and "launch" not in found:
+        backend = overhead["method"]["backend"]
+        of_backend = [r for r in overhead["results"] if r["model"] == "training" and r["variant"] == backend]
+        by_clock = {
+            r["clock"]: r["over"]["stock"] for r in of_backend if r.get("stretch") == "micro-batch" and "over" in r
+        }
+        if by_clock:
+            found["launch"] = interval(by_clock.get("done") or by_clock["host"])
     return _each(REGIMES, found) if found else None
 
 
@@ -138,11 +140,13 @@ def _millions(result: Result) -> str:
 
 
 HEADLINES = (
-    Headline("**A fold** of a micro-gradient, against stock's addition to an FP32 sum", "kernels", fold),
-    Headline(f"**Loss** of a small GPT, {MICRO_BATCHES} micro-batches", "convergence", loss),
-    Headline("**Step** of AdamW, time with master weights / FP32 masters", "step", step),
-    Headline("**Training**, time of a micro-batch with split24 sums / stock bf16", "training", training_time),
-    Headline("**Training**, memory at the peak", "training", training_memory),
+    Headline("**A fold** of a micro-gradient, against stock's addition to an FP32 sum", ("kernels",), fold),
+    Headline(f"**Loss** of a small GPT, {MICRO_BATCHES} micro-batches", ("convergence",), loss),
+    Headline("**Step** of AdamW, time with master weights / FP32 masters", ("step",), step),
+    Headline(
+        "**Training**, time of a micro-batch with split24 sums / stock bf16", ("training", "overhead"), training_time
+    ),
+    Headline("**Training**, memory at the peak", ("training",), training_memory),
 )
 
 
@@ -155,7 +159,7 @@ def headlines(results: Mapping[str, Mapping[str, Content]]) -> list[str]:
     machines = [next(iter(benchmarks.values()))["provenance"]["machine"] for benchmarks in results.values()]
     rows = []
     for line in HEADLINES:
-        contents = [benchmarks.get(line.benchmark) for benchmarks in results.values()]
-        answers = [content and line.answer(content) for content in contents]
+        contents = [[benchmarks.get(name) for name in line.benchmarks] for benchmarks in results.values()]
+        answers = [line.answer(*of_machine) if any(of_machine) else None for of_machine in contents]
         rows.append([line.question, *(answer or NOT_MEASURED for answer in answers)])
     return table(["", *machines], rows, numbers=False)

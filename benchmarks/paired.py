@@ -1,10 +1,12 @@
-"""Comparing two things that were measured in the same rounds, or with the same seeds."""
+"""Times, and comparing two things that were measured in the same rounds, or with the same seeds."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from typing import Any
+
+from timing import percentile
 
 
 def median_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float, float]:
@@ -38,4 +40,14 @@ def summary(values: list[float]) -> dict[str, Any]:
         "high": high,
         "confidence": round(confidence, 4),
         "n": len(values),
+    }
+
+
+def quantiles(values_ms: list[float]) -> dict[str, float]:
+    """Return median, 20th and 80th percentile and the number of measurements."""
+    return {
+        "median_ms": statistics.median(values_ms),
+        "p20_ms": percentile(values_ms, 0.2),
+        "p80_ms": percentile(values_ms, 0.8),
+        "n": len(values_ms),
     }

@@ -20,7 +20,8 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 from matplotlib.figure import Figure
 from provenance import folder_name
-from tables import SECTIONS, Content, paragraph
+from tables import SECTIONS
+from tables.parts import Content, paragraph
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS = Path(__file__).resolve().parent / "schemas"

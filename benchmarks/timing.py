@@ -4,10 +4,13 @@
 * A variant works on several sets of buffers in turn, more bytes together than four times the last cache, so that none
   of its data is read from cache.
 * CPU: one measurement is a batch of calls between two readings of ``perf_counter``.
-* GPU: one measurement is a batch of calls between two CUDA events on one stream. Calls that take less than 100 us are
-  captured in a CUDA graph once and replayed, so that the launches of Python are not in the number; the gap between two
-  kernels of a graph, about 1 us, is. A spin kernel keeps the GPU busy until the graph is queued. What many kernels
-  and much Python make longer than that, like the eager backend on small tensors, is timed as it runs, Python included.
+* GPU: one measurement is a batch of calls between two CUDA events on one stream, behind a spin kernel that keeps the
+  GPU busy, and its clock up, until the whole batch is queued: that Python launches slowly is not in the number. That it
+  was so is looked up each time: the first event must not have happened when the last call is queued. Where the GPU was
+  faster, the spin becomes longer, and the measurement does not count. What launches more than a GPU's queue takes never
+  comes to that, like the eager backend on a list of tensors; it is said to be timed by the "host". Calls that take less
+  than 100 us are captured in a CUDA graph once and replayed; the gap between two kernels of a graph, about 1 us, is in
+  the number. What Python takes for one call is measured apart (``host_ms``), when the GPU has nothing to do.
 * Compilation, allocation and warm-up happen before the first measurement. Each number is a median over rounds, with
   20th and 80th percentile.
 """
@@ -20,7 +23,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,7 +33,9 @@ from torch import Tensor
 GRAPH_BELOW_MS = 0.1  # calls shorter than this are captured
 GRAPH_BYTES = 4 * 2**30  # moved by one replay, about: a millisecond or more
 MAX_GRAPH_CALLS = 1024  # unless the sets of buffers are more
-SPIN_CYCLES = 2_000_000  # about 1 ms
+CYCLES_OF_A_MS = 2_000_000  # or more: no clock is faster
+MIN_SPIN_MS, MAX_SPIN_MS = 1.0, 50.0
+HOST_CALLS = 15
 BATCH_MS = {"cuda": 2.0, "cpu": 50.0}  # a batch that is not captured has as many calls as last this long
 MIN_ROUNDS = 3
 WARM_UP_SECONDS = 0.5  # a variant that takes longer is warm after two times, others after three
@@ -59,14 +64,40 @@ class Variant:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: median, 20th and 80th percentile of ``n`` measurements."""
+    """Milliseconds of one call: median, 20th and 80th percentile of ``n`` measurements.
+
+    Attributes:
+        how: ``graph`` or ``batch``; ``host`` is a batch that a GPU worked off faster than it was queued.
+        calls: in one measurement.
+        host_ms: of one call on a GPU that has nothing to do, until Python goes on; None on a CPU.
+    """
 
     median_ms: float
     p20_ms: float
     p80_ms: float
     n: int
-    how: str  # "graph" or "batch"
-    calls: int  # in one measurement
+    how: str
+    calls: int
+    host_ms: float | None = None
+
+
+@dataclass
+class Queue:
+    """What queues the calls of one measurement on a GPU.
+
+    Attributes:
+        run: queues them.
+        how, calls, host_ms: see :class:`Timing`.
+        spin_ms: how long the GPU is kept busy meanwhile.
+        measured: milliseconds of a measurement, and whether the GPU has waited for Python in it.
+    """
+
+    run: Callable[[], None]
+    how: str
+    calls: int
+    host_ms: float
+    spin_ms: float = MIN_SPIN_MS
+    measured: list[tuple[float, bool]] = field(default_factory=list)
 
 
 def percentile(values: list[float], fraction: float) -> float:
@@ -199,49 +230,78 @@ def _time_on_gpu(
 ) -> tuple[dict[Key, Timing], dict[Key, str]]:
     """Return (timing of each variant that ran, what ended each of the others)."""
     errors: dict[Key, str] = {}
-    queues: dict[Key, tuple[Callable[[], None], str, int]] = {}
+    queues: dict[Key, Queue] = {}
     total = len(makers) + rounds + 1
     for done, (name, make) in enumerate(makers.items()):
         on_step(done, total)
         try:
-            variant = make()
-            call_ms = _warm_up_ms(variant, torch.cuda.synchronize)
-            if call_ms < GRAPH_BELOW_MS:
-                replay, calls = _graph(variant)
-                queues[name] = replay, "graph", calls
-            else:
-                queue, calls = _batch(variant, "cuda", call_ms)
-                queues[name] = queue, "batch", calls
+            queues[name] = _queue(make())
         except Exception as error:  # any variant's any failure is a result
             errors[name] = describe(error)
-    events: dict[Key, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in queues}
     for number, order in _rounds(queues, rounds + 1):
         on_step(len(makers) + number, total)
         for name in order:
             if name in errors:
                 continue
-            queue, how, _calls = queues[name]
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             try:
-                if how == "graph":
-                    torch.cuda._sleep(SPIN_CYCLES)
-                begin.record()
-                queue()
-                end.record()
-            except Exception as error:  # likewise
+                measured = _measure_on_gpu(queues[name])
+            except Exception as error:  # likewise; a kernel that fails takes everything on the GPU with it
                 errors[name] = describe(error)
                 continue
-            if number > 0:  # the first round uploads the graphs
-                events[name].append((begin, end))
-        try:
-            torch.cuda.synchronize()
-        except Exception as error:  # a kernel that failed takes everything on the GPU with it
-            return {}, {name: errors.get(name) or describe(error) for name in makers}
-    timings = {}
-    for name in set(queues) - set(errors):
-        _queue, how, calls = queues[name]
-        timings[name] = _timing([begin.elapsed_time(end) / calls for begin, end in events[name]], how, calls)
-    return timings, errors
+            if number > 0:  # the first round uploads the graphs, and finds out how long queueing takes
+                queues[name].measured.append(measured)
+    return {name: _timing_of(queue) for name, queue in queues.items() if name not in errors}, errors
+
+
+def _queue(variant: Variant) -> Queue:
+    """Return what queues the calls of a variant, which is warm then."""
+    call_ms = _warm_up_ms(variant, torch.cuda.synchronize)
+    host_ms = _host_ms(variant)
+    if call_ms < GRAPH_BELOW_MS:
+        replay, calls = _graph(variant)
+        return Queue(replay, "graph", calls, host_ms)
+    run, calls = _batch(variant, "cuda", call_ms)
+    return Queue(run, "batch", calls, host_ms)
+
+
+def _measure_on_gpu(queue: Queue) -> tuple[float, bool]:
+    """Return the milliseconds of all calls, and whether the GPU has waited for Python; the next spin fits the queueing.
+
+    Raises:
+        Exception: whatever the calls raise, at once or on the GPU.
+    """
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(queue.spin_ms * CYCLES_OF_A_MS))
+    begin.record()
+    seconds = time.perf_counter()
+    queue.run()
+    queueing_ms = 1e3 * (time.perf_counter() - seconds)
+    waited = begin.query()
+    end.record()
+    torch.cuda.synchronize()
+    queue.spin_ms = min(MAX_SPIN_MS, max(queue.spin_ms, 2 * queueing_ms))
+    return begin.elapsed_time(end), waited
+
+
+def _timing_of(queue: Queue) -> Timing:
+    """Return the timing of measurements in which the GPU has not waited, or of all, by the host, if they are few."""
+    alone = [ms for ms, waited in queue.measured if not waited]
+    if len(alone) >= min(MIN_ROUNDS, len(queue.measured)):
+        return _timing([ms / queue.calls for ms in alone], queue.how, queue.calls, queue.host_ms)
+    return _timing([ms / queue.calls for ms, _ in queue.measured], "host", queue.calls, queue.host_ms)
+
+
+def _host_ms(variant: Variant) -> float:
+    """Return the milliseconds until Python goes on after a call, the median of some, each on a GPU that is idle."""
+    seconds = []
+    for i in range(HOST_CALLS):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        variant.run(i % variant.sets)
+        seconds.append(time.perf_counter() - begin)
+    torch.cuda.synchronize()
+    return 1e3 * statistics.median(seconds)
 
 
 def _warm_up_ms(variant: Variant, synchronize: Callable[[], None] = lambda: None) -> float:
@@ -279,7 +339,6 @@ def _graph(variant: Variant) -> tuple[Callable[[], None], int]:
     return graph.replay, calls
 
 
-def _timing(values_ms: list[float], how: str, calls: int) -> Timing:
-    return Timing(
-        statistics.median(values_ms), percentile(values_ms, 0.2), percentile(values_ms, 0.8), len(values_ms), how, calls
-    )
+def _timing(values_ms: list[float], how: str, calls: int, host_ms: float | None = None) -> Timing:
+    low, high = (percentile(values_ms, fraction) for fraction in (0.2, 0.8))
+    return Timing(statistics.median(values_ms), low, high, len(values_ms), how, calls, host_ms)

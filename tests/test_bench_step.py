@@ -14,7 +14,8 @@ from torch import Tensor
 import bench_step  # isort: skip
 import report  # isort: skip
 import step_designs  # isort: skip
-import tables  # isort: skip
+from tables.parts import grouped  # isort: skip
+from tables.step import ALONE, step_summary, step_tables  # isort: skip
 
 OF_TORCH = [kind for kind in step_designs.DESIGNS if kind.optimizer_kind is None]
 OF_PACKAGES = [kind for kind in step_designs.DESIGNS if kind.optimizer_kind is not None]
@@ -42,7 +43,7 @@ MOVED_BYTES = {
 def assert_moved(measured: list[dict[str, Any]]) -> None:
     for result in measured:
         alone, finished = MOVED_BYTES.get(result["design"], (None, None))
-        assert result.get("moved_bytes") == (alone if result["end"] == tables.ALONE else finished)
+        assert result.get("moved_bytes") == (alone if result["end"] == ALONE else finished)
         if alone is not None:
             gb_per_s = result["moved_bytes"] * result["numel"] / 1e6 / result["median_ms"]
             assert result["gb_per_s"] == pytest.approx(gb_per_s)
@@ -62,7 +63,7 @@ def test_bytes_that_a_step_in_one_pass_moves() -> None:
 def test_step(tmp_path: Path) -> None:
     content = run("step", tmp_path)
     assert {r["tensors"] for r in content["results"]} == {1, 2}
-    for results in tables.grouped(content["results"], "design", "tensors").values():
+    for results in grouped(content["results"], "design", "tensors").values():
         assert {r["end"] for r in results} == set(bench_step.ENDS)
     here = {kind.key for kind in step_designs.DESIGNS if step_designs.is_installed(kind)}
     assert {r["design"] for r in content["results"]} == here
@@ -83,7 +84,7 @@ def test_step(tmp_path: Path) -> None:
     buckets = {r["bucket_bytes"]: r["held_bytes"]["bucket"] for r in measured if r["bucket_bytes"]}
     # A tensor of 2^20 weights needs 8 MiB, also where a bucket is smaller.
     assert "is 4.00 more where they are 2 tensors and 8.00 more where they are 1 tensor" in " ".join(
-        tables.step_summary(content)
+        step_summary(content)
     )
     assert buckets == {2 * 2**20: 2**23, 8 * 2**20: 2**23, 32 * 2**20: 2**24, 128 * 2**20: 2**24}
 
@@ -136,7 +137,7 @@ def test_what_cannot_be_made_is_a_result_and_what_is_not_installed_is_not_measur
     assert failed == ["AttributeError: module 'json' has no attribute 'AdamW'"] * len(bench_step.ENDS)
     for result in results:
         report.check(result, "step", "results")
-    shown = [line for line in tables.step_tables({"results": results}) if "has no attribute" in line]
+    shown = [line for line in step_tables({"results": results}) if "has no attribute" in line]
     assert len(shown) == 1
     assert shown[0].count("has no attribute") == 1
 
@@ -174,8 +175,8 @@ def test_a_design_whose_step_fails_is_a_result(monkeypatch: pytest.MonkeyPatch) 
     for result in results:
         report.check(result, "step", "results")
     assert all("n" not in r or r["n"] == 2 for r in results)
-    shown = tables.step_tables({"results": results})
+    shown = step_tables({"results": results})
     assert any("ValueError: late" in line for line in shown)
     (moved,) = [line for line in shown if line.startswith("| **accumkern split24 + masters, deferred** | 27 |")]
     assert moved.count("|") == 1 + 1 + 3 * 3
-    assert "ValueError: late" in " ".join(tables.step_summary({"results": results}))
+    assert "ValueError: late" in " ".join(step_summary({"results": results}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ import figures  # noqa: E402
 import report  # noqa: E402
 import tables  # noqa: E402
 from paired import median_interval, summary  # noqa: E402
+from regimes import REGIMES, TINY  # noqa: E402
+from tables.convergence import COMPARED_WITH, convergence_summary, convergence_tables  # noqa: E402
+from tables.training import training_tables, verdict  # noqa: E402
 
 import designs  # noqa: E402
 from measure import Memory  # noqa: E402
@@ -145,15 +149,15 @@ def test_training(tmp_path: Path) -> None:
         assert errors["autocast"] < 2**-24
         assert set(found["split24"]["window_over"]) == {"stock_bf16", "stock_fp32_masters"}
         assert found["split24"]["micro_batch_over"]["stock_bf16"]["n"] == 2 * 3
-    assert any("RuntimeError" in line for line in tables.training_tables(content))
+    assert any("RuntimeError" in line for line in training_tables(content))
 
 
 def measurement(monkeypatch: pytest.MonkeyPatch, **more: type[designs.StockBF16]) -> bench_training.Measurement:
     for key, design in more.items():
         monkeypatch.setitem(bench_training.DESIGNS, key, design)
-    regime = bench_training.replace(
-        bench_training.REGIMES["cpu"]["launch"],
-        **bench_training.TINY,
+    regime = replace(
+        REGIMES["cpu"]["launch"],
+        **TINY,
         turn=2,
         designs=("stock_bf16", *more, "split24"),
     )
@@ -209,7 +213,7 @@ def test_convergence(tmp_path: Path) -> None:
     for result in content["results"]:
         assert len(set(result["validation_loss"])) == 2  # the seeds
         assert all(3 < loss < 5.5 for loss in result["validation_loss"])  # it has learnt something
-        assert ("difference" in result) == (result["design"] != tables.COMPARED_WITH)
+        assert ("difference" in result) == (result["design"] != COMPARED_WITH)
     # 16-bit weights swallow small updates; masters do not.
     of = {
         (r["design"], r["micro_batches"], r["learning_rate"]): r["difference"]
@@ -221,8 +225,8 @@ def test_convergence(tmp_path: Path) -> None:
 
 
 def test_the_losses_are_compared_with_the_design_that_the_tables_name() -> None:
-    assert bench_convergence.REFERENCE == tables.COMPARED_WITH
-    assert set(figures.CONVERGENCE_COLORS) == set(bench_convergence.DESIGN_KEYS) - {tables.COMPARED_WITH}
+    assert bench_convergence.REFERENCE == COMPARED_WITH
+    assert set(figures.CONVERGENCE_COLORS) == set(bench_convergence.DESIGN_KEYS) - {COMPARED_WITH}
 
 
 def test_a_run_is_the_same_again() -> None:
@@ -268,7 +272,7 @@ def training_result(design: str, ratios: list[float]) -> dict[str, Any]:
 )
 def test_a_verdict_follows_the_interval(ratios: list[float], said: str) -> None:
     results = [training_result("stock_bf16", []), training_result("split24", ratios)]
-    assert tables._verdict(results, "window", "stock_bf16") == [f"By the window, {said}.", ""]
+    assert verdict(results, "window", "stock_bf16") == [f"By the window, {said}.", ""]
 
 
 def test_where_there_is_a_visible_difference_it_is_said() -> None:
@@ -282,7 +286,7 @@ def test_where_there_is_a_visible_difference_it_is_said() -> None:
         results.append(bench_convergence.result("stock_fp32_masters", count, rate, 512, [*reference], [*reference]))
         results.append(bench_convergence.result("split24", count, rate, 512, ["OOM"] * 5, [*reference]))
     content = {"results": results}
-    summary_ = tables.convergence_summary(content)
+    summary_ = convergence_summary(content)
     said = " ".join(summary_)
     assert (
         "stock bf16: the loss is higher than that of stock fp32 + masters at N = 1 (learning rate 0.0002) and N = 1 "
@@ -291,5 +295,5 @@ def test_where_there_is_a_visible_difference_it_is_said() -> None:
     ) in said
     assert "a confidence of 94%: of 5, about 0 would" in said
     assert "| stock bf16 | +0.02000 (+0.01800 to +0.02200) | +0.00000 (-0.00200 to +0.00200) |" in summary_
-    assert "| **accumkern split24** | OOM | OOM | OOM |" in tables.convergence_tables(content)
+    assert "| **accumkern split24** | OOM | OOM | OOM |" in convergence_tables(content)
     assert figures.convergence("a machine", content) is not None

@@ -203,6 +203,22 @@ def test_headlines_answer_from_the_files() -> None:
     }
     said = "large micro-batches not measured, tiny ones 1.200 (1.100-1.300)"
     assert headlines.training_time({"results": [training]}) == said
+    tiny = {"model": "training", "variant": "cpu", "stretch": "micro-batch", "clock": "host"}
+    tiny_over = [
+        {**tiny, "over": {"stock": {"median": 1.4, "low": 1.3, "high": 1.5}}},
+        {**tiny, "stretch": "window", "over": {"stock": {"median": 9.0, "low": 9.0, "high": 9.0}}},
+        {**tiny, "variant": "other", "over": {"stock": {"median": 9.0, "low": 9.0, "high": 9.0}}},
+        {"model": "bare", "variant": "cpu"},
+    ]
+    overhead = {"method": method, "results": tiny_over}
+    assert headlines.training_time({"results": [training]}, overhead) == said  # its own is the first
+    paired = {**training, "regime": "paired"}
+    answer = headlines.training_time({"results": [paired]}, overhead)
+    assert answer == "large micro-batches 1.200 (1.100-1.300), tiny ones 1.400 (1.300-1.500)"
+    on_gpu = {**tiny, "clock": "done", "over": {"stock": {"median": 1.7, "low": 1.6, "high": 1.8}}}
+    answer = headlines.training_time(None, {"method": method, "results": [*tiny_over, on_gpu]})
+    assert answer == "large micro-batches not measured, tiny ones 1.700 (1.600-1.800)"
+    assert headlines.training_time(None, {"method": method, "results": tiny_over[3:]}) is None
     assert headlines.training_memory({"results": [training]}) is None
 
 
