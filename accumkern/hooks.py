@@ -133,9 +133,9 @@ def _hooks_of(reference: Callable[[], Slot | None]) -> tuple[Callable[[Any], Non
                 return
             if may_accumulate:
                 _accumulating = number
-        if not _will_come(slot):  # who would put the gradient back?
-            return
         param = slot.param
+        if identity_of(param) != slot.identity or slot.hook not in (post_accumulate_hooks(param) or ()):
+            return  # who would put the gradient back?
         grad = param.grad
         if grad is not None:
             hooks = tensor_hooks(param)

@@ -102,19 +102,18 @@ class BackwardPasses:
         running: Any = slot.set_aside
         slot.set_aside = NOT_SET_ASIDE
         new: Any = param.grad
-        # What comes most often: a pass that is known brings a gradient that is laid out as the running one, which is as
-        # the last fold left it.
+        # What comes most often: a pass that is known brings a gradient for the running one, which is as a fold left it.
         if current_graph_task_id() == self._plain_number and running is not None and slot.written() is running:
-            if self._in_group and running._is_view():
-                pass
-            else:
-                try:
-                    if slot.fold_next(new, running, slot.version, self._fold.scale):
-                        param.grad = running
-                        return
-                except BaseException:
+            if self._may_wait and slot.may_wait and type(new) is Tensor and self._waits(slot, param, running, new):
+                return
+            try:
+                if self._folds(slot, running, new):
                     param.grad = running
-                    raise
+                    self._show(param)
+                    return
+            except BaseException:
+                param.grad = running
+                raise
         if running is NOT_SET_ASIDE:
             if new is None:  # somebody's hook took it
                 return
@@ -130,6 +129,12 @@ class BackwardPasses:
             raise
         if self._lost_bits is not None:
             self._measure(slot)
+
+    def _folds(self, slot: Slot, running: Tensor, new: Any) -> bool:
+        """Fold a gradient at once if it and the running one are laid out as they were at the last fold."""
+        if self._in_group and running._is_view():  # a bucket's, whose others count as changes of this one
+            return False
+        return slot.fold_next(new, running, slot.version, self._fold.scale)
 
     def _measure(self, slot: Slot) -> None:
         """Let the report look at the sum that was folded just now."""
@@ -174,10 +179,10 @@ class BackwardPasses:
         plain = dtype in FOLDED_DTYPES and is_plain(new, dtype) and (running is None or is_plain(running, dtype))
         if not plain or _is_grad_enabled():  # create_graph=True
             fold.one(slot, running, new, start)
+        elif self._may_wait and self._waits(slot, param, running, new):
+            return
         else:
             param.grad = running
-            if self._may_wait and self._waits(slot, param, running, new):
-                return
             fold.many([slot], [new], [running], start)
         self._show(param)
 
@@ -187,9 +192,10 @@ class BackwardPasses:
             self._fold_waiting()
 
     def _waits(self, slot: Slot, param: Tensor, running: Any, new: Tensor) -> bool:
-        """Let a gradient wait, unless somebody is going to look at it before; ``.grad`` is the running one."""
+        """Let a gradient wait, unless somebody is going to look at it before."""
         if not slot.may_wait or len(post_accumulate_hooks(param)) > 1:
             return False
+        param.grad = running
         device = new.get_device()
         stream = current_raw_stream(device) if device >= 0 else 0
         version = 0 if running is None else running._version
@@ -254,7 +260,7 @@ class BackwardPasses:
                     self._under_way[number] = this = _Pass(number, self._end)
                     queue_callback(this)
                     self._newest = max(self._newest, number)
-            plain = not (self._is_observed or self._may_wait or _is_grad_enabled())
+            plain = not (self._is_observed or _is_grad_enabled())
             self._plain_number = number if plain else NO_BACKWARD - 1
             self._number = number  # last: other threads look at it without the lock
 
@@ -300,9 +306,8 @@ class BackwardPasses:
                 start = Start.FROM_SUM if grad is not None else Start.FROM_ZERO
                 self._fold.one(slot, grad, new, start)
                 continue
-            if grad is None:
-                start = Start.FROM_ZERO
-            else:
+            start = Start.FROM_ZERO
+            if grad is not None:
                 start = Start.CONTINUE if slot.has_residual_of(grad) else Start.FROM_SUM
             key = (new.device, stream, dtype, start)
             slots, grads, sums, _ = launches.setdefault(key, ([], [], [], start))

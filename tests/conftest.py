@@ -125,8 +125,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
             add = found.fold_into(*place)
 
             def add_and_record(grad, *others):  # type: ignore[no-untyped-def]
-                recorded.append([grad.numel()])
-                add(grad, *others)
+                is_folded = add(grad, *others)
+                if is_folded:
+                    recorded.append([grad.numel()])
+                return is_folded
 
             return add_and_record
 

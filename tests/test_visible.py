@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 import accumkern
+from accumkern import backends
 
 pytestmark = pytest.mark.usefixtures("one_thread", "waiting")
 
@@ -164,26 +165,35 @@ def test_detach_between_the_two_hooks_of_a_parameter_keeps_its_sum() -> None:
     assert_equal(param.grad, torch.full((4,), 12.0, dtype=BF16))
 
 
-class RaisingFold:
-    """A kernel that fails after some calls, without having written."""
+class RaisingKernels:
+    """Kernels of which folds fail after some calls, without having written."""
 
-    def __init__(self, fold: Callable[..., None], calls: int) -> None:
-        self.fold, self.calls = fold, calls
+    def __init__(self, kernels: backends.Kernels) -> None:
+        self.successes = 1_000
+        self.kernels = kernels._replace(
+            fold=self.counted(kernels.fold), fold_into=lambda *place: self.counted(kernels.fold_into(*place))
+        )
 
-    def __call__(self, *arguments: Any) -> None:
-        self.calls -= 1
-        if self.calls < 0:
-            raise ArithmeticError
-        self.fold(*arguments)
+    def counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def fold(*arguments: Any) -> Any:
+            self.successes -= 1
+            if self.successes < 0:
+                raise ArithmeticError
+            return call(*arguments)
+
+        return fold
 
 
 @pytest.mark.parametrize("successes", [0, 1, 2])
 def test_a_launch_that_fails_leaves_the_sums_as_they_were(
     successes: int, monkeypatch: pytest.MonkeyPatch, average_over: int | None
 ) -> None:
+    monkeypatch.setattr(accumkern.passes, "MAX_WAITING_NUMEL", 60_000)
     params = [parameter(4), parameter(5, dtype=torch.float32), parameter(70_000)]
     acc = accumkern.attach(sgd(*params), "split32", average_over=average_over)
     grads = [micro_gradients(3, *p.shape, dtype=p.dtype) for p in params]
+    raising = RaisingKernels(acc._fold.kernels_on(torch.device("cpu")))
+    monkeypatch.setattr(acc._fold, "kernels_on", lambda device: raising.kernels)
 
     def micro_batch(n: int) -> None:
         sum((p.float() * g[n]).sum() for p, g in zip(params, grads, strict=True)).backward()
@@ -191,12 +201,10 @@ def test_a_launch_that_fails_leaves_the_sums_as_they_were(
     micro_batch(0)
     micro_batch(1)
     before = [acc.gradient(p) for p in params]
-    kernels = acc._fold.kernels_on(torch.device("cpu"))
-    broken = kernels._replace(fold=RaisingFold(kernels.fold, successes))
-    monkeypatch.setattr(acc._fold, "kernels_on", lambda device: broken)
+    raising.successes = successes
     with pytest.raises(ArithmeticError):
         micro_batch(2)
-    monkeypatch.undo()
+    raising.successes = 1_000
     unchanged = [torch.equal(acc.gradient(p), b) for p, b in zip(params, before, strict=True)]  # type: ignore[arg-type]
     assert sum(unchanged) >= len(params) - successes
     for param, of_param, is_unchanged in zip(params, grads, unchanged, strict=True):
