@@ -67,6 +67,7 @@ def arithmetic(ptx: str) -> dict[str, int]:
         counts["add" if name == "sub" else name] += 2 if pair else 1
     for name in ("div", "sqrt"):
         counts[name] = len(re.findall(rf"\b{name}\.rn\.f32\s", ptx))
+    counts["sqrt64"] = len(re.findall(r"\bsqrt\.rn\.f64\s", ptx))
     # What rounds otherwise, or takes subnormals for zeros.
     counts["inexact"] = len(re.findall(r"\b\w+(?:\.\w+)*\.(?:approx|full|ftz)(?:\.\w+)*\s", ptx))
     return counts
@@ -83,6 +84,8 @@ def compile_triton(architecture: int) -> dict[str, Any]:
     def build(name: str, variant: str, arguments: dict[str, str], constants: dict[str, Any]) -> None:
         """Compile a kernel as its launches have it: it knows that addresses are aligned, and nothing else of them."""
         kernel = getattr(triton_kernels, name, None) or getattr(triton_step, name)
+        specialized = [param.name for param in kernel.params if not (param.is_constexpr or param.do_not_specialize)]
+        assert not specialized, f"{name} has other machine code for some values of {specialized}"
         if "ALIGNED" in kernel.arg_names:
             constants = {"ALIGNED": True} | constants
         signature = {key: arguments[key] for key in kernel.arg_names if key not in constants}
@@ -116,7 +119,8 @@ def compile_triton(architecture: int) -> dict[str, Any]:
         of_list = constants | {"PARTIALS": False, "SCALE_IS_POINTER": False}
         build("accumulate_list_kernel", variant, arguments, of_list)
     pointers = {"partials_ptr": "*fp32", "results_ptr": "*fp32", "nonfinite_ptr": "*i1"}
-    build("norm_kernel", "clips", arguments | pointers, {"DIVISOR_IS_POINTER": False, "CLIPS": True})
+    for clips in (False, True):
+        build("norm_kernel", f"clips-{clips}", arguments | pointers, {"DIVISOR_IS_POINTER": False, "CLIPS": clips})
     build_steps(build, is_thorough=architecture == 90)
     return report
 

@@ -140,7 +140,7 @@ def square_elements(sum_ptr, residual_ptr, partial_ptr, left, FORMAT: tl.constex
 @triton.jit
 def pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Return a pointer; ALIGNED tells the compiler that it is a multiple of 16, which lets loads and stores be wide."""
-    ptr = address.to(tl.pointer_type(DTYPE))
+    ptr = address.to(tl.int64).to(tl.pointer_type(DTYPE))  # to the interpreter a zero is an int32
     if ALIGNED:
         ptr = tl.multiple_of(ptr, 16)
     return ptr

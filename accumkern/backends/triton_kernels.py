@@ -245,9 +245,11 @@ def norm_kernel(
     """
     offsets = tl.arange(0, NORM_SIZE)
     sums = tl.zeros([NORM_SIZE], tl.float64)
-    for begin in range(0, numel, NORM_SIZE):
-        at = begin + offsets
-        sums += tl.load(partials_ptr + at, mask=at < numel, other=0.0).to(tl.float64)
+    left = numel
+    while left > 0:
+        sums += tl.load(partials_ptr + offsets, mask=offsets < left, other=0.0).to(tl.float64)
+        partials_ptr += NORM_SIZE
+        left -= NORM_SIZE
     total = tl.sqrt(tl.sum(sums, axis=0)).to(tl.float32)
     norm = tl.div_rn(total, load_scalar(divisor, DIVISOR_IS_POINTER))
     coefficient = 1.0
