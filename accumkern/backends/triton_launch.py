@@ -193,7 +193,7 @@ def _launch(
                     _run(kernel, device, -(-row[addresses] // block_numel), (*row, *shared), of_row)
             return
         for is_aligned, some in _by_alignment(columns, addresses):
-            # A grid takes 2**31 - 1 blocks. As many would be 8 TiB.
+            # A grid takes 2**31 - 1 programs, which no memory reaches: they would do 8 TiB of weights.
             first_blocks = list(accumulate([-(-numel // block_numel) for numel in some[addresses]], initial=0))
             blocks = first_blocks.pop()
             if blocks > 0:
