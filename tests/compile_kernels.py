@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from accumkern.backends import triton_kernels, triton_step
-from accumkern.backends.triton_launch import DTYPES, OPTIONS
+from accumkern.backends.triton_launch import NORM_OPTIONS, OPTIONS
 from accumkern.formats import Format, Start
 from accumkern.updates import Update
 
@@ -68,6 +67,7 @@ def arithmetic(ptx: str) -> dict[str, int]:
         counts["add" if name == "sub" else name] += 2 if pair else 1
     for name in ("div", "sqrt"):
         counts[name] = len(re.findall(rf"\b{name}\.rn\.f32\s", ptx))
+    counts["sqrt64"] = len(re.findall(r"\bsqrt\.rn\.f64\s", ptx))
     # What rounds otherwise, or takes subnormals for zeros.
     counts["inexact"] = len(re.findall(r"\b\w+(?:\.\w+)*\.(?:approx|full|ftz)(?:\.\w+)*\s", ptx))
     return counts
@@ -78,24 +78,20 @@ def half_nans(ptx: str) -> int:
     return len(re.findall(r"\bselp\.b(?:16|32)\s.*\b(?:32256|0x7E00)\b", ptx))
 
 
-NAMES = {tl.bfloat16: "bf16", tl.float16: "fp16", tl.float32: "fp32", tl.int8: "i8", tl.int16: "i16"}
-
-
 def compile_triton(architecture: int) -> dict[str, Any]:
     report: dict[str, Any] = {}
 
-    def build(name: str, variant: str, signature: dict[str, str], constants: dict[str, Any]) -> None:
-        # As the launches have it; coefficients may lie anywhere.
-        pointers = [
-            i for i, (key, kind) in enumerate(signature.items()) if kind[0] == "*" and key != "coefficients_ptr"
-        ]
-        source = ASTSource(
-            getattr(triton_kernels, name, None) or getattr(triton_step, name),
-            signature | dict.fromkeys(constants, "constexpr"),
-            constants,
-            {(i,): [["tt.divisibility", 16]] for i in pointers},
-        )
-        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=OPTIONS)
+    def build(name: str, variant: str, arguments: dict[str, str], constants: dict[str, Any]) -> None:
+        """Compile a kernel as its launches have it: it knows that addresses are aligned, and nothing else of them."""
+        kernel = getattr(triton_kernels, name, None) or getattr(triton_step, name)
+        specialized = [param.name for param in kernel.params if not (param.is_constexpr or param.do_not_specialize)]
+        assert not specialized, f"{name} has other machine code for some values of {specialized}"
+        if "ALIGNED" in kernel.arg_names:
+            constants = {"ALIGNED": True} | constants
+        signature = {key: arguments[key] for key in kernel.arg_names if key not in constants}
+        source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+        options = NORM_OPTIONS if name == "norm_kernel" else OPTIONS
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "kernel.cubin"
             cubin.write_bytes(compiled.asm["cubin"])
@@ -103,30 +99,28 @@ def compile_triton(architecture: int) -> dict[str, Any]:
         counts |= arithmetic(compiled.asm["ptx"]) | {"half_nans": half_nans(compiled.asm["ptx"])}
         report.setdefault("rescale_kernel" if constants.get("RESCALES") else name, {})[variant] = counts
 
+    numbers = ["grad_address", "sum_address", "residual_address", "value_address", "partials_address", "numel"]
+    arguments = dict.fromkeys(numbers, "i64") | {"table_ptr": "*i64", "count": "i32"}
+    arguments |= dict.fromkeys(["scale", "divisor", "factor", "max_norm"], "fp32")
+    by_value = {"DIVISOR_IS_POINTER": False, "FACTOR_IS_POINTER": False}
     for format_ in Format:
-        sum_dtype, residual_dtype = DTYPES[format_.sum_dtype], DTYPES[format_.residual_dtype]
-        stored = {"sum_ptr": f"*{NAMES[sum_dtype]}", "residual_ptr": f"*{NAMES[residual_dtype]}"}
-        grad, value, partials = {"grad_ptr": stored["sum_ptr"]}, {"value_ptr": "*fp32"}, {"partials_ptr": "*fp32"}
-        numel, scale, divisor, factor = {"numel": "i64"}, {"scale": "fp32"}, {"divisor": "fp32"}, {"factor": "fp32"}
         of_format = {"FORMAT": int(format_)}
         for start in Start if architecture == 90 else [Start.CONTINUE]:
-            variant, constants = f"{format_.name}-{start.name}", of_format | {"START": int(start)}
-            signature = grad | stored | partials | numel | scale
-            constants["SCALE_IS_POINTER"] = False
-            build("accumulate_kernel", variant, signature, constants | {"PARTIALS": False})
-            build("accumulate_kernel", f"{variant}-partials", signature, constants | {"PARTIALS": True})
+            variant = f"{format_.name}-{start.name}"
+            constants = of_format | {"START": int(start), "SCALE_IS_POINTER": False}
+            build("accumulate_kernel", variant, arguments, constants | {"PARTIALS": False})
+            build("accumulate_kernel", f"{variant}-partials", arguments, constants | {"PARTIALS": True})
         variant, constants = f"{format_.name}-{Start.CONTINUE.name}", of_format | {"START": int(Start.CONTINUE)}
-        by_value = {"DIVISOR_IS_POINTER": False, "FACTOR_IS_POINTER": False}
         for rescales in (False, True):
-            of_finish = constants | by_value | {"RESCALES": rescales}
-            build("finish_kernel", variant, stored | numel | divisor | factor, of_finish)
-        build("decode_kernel", variant, stored | value | numel, of_format)
-        build("encode_kernel", variant, value | stored | numel | divisor, of_format | {"DIVISOR_IS_POINTER": False})
-        build("squares_kernel", variant, stored | partials | numel, constants)
-        of_list = {"SUM_DTYPE": sum_dtype, "RESIDUAL_DTYPE": residual_dtype, "ALIGNED": True}
-        signature = {"table_ptr": "*i64"} | scale
-        of_list |= constants | {"PARTIALS": False, "SCALE_IS_POINTER": False}
-        build("accumulate_list_kernel", variant, signature, of_list)
+            build("finish_kernel", variant, arguments, constants | by_value | {"RESCALES": rescales})
+        build("decode_kernel", variant, arguments, of_format)
+        build("encode_kernel", variant, arguments, of_format | {"DIVISOR_IS_POINTER": False})
+        build("squares_kernel", variant, arguments, constants)
+        of_list = constants | {"PARTIALS": False, "SCALE_IS_POINTER": False}
+        build("accumulate_list_kernel", variant, arguments, of_list)
+    pointers = {"partials_ptr": "*fp32", "results_ptr": "*fp32", "nonfinite_ptr": "*i1"}
+    for clips in (False, True):
+        build("norm_kernel", f"clips-{clips}", arguments | pointers, {"DIVISOR_IS_POINTER": False, "CLIPS": clips})
     build_steps(build, is_thorough=architecture == 90)
     return report
 
@@ -136,20 +130,12 @@ def build_steps(build: Callable[[str, str, dict[str, str], dict[str, Any]], None
 
     Less than thorough: for a list, weights and gradients of two formats.
     """
-    bf16, fp32 = "*bf16", "*fp32"
-    states = {"first_ptr": fp32, "second_ptr": fp32, "third_ptr": fp32}
-    scalars = {"coefficients_ptr": fp32, "divisor": fp32, "factor": fp32, "skip_ptr": fp32}
+    numbers = ["weight", "weight_residual", "grad", "grad_residual", "first", "second", "third"]
+    arguments = dict.fromkeys([*[f"{name}_address" for name in numbers], "numel", "row"], "i64")
+    arguments |= {"table_ptr": "*i64", "count": "i32"}
+    arguments |= dict.fromkeys(["coefficients_ptr", "divisor", "factor", "skip_ptr"], "*fp32")
     weight_formats, grad_formats = (Format.SPLIT24, Format.SPLIT32), list(Format)[:3]
     for update, weight_format, grad_format in itertools.product(Update, weight_formats, grad_formats):
-        weight_dtype, grad_dtype = DTYPES[weight_format.residual_dtype], DTYPES[grad_format.residual_dtype]
-        tensors = {
-            "weight_ptr": bf16,
-            "weight_residual_ptr": f"*{NAMES[weight_dtype]}",
-            "grad_ptr": bf16,
-            "grad_residual_ptr": f"*{NAMES[grad_dtype]}",
-            **states,
-        }
-        of_list = {"WEIGHT_RESIDUAL_DTYPE": weight_dtype, "GRAD_RESIDUAL_DTYPE": grad_dtype, "ALIGNED": True}
         for start in (Start.CONTINUE, Start.FROM_SUM) if grad_format is Format.SPLIT24 else (Start.CONTINUE,):
             constants = {
                 "UPDATE": int(update),
@@ -157,14 +143,15 @@ def build_steps(build: Callable[[str, str, dict[str, str], dict[str, Any]], None
                 "GRAD_FORMAT": int(grad_format),
                 "START": int(start),
                 "SCALES": True,
+                "SKIPS": True,
                 "DIVISOR_IS_POINTER": True,
                 "FACTOR_IS_POINTER": True,
             }
             variant = f"{update.name}-{weight_format.name}-{grad_format.name}-{start.name}"
             if is_thorough:
-                build("step_kernel", variant, tensors | {"numel": "i64", "row": "i32"} | scalars, constants)
+                build("step_kernel", variant, arguments, constants)
             if is_thorough or weight_format is not grad_format:
-                build("step_list_kernel", variant, {"table_ptr": "*i64", "count": "i32"} | scalars, constants | of_list)
+                build("step_list_kernel", variant, arguments, constants)
 
 
 # The CUDA kernels' types -> formats, and updates without and with what their template's argument says.

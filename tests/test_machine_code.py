@@ -119,10 +119,10 @@ def widths(counts: dict[str, int], expected: dict[str, int]) -> dict[str, int]:
 
 
 def reads_of_table(kernel: str, format_: Format) -> dict[str, int]:
-    """Addresses and length of a tensor in a list are 8-byte loads of their own, those that the format needs."""
+    """Of a tensor in a list 8 bytes each: the addresses that the format needs, length and first block; and a search."""
     if kernel != "accumulate_list_kernel":
         return {}
-    return {"LDG.64": WIDE[format_]["LDG.64"] + (3 if format_ is Format.PLAIN32 else 4)}
+    return {"LDG.64": WIDE[format_]["LDG.64"] + (5 if format_ is Format.PLAIN32 else 6)}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: f"sm_{a}")
@@ -179,6 +179,17 @@ def test_triton_steps(architecture: int) -> None:
             assert counts["sqrt"] == (16 if is_adam else 0), where
             assert counts["fma"] == 16 * (4 if is_adam or update is Update.MOMENTUM else 2), where
             assert counts["inexact"] == 0, where
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: f"sm_{a}")
+def test_triton_norm(architecture: int) -> None:
+    """Root in FP64, quotients and a product in FP32, each rounded by itself."""
+    for name, counts in compiled("triton", architecture)["norm_kernel"].items():
+        clips = name == "clips-True"
+        where = f"norm_kernel {name} sm_{architecture}: {counts}"
+        arithmetic = {"sqrt64": 1, "div": 1 + clips, "add": int(clips), "mul": int(clips), "fma": 0, "inexact": 0}
+        assert widths(counts, arithmetic) == arithmetic, where
+        assert not any(key.startswith(("LDL", "STL")) for key in counts), where
 
 
 def test_triton_makes_one_nan_of_all_in_float16() -> None:

@@ -1,4 +1,4 @@
-"""The kernels in Triton, for one block of a tensor.
+"""The kernels in Triton, for one block of a tensor, whose parts are given by their addresses, int64.
 
 Blocks that are whole have a path of their own, so that only the last block of a tensor pays for its mask with narrow
 loads. Each path makes its offsets itself: shared, they would lie in registers, and fewer blocks would run at a time.
@@ -6,11 +6,12 @@ loads. Each path makes its offsets itself: shared, they would lie in registers, 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from accumkern.backends.triton_math import PLAIN32, canonical, decoded, encoded, round_to, sum_of_squares, widen
-from accumkern.formats import BLOCK_NUMEL, PARTIALS, Start
+from accumkern.formats import BLOCK_NUMEL, PARTIALS, Format, Start
 
 # Start as numbers that a kernel can compare.
 CONTINUE = tl.constexpr(int(Start.CONTINUE))
@@ -22,6 +23,17 @@ PARTIAL_COLUMNS = tl.constexpr(PARTIALS)
 # Elements a thread loads at once: 16 bytes of a 16-bit sum. Naming it keeps the one-byte residual in the same layout,
 # where 16 bytes would be 16 elements and every value would be exchanged between threads through shared memory.
 VECTOR = tl.constexpr(8)
+# Triton's dtypes of a format's sum and residual, by its number; without a residual, any.
+DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.int8: tl.int8,
+    torch.int16: tl.int16,
+    None: tl.int8,
+}
+SUM_DTYPES = tl.constexpr(tuple(DTYPES[format_.sum_dtype] for format_ in Format))
+RESIDUAL_DTYPES = tl.constexpr(tuple(DTYPES[format_.residual_dtype] for format_ in Format))
 
 
 # ---- elements ----------------------------------------------------------------------------------------------------
@@ -126,14 +138,24 @@ def square_elements(sum_ptr, residual_ptr, partial_ptr, left, FORMAT: tl.constex
 
 
 @triton.jit
+def pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return a pointer; ALIGNED tells the compiler that it is a multiple of 16, which lets loads and stores be wide."""
+    ptr = address.to(tl.int64).to(tl.pointer_type(DTYPE))  # to the interpreter a zero is an int32
+    if ALIGNED:
+        ptr = tl.multiple_of(ptr, 16)
+    return ptr
+
+
+@triton.jit
 def fold_block(
-    grad_ptr,
-    sum_ptr,
-    residual_ptr,  # unused for PLAIN32
-    partials_ptr,  # (blocks, 3) float32; unused without PARTIALS
+    grad_address,
+    sum_address,
+    residual_address,  # unused for PLAIN32
+    partials_address,  # (blocks, 3) float32; unused without PARTIALS
     numel,
     block,
     scale,
+    ALIGNED: tl.constexpr,
     FORMAT: tl.constexpr,
     START: tl.constexpr,
     PARTIALS: tl.constexpr,
@@ -141,24 +163,25 @@ def fold_block(
     """x = fma(scale, grad, decode(sum, residual)); (sum, residual) = encode(x), for a tensor's block."""
     begin = block.to(tl.int64) * BLOCK_SIZE
     left = numel - begin
-    grad_ptr += begin
-    sum_ptr += begin
-    residual_ptr += begin
-    partials_ptr += block.to(tl.int64) * PARTIAL_COLUMNS
+    grad_ptr = pointer(grad_address, SUM_DTYPES[FORMAT], ALIGNED) + begin
+    sum_ptr = pointer(sum_address, SUM_DTYPES[FORMAT], ALIGNED) + begin
+    residual_ptr = pointer(residual_address, RESIDUAL_DTYPES[FORMAT], ALIGNED) + begin
+    partials_ptr = pointer(partials_address, tl.float32, False) + block.to(tl.int64) * PARTIAL_COLUMNS
     if left >= BLOCK_SIZE:
         fold_elements(grad_ptr, sum_ptr, residual_ptr, partials_ptr, None, scale, FORMAT, START, PARTIALS)
-    else:
+    elif left > 0:
         fold_elements(grad_ptr, sum_ptr, residual_ptr, partials_ptr, left, scale, FORMAT, START, PARTIALS)
 
 
 @triton.jit
 def finish_block(
-    sum_ptr,
-    residual_ptr,  # unused for PLAIN32; not read for FROM_SUM, not written without RESCALES
+    sum_address,
+    residual_address,  # unused for PLAIN32; not read for FROM_SUM, not written without RESCALES
     numel,
     block,
     divisor,
     factor,
+    ALIGNED: tl.constexpr,
     FORMAT: tl.constexpr,
     START: tl.constexpr,
     RESCALES: tl.constexpr,
@@ -166,74 +189,77 @@ def finish_block(
     """sum = round((decode(sum, residual) / divisor) * factor), for a tensor's block; to rescale is to encode that."""
     begin = block.to(tl.int64) * BLOCK_SIZE
     left = numel - begin
-    sum_ptr += begin
-    residual_ptr += begin
+    sum_ptr = pointer(sum_address, SUM_DTYPES[FORMAT], ALIGNED) + begin
+    residual_ptr = pointer(residual_address, RESIDUAL_DTYPES[FORMAT], ALIGNED) + begin
     if left >= BLOCK_SIZE:
         finish_elements(sum_ptr, residual_ptr, None, divisor, factor, FORMAT, START, RESCALES)
-    else:
+    elif left > 0:
         finish_elements(sum_ptr, residual_ptr, left, divisor, factor, FORMAT, START, RESCALES)
 
 
 @triton.jit
 def decode_block(
-    sum_ptr,
-    residual_ptr,  # unused for PLAIN32
-    value_ptr,  # float32
+    sum_address,
+    residual_address,  # unused for PLAIN32
+    value_address,  # float32
     numel,
     block,
+    ALIGNED: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
     """value = decode(sum, residual), for a tensor's block."""
     begin = block.to(tl.int64) * BLOCK_SIZE
     left = numel - begin
-    sum_ptr += begin
-    residual_ptr += begin
-    value_ptr += begin
+    sum_ptr = pointer(sum_address, SUM_DTYPES[FORMAT], ALIGNED) + begin
+    residual_ptr = pointer(residual_address, RESIDUAL_DTYPES[FORMAT], ALIGNED) + begin
+    value_ptr = pointer(value_address, tl.float32, ALIGNED) + begin
     if left >= BLOCK_SIZE:
         decode_elements(sum_ptr, residual_ptr, value_ptr, None, FORMAT)
-    else:
+    elif left > 0:
         decode_elements(sum_ptr, residual_ptr, value_ptr, left, FORMAT)
 
 
 @triton.jit
 def encode_block(
-    value_ptr,  # float32
-    sum_ptr,
-    residual_ptr,  # unused for PLAIN32
+    value_address,  # float32
+    sum_address,
+    residual_address,  # unused for PLAIN32
     numel,
     block,
     divisor,
+    ALIGNED: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
     """(sum, residual) = encode(value / divisor), for a tensor's block."""
     begin = block.to(tl.int64) * BLOCK_SIZE
     left = numel - begin
-    value_ptr += begin
-    sum_ptr += begin
-    residual_ptr += begin
+    value_ptr = pointer(value_address, tl.float32, ALIGNED) + begin
+    sum_ptr = pointer(sum_address, SUM_DTYPES[FORMAT], ALIGNED) + begin
+    residual_ptr = pointer(residual_address, RESIDUAL_DTYPES[FORMAT], ALIGNED) + begin
     if left >= BLOCK_SIZE:
         encode_elements(value_ptr, sum_ptr, residual_ptr, None, divisor, FORMAT)
-    else:
+    elif left > 0:
         encode_elements(value_ptr, sum_ptr, residual_ptr, left, divisor, FORMAT)
 
 
 @triton.jit
 def square_block(
-    sum_ptr,
-    residual_ptr,  # unused for PLAIN32 and FROM_SUM
-    partials_ptr,  # (blocks,) float32
+    sum_address,
+    residual_address,  # unused for PLAIN32 and FROM_SUM
+    partials_address,  # (blocks,) float32
     numel,
     block,
+    ALIGNED: tl.constexpr,
     FORMAT: tl.constexpr,
     START: tl.constexpr,
 ):
     """partial = the sum of decode(sum, residual)**2 over a tensor's block, as a fold of the same values leaves it."""
     begin = block.to(tl.int64) * BLOCK_SIZE
     left = numel - begin
-    sum_ptr += begin
-    residual_ptr += begin
-    partials_ptr += block.to(tl.int64)
+    sum_ptr = pointer(sum_address, SUM_DTYPES[FORMAT], ALIGNED) + begin
+    residual_ptr = pointer(residual_address, RESIDUAL_DTYPES[FORMAT], ALIGNED) + begin
+    partials_ptr = pointer(partials_address, tl.float32, False) + block.to(tl.int64)
     if left >= BLOCK_SIZE:
         square_elements(sum_ptr, residual_ptr, partials_ptr, None, FORMAT, START)
-    else:
+    elif left > 0:
         square_elements(sum_ptr, residual_ptr, partials_ptr, left, FORMAT, START)

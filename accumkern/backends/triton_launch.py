@@ -1,4 +1,4 @@
-"""The launches of the Triton kernels: one for each large tensor, one for all small ones; of a step one for all.
+"""The launches of the Triton kernels: one for a list of tensors, whatever their sizes and alignment.
 
 The launch configuration is fixed: the kernels stream memory, and an autotuner would stall the first step to find what
 is known beforehand.
@@ -6,13 +6,14 @@ is known beforehand.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from array import array
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate, chain
+from math import gcd
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from accumkern.backends.triton_kernels import (
@@ -24,31 +25,22 @@ from accumkern.backends.triton_kernels import (
     encode_list_kernel,
     finish_kernel,
     finish_list_kernel,
+    norm_kernel,
     squares_kernel,
     squares_list_kernel,
 )
 from accumkern.backends.triton_step import STEP_NUMEL, step_kernel, step_list_kernel
-from accumkern.formats import Format, Start, partial_rows
+from accumkern.formats import BLOCK_NUMEL, Format, Start, partial_rows
 from accumkern.updates import MAX_STATES, Update
 
 # The arithmetic is pinned: tl.fma where one rounding is meant, no other product is fused with a sum.
 OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
 if torch.version.hip is None:
     OPTIONS["maxnreg"] = 96  # left to itself, the assembler for sm_100 stops at 64 registers and spills
-# A tensor of at most this many elements shares a launch with others; a larger one fills the GPU by itself.
-SMALL_NUMEL = 65536
-#: torch's dtype, or None where a format has no residuals -> Triton's.
-DTYPES = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-    torch.int8: tl.int8,
-    torch.int16: tl.int16,
-    None: tl.int8,
-}
+NORM_OPTIONS = OPTIONS | {"num_warps": 16}  # a single program, which mostly waits for memory
 
 
-# What a kernel does not use, residuals or partials, are sums instead: a pointer has to point somewhere.
+# What a kernel does not use, residuals or partials, are sums or zeros instead.
 
 
 def fold(
@@ -61,16 +53,10 @@ def fold(
     partials: list[Tensor] | None,
 ) -> None:
     """Fold each gradient into its sum; see :class:`accumkern.backends.Kernels`."""
-    _launch(
-        accumulate_kernel,
-        accumulate_list_kernel,
-        format_,
-        [grads, sums, residuals or sums],
-        {"scale": scale},
-        partials or sums,
-        START=int(start),
-        PARTIALS=partials is not None,
-    )
+    addresses = [0] * len(sums) if partials is None else list(map(Tensor.data_ptr, partials))
+    constants = int(format_), int(start), partials is not None, isinstance(scale, Tensor)
+    tensors, kernels = [grads, sums, residuals or sums], (accumulate_kernel, accumulate_list_kernel)
+    _launch(*kernels, tensors, [addresses], [_scalar(scale)], constants)
 
 
 def finish(
@@ -82,8 +68,7 @@ def finish(
     factor: float | Tensor,
 ) -> None:
     """Divide, multiply and round each sum; see :class:`accumkern.backends.Kernels`."""
-    columns, scalars = [sums, residuals or sums], {"divisor": divisor, "factor": factor}
-    _launch(finish_kernel, finish_list_kernel, format_, columns, scalars, START=int(start), RESCALES=False)
+    _finish(format_, start, sums, residuals, divisor, factor, rescales=False)
 
 
 def rescale(
@@ -95,13 +80,26 @@ def rescale(
     factor: float | Tensor,
 ) -> None:
     """Divide, multiply and store each value; see :class:`accumkern.backends.Kernels`."""
-    columns, scalars = [sums, residuals or sums], {"divisor": divisor, "factor": factor}
-    _launch(finish_kernel, finish_list_kernel, format_, columns, scalars, START=int(start), RESCALES=True)
+    _finish(format_, start, sums, residuals, divisor, factor, rescales=True)
+
+
+def _finish(
+    format_: Format,
+    start: Start,
+    sums: list[Tensor],
+    residuals: list[Tensor] | None,
+    divisor: float | Tensor,
+    factor: float | Tensor,
+    rescales: bool,
+) -> None:
+    constants = int(format_), int(start), rescales, isinstance(divisor, Tensor), isinstance(factor, Tensor)
+    scalars = [_scalar(divisor), _scalar(factor)]
+    _launch(finish_kernel, finish_list_kernel, [sums, residuals or sums], [], scalars, constants)
 
 
 def decode(format_: Format, sums: list[Tensor], residuals: list[Tensor] | None, values: list[Tensor]) -> None:
     """Write the FP32 values of each sum; see :class:`accumkern.backends.Kernels`."""
-    _launch(decode_kernel, decode_list_kernel, format_, [sums, residuals or sums, values], {})
+    _launch(decode_kernel, decode_list_kernel, [sums, residuals or sums, values], [], [], (int(format_),))
 
 
 def encode(
@@ -112,15 +110,28 @@ def encode(
     residuals: list[Tensor] | None,
 ) -> None:
     """Divide FP32 values and store them; see :class:`accumkern.backends.Kernels`."""
-    _launch(encode_kernel, encode_list_kernel, format_, [values, sums, residuals or sums], {"divisor": divisor})
+    tensors, constants = [values, sums, residuals or sums], (int(format_), isinstance(divisor, Tensor))
+    _launch(encode_kernel, encode_list_kernel, tensors, [], [_scalar(divisor)], constants)
 
 
 def squares(
-    format_: Format, start: Start, sums: list[Tensor], residuals: list[Tensor] | None, partials: list[Tensor]
+    format_: Format, start: Start, sums: list[Tensor], residuals: list[Tensor] | None, partials: Tensor
 ) -> None:
     """Write the sums of squares of each block; see :class:`accumkern.backends.Kernels`."""
-    columns = [sums, residuals or sums]
-    _launch(squares_kernel, squares_list_kernel, format_, columns, {}, partials, START=int(start))
+    rows = accumulate((partial_rows(total.numel()) for total in sums[:-1]), initial=0)
+    address, row_bytes = partials.data_ptr(), partials.element_size()
+    addresses = [address + row * row_bytes for row in rows]
+    constants = int(format_), int(start)
+    _launch(squares_kernel, squares_list_kernel, [sums, residuals or sums], [addresses], [], constants)
+
+
+def norm(partials: Tensor, divisor: float | Tensor, max_norm: float | None, results: Tensor, nonfinite: Tensor) -> None:
+    """Write a norm, its clip coefficient and whether it is finite; see :class:`accumkern.backends.Kernels`."""
+    constants = isinstance(divisor, Tensor), max_norm is not None
+    limit = 1.0 if max_norm is None else float(max_norm)
+    arguments = partials, partials.numel(), _scalar(divisor), limit, results, nonfinite
+    with _current(partials.device):
+        _run(norm_kernel, partials.device, 1, arguments, constants, NORM_OPTIONS)
 
 
 def step(
@@ -141,106 +152,70 @@ def step(
     """Update each weight; see :class:`accumkern.backends.Kernels`."""
     # A list of states that the update does not have, or residuals that are not read, are weights instead.
     absent = [weights] * (MAX_STATES - len(states))
-    columns = [weights, weight_residuals, grads, grad_residuals or weights, *states, *absent]
-    given = {"divisor": divisor, "factor": factor}
-    scalars = _scalars(given)
-    constants = {
-        "UPDATE": int(update),
-        "WEIGHT_FORMAT": int(weight_format),
-        "GRAD_FORMAT": int(grad_format),
-        "START": int(start),
-        "SCALES": any(isinstance(scalar, Tensor) or scalar != 1.0 for scalar in scalars),
-    }
-    options = {**constants, **_are_pointers(given), **OPTIONS}
-    residual_dtypes = {
-        "WEIGHT_RESIDUAL_DTYPE": DTYPES[weight_format.residual_dtype],
-        "GRAD_RESIDUAL_DTYPE": DTYPES[grad_format.residual_dtype],
-    }
-    shared = coefficients, *scalars, skip
-    device = weights[0].device
-
-    def launch(i: int, numel: int) -> None:
-        grid = (max(1, _step_blocks(numel)),)
-        step_kernel[grid](*[column[i] for column in columns], numel, i, *shared, **options)
-
-    with _current(device):
-        indices = [i for i, weight in enumerate(weights) if weight.numel() > 0]
-        if len(indices) < 2 or _is_capturing(device):
-            for i in indices:
-                launch(i, weights[i].numel())
-            return
-        _load(step_kernel, device, [*options.values(), skip is None], lambda: launch(indices[0], 0))
-        rows: dict[bool, list[list[int]]] = {True: [], False: []}  # the aligned ones are not slowed down by the others
-        for i in indices:
-            addresses = [column[i].data_ptr() for column in columns]
-            is_aligned = all(address % 16 == 0 for address in addresses)
-            rows[is_aligned].append([*addresses, weights[i].numel(), i])
-        for is_aligned, some in rows.items():
-            if some:
-                first_blocks = [0, *accumulate(_step_blocks(row[len(columns)]) for row in some)]
-                step_list_kernel[first_blocks.pop(),](
-                    _on_device([*first_blocks, *chain.from_iterable(some)], device),
-                    len(some),
-                    *shared,
-                    ALIGNED=is_aligned,
-                    **residual_dtypes,
-                    **options,
-                )
-
-
-def _step_blocks(numel: int) -> int:
-    """Return how many programs step a tensor."""
-    return -(-numel // STEP_NUMEL)
+    tensors = [weights, weight_residuals, grads, grad_residuals or weights, *states, *absent]
+    are_tensors = isinstance(divisor, Tensor), isinstance(factor, Tensor)
+    scales = any(are_tensors) or (divisor, factor) != (1.0, 1.0)
+    formats = int(weight_format), int(grad_format)
+    constants = int(update), *formats, int(start), scales, skip is not None, *are_tensors
+    shared = [coefficients, _scalar(divisor), _scalar(factor), coefficients if skip is None else skip]
+    rows = range(len(weights))
+    _launch(step_kernel, step_list_kernel, tensors, [rows], shared, constants, STEP_NUMEL)
 
 
 def _launch(
     kernel: Any,
     list_kernel: Any,
-    format_: Format,
-    columns: list[list[Tensor]],
-    named_scalars: dict[str, float | Tensor],
-    partials: list[Tensor] | None = None,
-    **constants: int,
+    tensors: list[list[Tensor]],
+    numbers: list[Sequence[int]],
+    shared: list[Any],
+    constants: tuple[int, ...],
+    block_numel: int = BLOCK_NUMEL,
 ) -> None:
-    """Launch a kernel on lists of tensors, one for each of its pointers, in their order; partial sums come last."""
-    pointers = columns if partials is None else [*columns, partials]
-    scalars = _scalars(named_scalars)
-    options = {"FORMAT": int(format_), **constants, **_are_pointers(named_scalars), **OPTIONS}
-    numels = [tensor.numel() for tensor in columns[0]]
-    device = columns[0][0].device
+    """Launch a kernel on lists of tensors.
 
-    def launch(i: int, numel: int) -> None:
-        grid = (max(1, partial_rows(numel)),)
-        kernel[grid](*[column[i] for column in pointers], numel, *scalars, **options)
-
+    Args:
+        kernel: for one tensor: takes its addresses, its length, more numbers, what all share, and constants.
+        list_kernel: for several, whose addresses, lengths and numbers are in a table.
+        tensors: a list for each address.
+        numbers: a list for each of the other numbers.
+        shared: what all tensors share.
+        constants: of the kernels, in their order.
+        block_numel: elements of a program.
+    """
+    device, addresses = tensors[0][0].device, len(tensors)
+    numels = [tensor.numel() for tensor in tensors[0]]
+    columns = [*[list(map(Tensor.data_ptr, column)) for column in tensors], numels, *numbers]
     with _current(device):
-        small, others = _split_by_size(numels, device)
-        if small:
-            # On no elements, it writes nothing but partial sums of zero, which the list kernel writes again.
-            _load(kernel, device, [*options.values()], lambda: launch(small[0], 0))
-            addresses = [[column[i].data_ptr() for i in small] for column in pointers]
-            small_numels = [numels[i] for i in small]
-            list_kernel[len(small), partial_rows(max(small_numels))](
-                _on_device(list(chain.from_iterable(zip(*addresses, small_numels, strict=True))), device),
-                *scalars,
-                SUM_DTYPE=DTYPES[format_.sum_dtype],
-                RESIDUAL_DTYPE=DTYPES[format_.residual_dtype],
-                # Partial sums are stored one by one.
-                ALIGNED=all(address % 16 == 0 for column in addresses[: len(columns)] for address in column),
-                **options,
-            )
-        for i in others:
-            launch(i, numels[i])
+        if len(numels) == 1 or _is_capturing(device):
+            for row in zip(*columns, strict=True):
+                if row[addresses] > 0:
+                    of_row = gcd(16, *row[:addresses]) == 16, *constants
+                    _run(kernel, device, -(-row[addresses] // block_numel), (*row, *shared), of_row)
+            return
+        for is_aligned, some in _by_alignment(columns, addresses):
+            # A grid takes 2**31 - 1 programs, which no memory reaches: they would do 8 TiB of weights.
+            first_blocks = list(accumulate([-(-numel // block_numel) for numel in some[addresses]], initial=0))
+            blocks = first_blocks.pop()
+            if blocks > 0:
+                _load(kernel, device, (*[0] * len(some), *shared), (is_aligned, *constants))
+                table = _on_device([*first_blocks, *chain(*some)], device)
+                arguments = table, len(first_blocks), *shared
+                _run(list_kernel, device, blocks, arguments, (is_aligned, *constants))
 
 
-def _scalars(named: dict[str, float | Tensor]) -> list[float | Tensor]:
-    """Return a kernel's scalars as they are passed: numbers, and FP32 tensors."""
-    return [s.detach().to(torch.float32) if isinstance(s, Tensor) else float(s) for s in named.values()]
+def _by_alignment(columns: list[Sequence[int]], addresses: int) -> list[tuple[bool, list[Sequence[int]]]]:
+    """Return [(whether all addresses are multiples of 16, columns)]: those that are not would slow down the others."""
+    if gcd(16, *chain(*columns[:addresses])) == 16:
+        return [(True, columns)]
+    rows: dict[bool, list[tuple[int, ...]]] = {True: [], False: []}
+    for row in zip(*columns, strict=True):
+        rows[gcd(16, *row[:addresses]) == 16].append(row)
+    return [(is_aligned, list(zip(*some, strict=True))) for is_aligned, some in rows.items() if some]
 
 
-def _are_pointers(named: dict[str, float | Tensor]) -> dict[str, bool]:
-    """Return the constants that tell a kernel which of its scalars are tensors."""
-    return {f"{name.upper()}_IS_POINTER": isinstance(s, Tensor) for name, s in named.items()}
+def _scalar(scalar: float | Tensor) -> float | Tensor:
+    """Return a kernel's scalar as it is passed: a number, or an FP32 tensor."""
+    return scalar.detach().to(torch.float32) if isinstance(scalar, Tensor) else float(scalar)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
@@ -250,18 +225,34 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-_loaded: set[tuple[object, ...]] = set()
+# (kernel, device, constants) -> what Triton made of it, or None in its interpreter. There is one for all arguments.
+_compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def _load(kernel: Any, device: torch.device, options: list[Any], launch: Callable[[], None]) -> None:
-    """Launch the kernel for one tensor at the first list of its kind, so that it is loaded.
+def _run(
+    kernel: Any,
+    device: torch.device,
+    programs: int,
+    arguments: tuple[Any, ...],
+    constants: tuple[int, ...],
+    options: dict[str, Any] = OPTIONS,
+) -> None:
+    """Launch a kernel: from the second time on, without asking Triton which machine code is the right one."""
+    key = kernel, device, constants
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[programs,](*arguments, *constants, **options)
+    else:
+        compiled[programs, 1, 1](*arguments, *constants)
+
+
+def _load(kernel: Any, device: torch.device, arguments: tuple[Any, ...], constants: tuple[int, ...]) -> None:
+    """Launch the kernel for one tensor on no elements at the first list of its kind, so that it is loaded.
 
     While a CUDA graph is captured, lists are launched one by one, and no kernel may be loaded then.
     """
-    key = (kernel, device, *options)
-    if key not in _loaded:
-        _loaded.add(key)
-        launch()
+    if (kernel, device, constants) not in _compiled:
+        _run(kernel, device, 1, arguments, constants)
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -269,15 +260,9 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _split_by_size(numels: list[int], device: torch.device) -> tuple[list[int], list[int]]:
-    """Return the indices of tensors that share a launch, and of those that have one each; empty ones have none."""
-    small = [i for i, numel in enumerate(numels) if 0 < numel <= SMALL_NUMEL]
-    if len(small) < 2 or _is_capturing(device):
-        return [], [i for i, numel in enumerate(numels) if numel > 0]
-    return small, [i for i, numel in enumerate(numels) if numel > SMALL_NUMEL]
-
-
 def _on_device(numbers: list[int], device: torch.device) -> Tensor:
     """Return a kernel's table, int64 on the device, copied there from pinned memory without waiting."""
-    table = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    table = torch.frombuffer(array("q", numbers), dtype=torch.int64)
+    if device.type == "cuda":
+        table = table.pin_memory()
     return table.to(device, non_blocking=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from accumkern.backends.triton_blocks import CONTINUE, VECTOR, load_value, store_value
-from accumkern.backends.triton_kernels import load_pointer, load_scalar
+from accumkern.backends.triton_blocks import CONTINUE, RESIDUAL_DTYPES, VECTOR, load_value, pointer, store_value
+from accumkern.backends.triton_kernels import entry, load_scalar, tensor_of_program
 from accumkern.updates import COEFFICIENTS, Update
 
 # Update as numbers that a kernel can compare.
@@ -142,40 +142,42 @@ def step_elements(
 
 @triton.jit
 def step_block(
-    weight_ptr,
-    weight_residual_ptr,
-    grad_ptr,
-    grad_residual_ptr,  # unused for FROM_SUM
-    first_ptr,  # float32: the update's states; unused where it has fewer
-    second_ptr,
-    third_ptr,
+    weight_address,
+    weight_residual_address,
+    grad_address,
+    grad_residual_address,  # unused for FROM_SUM
+    first_address,  # float32: the update's states; unused where it has fewer
+    second_address,
+    third_address,
     by_ptr,  # (COEFFICIENTS,) float32
     numel,
     block,
     divisor,
     factor,
-    skip_ptr,  # float32, or None
+    skip_ptr,  # float32; unused without SKIPS
+    ALIGNED: tl.constexpr,
     UPDATE: tl.constexpr,
     WEIGHT_FORMAT: tl.constexpr,
     GRAD_FORMAT: tl.constexpr,
     START: tl.constexpr,
     SCALES: tl.constexpr,
+    SKIPS: tl.constexpr,
     DIVISOR_IS_POINTER: tl.constexpr,
     FACTOR_IS_POINTER: tl.constexpr,
 ):
     """weight, states = update((gradient / divisor) * factor, weight, states), for a tensor's block."""
     begin = block.to(tl.int64) * STEP_SIZE
     left = numel - begin
-    if skip_ptr is not None:
+    if SKIPS:
         left = tl.where(tl.load(skip_ptr) == 0.0, left, 0)
     divide_by, multiply_by = load_scalar(divisor, DIVISOR_IS_POINTER), load_scalar(factor, FACTOR_IS_POINTER)
-    weight_ptr += begin
-    weight_residual_ptr += begin
-    grad_ptr += begin
-    grad_residual_ptr += begin
-    first_ptr += begin
-    second_ptr += begin
-    third_ptr += begin
+    weight_ptr = pointer(weight_address, tl.bfloat16, ALIGNED) + begin
+    weight_residual_ptr = pointer(weight_residual_address, RESIDUAL_DTYPES[WEIGHT_FORMAT], ALIGNED) + begin
+    grad_ptr = pointer(grad_address, tl.bfloat16, ALIGNED) + begin
+    grad_residual_ptr = pointer(grad_residual_address, RESIDUAL_DTYPES[GRAD_FORMAT], ALIGNED) + begin
+    first_ptr = pointer(first_address, tl.float32, ALIGNED) + begin
+    second_ptr = pointer(second_address, tl.float32, ALIGNED) + begin
+    third_ptr = pointer(third_address, tl.float32, ALIGNED) + begin
     if left >= STEP_SIZE:
         step_elements(
             weight_ptr,
@@ -219,110 +221,99 @@ def step_block(
 # ---- kernels -----------------------------------------------------------------------------------------------------
 
 
-# Where a row of coefficients lies, and whose it is, must not choose the machine code, which could not be loaded while a
-# CUDA graph is captured.
-@triton.jit(do_not_specialize=["numel", "row"], do_not_specialize_on_alignment=["coefficients_ptr", "skip_ptr"])
+@triton.jit(do_not_specialize=range(13))
 def step_kernel(
-    weight_ptr,
-    weight_residual_ptr,
-    grad_ptr,
-    grad_residual_ptr,
-    first_ptr,
-    second_ptr,
-    third_ptr,
-    numel,
-    row,
+    weight_address: tl.int64,
+    weight_residual_address: tl.int64,
+    grad_address: tl.int64,
+    grad_residual_address: tl.int64,
+    first_address: tl.int64,
+    second_address: tl.int64,
+    third_address: tl.int64,
+    numel: tl.int64,
+    row: tl.int64,
     coefficients_ptr,  # (rows, COEFFICIENTS) float32
     divisor,
     factor,
     skip_ptr,
+    ALIGNED: tl.constexpr,
     UPDATE: tl.constexpr,
     WEIGHT_FORMAT: tl.constexpr,
     GRAD_FORMAT: tl.constexpr,
     START: tl.constexpr,
     SCALES: tl.constexpr,
+    SKIPS: tl.constexpr,
     DIVISOR_IS_POINTER: tl.constexpr,
     FACTOR_IS_POINTER: tl.constexpr,
 ):
     """Step one tensor: program b does block b."""
     step_block(
-        weight_ptr,
-        weight_residual_ptr,
-        grad_ptr,
-        grad_residual_ptr,
-        first_ptr,
-        second_ptr,
-        third_ptr,
+        weight_address,
+        weight_residual_address,
+        grad_address,
+        grad_residual_address,
+        first_address,
+        second_address,
+        third_address,
         coefficients_ptr + row * ROW,
         numel,
         tl.program_id(0),
         divisor,
         factor,
         skip_ptr,
+        ALIGNED,
         UPDATE,
         WEIGHT_FORMAT,
         GRAD_FORMAT,
         START,
         SCALES,
+        SKIPS,
         DIVISOR_IS_POINTER,
         FACTOR_IS_POINTER,
     )
 
 
-@triton.jit
-def tensor_of_program(first_blocks_ptr, count, program):
-    """Return the last tensor whose first block is not past this program's."""
-    index, low, high = 0, 1, count
-    while low < high:
-        middle = (low + high) // 2
-        is_past = tl.load(first_blocks_ptr + middle) > program
-        index = tl.where(is_past, index, middle)
-        low, high = tl.where(is_past, low, middle + 1), tl.where(is_past, middle, high)
-    return index
-
-
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["coefficients_ptr", "skip_ptr"])
+@triton.jit(do_not_specialize=range(6))
 def step_list_kernel(
-    table_ptr,  # (count,) the first block of each tensor, ascending; then (count, 9): what step_kernel takes up to row
-    count,
+    table_ptr,
+    count: tl.int32,
     coefficients_ptr,
     divisor,
     factor,
     skip_ptr,
+    ALIGNED: tl.constexpr,
     UPDATE: tl.constexpr,
     WEIGHT_FORMAT: tl.constexpr,
     GRAD_FORMAT: tl.constexpr,
     START: tl.constexpr,
     SCALES: tl.constexpr,
+    SKIPS: tl.constexpr,
     DIVISOR_IS_POINTER: tl.constexpr,
     FACTOR_IS_POINTER: tl.constexpr,
-    WEIGHT_RESIDUAL_DTYPE: tl.constexpr,
-    GRAD_RESIDUAL_DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
 ):
-    """Step a list of tensors: their blocks one after another."""
-    program = tl.program_id(0)
-    index = tensor_of_program(table_ptr, count, program)
-    row_ptr = table_ptr + count + index * 9
+    """Step a list of tensors, as the list kernels of a fold do."""
+    index, block = tensor_of_program(table_ptr, count)
     step_block(
-        load_pointer(row_ptr, 0, tl.bfloat16, ALIGNED),
-        load_pointer(row_ptr, 1, WEIGHT_RESIDUAL_DTYPE, ALIGNED),
-        load_pointer(row_ptr, 2, tl.bfloat16, ALIGNED),
-        load_pointer(row_ptr, 3, GRAD_RESIDUAL_DTYPE, ALIGNED),
-        load_pointer(row_ptr, 4, tl.float32, ALIGNED),
-        load_pointer(row_ptr, 5, tl.float32, ALIGNED),
-        load_pointer(row_ptr, 6, tl.float32, ALIGNED),
-        coefficients_ptr + tl.load(row_ptr + 8) * ROW,
-        tl.load(row_ptr + 7),
-        program - tl.load(table_ptr + index),
+        entry(table_ptr, count, index, 1),
+        entry(table_ptr, count, index, 2),
+        entry(table_ptr, count, index, 3),
+        entry(table_ptr, count, index, 4),
+        entry(table_ptr, count, index, 5),
+        entry(table_ptr, count, index, 6),
+        entry(table_ptr, count, index, 7),
+        coefficients_ptr + entry(table_ptr, count, index, 9) * ROW,
+        entry(table_ptr, count, index, 8),
+        block,
         divisor,
         factor,
         skip_ptr,
+        ALIGNED,
         UPDATE,
         WEIGHT_FORMAT,
         GRAD_FORMAT,
         START,
         SCALES,
+        SKIPS,
         DIVISOR_IS_POINTER,
         FACTOR_IS_POINTER,
     )
