@@ -87,7 +87,7 @@ class BackwardPasses:
         self._lock = threading.RLock()
         self._number = NO_BACKWARD  # autograd's, of the backward pass that has brought a gradient last
         self._is_observed = lost_bits is not None or fold.squares is not None  # whether each gradient is looked at
-        self._plain_number = NO_BACKWARD - 1
+        self._plain_number = NO_BACKWARD - 1  # the same, of a pass whose gradients may be folded without a look at them
         self._newest = NO_BACKWARD  # the greatest number so far
         self._under_way: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
         self._in_group = False  # whether there is a process group
@@ -104,13 +104,16 @@ class BackwardPasses:
         new: Any = param.grad
         # What comes most often: a pass that is known brings a gradient for the running one, which is as a fold left it.
         if current_graph_task_id() == self._plain_number and running is not None and slot.written() is running:
-            if self._may_wait and slot.may_wait and type(new) is Tensor and self._waits(slot, param, running, new):
-                return
             try:
-                if self._folds(slot, running, new):
-                    param.grad = running
-                    self._show(param)
+                if self._may_wait and type(new) is Tensor and self._waits(slot, param, running, new):
                     return
+                # In a bucket, a change of one gradient counts as a change of all.
+                if not (self._in_group and running._is_view()):
+                    if slot.fold_next(new, running, slot.version, self._fold.scale):
+                        param.grad = running
+                        if self._waiting:
+                            self._show(param)
+                        return
             except BaseException:
                 param.grad = running
                 raise
@@ -129,12 +132,6 @@ class BackwardPasses:
             raise
         if self._lost_bits is not None:
             self._measure(slot)
-
-    def _folds(self, slot: Slot, running: Tensor, new: Any) -> bool:
-        """Fold a gradient at once if it and the running one are laid out as they were at the last fold."""
-        if self._in_group and running._is_view():  # a bucket's, whose others count as changes of this one
-            return False
-        return slot.fold_next(new, running, slot.version, self._fold.scale)
 
     def _measure(self, slot: Slot) -> None:
         """Let the report look at the sum that was folded just now."""
@@ -184,11 +181,12 @@ class BackwardPasses:
         else:
             param.grad = running
             fold.many([slot], [new], [running], start)
-        self._show(param)
+        if self._waiting:
+            self._show(param)
 
     def _show(self, param: Tensor) -> None:
-        """Fold what waits if other hooks of a parameter follow: they may look at any gradient."""
-        if self._waiting and len(post_accumulate_hooks(param)) > 1:
+        """Fold what waits if a parameter has other hooks, which are to come: they may look at any gradient."""
+        if len(post_accumulate_hooks(param)) > 1:
             self._fold_waiting()
 
     def _waits(self, slot: Slot, param: Tensor, running: Any, new: Tensor) -> bool:
@@ -260,8 +258,8 @@ class BackwardPasses:
                     self._under_way[number] = this = _Pass(number, self._end)
                     queue_callback(this)
                     self._newest = max(self._newest, number)
-            plain = not (self._is_observed or _is_grad_enabled())
-            self._plain_number = number if plain else NO_BACKWARD - 1
+            is_plain_pass = not (self._is_observed or _is_grad_enabled())  # not create_graph=True
+            self._plain_number = number if is_plain_pass else NO_BACKWARD - 1
             self._number = number  # last: other threads look at it without the lock
 
     def _end(self, number: int) -> None:
@@ -302,13 +300,13 @@ class BackwardPasses:
             if is_changed and number not in self._under_way:  # the pass has failed, and zero_grad() was called
                 continue
             dtype = new.dtype
-            if not is_plain(new, dtype) or (grad is not None and not is_plain(grad, dtype)):
-                start = Start.FROM_SUM if grad is not None else Start.FROM_ZERO
-                self._fold.one(slot, grad, new, start)
-                continue
+            is_sum_plain = grad is None or is_plain(grad, dtype)
             start = Start.FROM_ZERO
             if grad is not None:
-                start = Start.CONTINUE if slot.has_residual_of(grad) else Start.FROM_SUM
+                start = Start.CONTINUE if is_sum_plain and slot.has_residual_of(grad) else Start.FROM_SUM
+            if not is_sum_plain or not is_plain(new, dtype):
+                self._fold.one(slot, grad, new, start)
+                continue
             key = (new.device, stream, dtype, start)
             slots, grads, sums, _ = launches.setdefault(key, ([], [], [], start))
             slots.append(slot)
@@ -337,8 +335,10 @@ def _on_stream(device: torch.device, handle: int) -> Iterator[None]:
 
 
 def _is_small(new: Tensor) -> bool:
-    """Return whether a launch costs more than the fold of a gradient."""
-    return new.device.type in WAITING_DEVICE_TYPES and new.numel() <= MAX_WAITING_NUMEL
+    """Return whether a launch costs more than the fold of a gradient, and lists take it as it is."""
+    return (
+        new.device.type in WAITING_DEVICE_TYPES and new.numel() <= MAX_WAITING_NUMEL and is_plain(new, new.dtype)
+    )
 
 
 def _has_hooks(node: Any) -> bool:

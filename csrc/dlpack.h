@@ -55,17 +55,6 @@ inline int64_t numel(const Tensor& tensor) {
   return product;
 }
 
-inline bool is_contiguous(const Tensor& tensor) {
-  int64_t expected = 1;
-  for (int32_t i = tensor.ndim - 1; i >= 0; --i) {
-    if (tensor.shape[i] == 0) return true;
-    if (tensor.shape[i] == 1) continue;
-    if (tensor.strides[i] != expected) return false;
-    expected *= tensor.shape[i];
-  }
-  return true;
-}
-
 inline void* address(const Tensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 
 }  // namespace accumkern::dlpack

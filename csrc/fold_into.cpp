@@ -1,8 +1,8 @@
 // The fold of one gradient as autograd brings it. Its Python would cost several times what a small fold does: tensors are
-// read by DLPack, and arguments without pybind11.
+// read by DLPack, and arguments are taken as they come.
 #include "fold_into.h"
 
-#include <exception>
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -15,6 +15,8 @@ namespace {
 // A small fold keeps the interpreter: to give it away and take it again costs as much.
 constexpr int64_t kShort = 1 << 15;  // elements, some ten microseconds
 
+constexpr int32_t kMaxDims = 6;  // of a sum that is folded so
+
 PyTypeObject* tensor_type = nullptr;  // torch.Tensor
 const dlpack::Exchange* exchange = nullptr;
 PyObject *version_name = nullptr, *is_neg_name = nullptr;
@@ -24,17 +26,23 @@ struct Place {
   Format format;
   dlpack::Device device;
   dlpack::DType dtype;
+  int32_t ndim;
+  int64_t shape[kMaxDims], strides[kMaxDims];
+  int64_t numel;
   void* sum;
   void* residual;
-  int64_t numel;
   PyObject* threads;  // a function that returns how many
 
-  ~Place() { Py_XDECREF(threads); }
-
-  // Whether a tensor could be added to the sum element by element.
+  // Whether a tensor has its elements in the order of the sum.
   bool is_laid_out_alike(const dlpack::Tensor& tensor) const {
-    return tensor.device.type == device.type && tensor.device.id == device.id && tensor.dtype.code == dtype.code &&
-           tensor.dtype.bits == dtype.bits && dlpack::numel(tensor) == numel && dlpack::is_contiguous(tensor);
+    if (tensor.device.type != device.type || tensor.device.id != device.id || tensor.dtype.code != dtype.code ||
+        tensor.dtype.bits != dtype.bits || tensor.ndim != ndim) {
+      return false;
+    }
+    for (int32_t i = 0; i < ndim; ++i) {
+      if (tensor.shape[i] != shape[i] || (tensor.strides[i] != strides[i] && shape[i] != 1)) return false;
+    }
+    return true;
   }
 };
 
@@ -124,7 +132,16 @@ PyObject* add(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
 PyMethodDef add_method = {"add", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&add)), METH_FASTCALL,
                           "add(grad, total, version, scale): fold, or return False where that is not as it was."};
 
-void release(PyObject* capsule) { delete static_cast<Place*>(PyCapsule_GetPointer(capsule, nullptr)); }
+// cannot(grad, total, version, scale)
+PyObject* cannot(PyObject*, PyObject*) { Py_RETURN_FALSE; }
+
+PyMethodDef cannot_method = {"cannot", &cannot, METH_VARARGS, "cannot(grad, total, version, scale): return False."};
+
+void release(PyObject* capsule) {
+  const auto* place = static_cast<Place*>(PyCapsule_GetPointer(capsule, nullptr));
+  Py_DECREF(place->threads);
+  delete place;
+}
 
 }  // namespace
 
@@ -148,14 +165,17 @@ void read_tensors_of(PyObject* type) {
 PyObject* fold_into(int format, PyObject* total, PyObject* residual, PyObject* threads) {
   dlpack::Tensor sum, low = {};
   if (!read(total, &sum) || (residual != Py_None && !read(residual, &low))) throw std::invalid_argument("not a torch.Tensor");
-  Py_INCREF(threads);
-  auto* place = new Place{static_cast<Format>(format), sum.device, sum.dtype, dlpack::address(sum),
-                          residual == Py_None ? nullptr : dlpack::address(low), dlpack::numel(sum), threads};
+  if (sum.ndim > kMaxDims) return PyCFunction_New(&cannot_method, nullptr);
+  auto* place = new Place{static_cast<Format>(format), sum.device, sum.dtype, sum.ndim, {}, {}, dlpack::numel(sum),
+                          dlpack::address(sum), residual == Py_None ? nullptr : dlpack::address(low), threads};
+  std::copy_n(sum.shape, sum.ndim, place->shape);
+  std::copy_n(sum.strides, sum.ndim, place->strides);
   PyObject* capsule = PyCapsule_New(place, nullptr, &release);
   if (capsule == nullptr) {
     delete place;
     return nullptr;
   }
+  Py_INCREF(threads);
   PyObject* function = PyCFunction_New(&add_method, capsule);
   Py_DECREF(capsule);
   return function;

@@ -1,7 +1,9 @@
-// Python functions that fold gradients one by one, without pybind11.
+// Python functions that fold gradients one by one.
 #pragma once
 
 #include <Python.h>
+
+#include <cstdint>
 
 namespace accumkern {
 
@@ -11,8 +13,8 @@ void read_tensors_of(PyObject* type);
 // Returns add(grad, total, version, scale), a new reference; nullptr with a Python exception.
 //
 // It does sum, residual = encode(scale * grad + decode(sum, residual)) and returns True, if total is the sum as it lies
-// here, of that version; grad is laid out as it; both are plain tensors; and scale is a float. Else nothing is written, and
-// it returns False. threads() says how many a large fold on the CPU may take.
+// here, one range of memory, and is of that version; grad is laid out alike; both are exactly tensors; and scale is a float.
+// Else it writes nothing and returns False. threads() says how many a large fold on the CPU may take.
 PyObject* fold_into(int format, PyObject* total, PyObject* residual, PyObject* threads);
 
 }  // namespace accumkern

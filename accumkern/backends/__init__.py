@@ -40,8 +40,8 @@ class Kernels(NamedTuple):
             leave them out.
         fold_into: ``fold_into(format_, total, residual)`` returns ``add(grad, total, version, scale)``. That does what
             ``fold(format_, Start.CONTINUE, [grad], [total], [residual], scale, None)`` does, and returns True, if the
-            sum lies where it lay and is of that version, the gradient is laid out alike, both are plain contiguous
-            tensors, and scale is a float. Else it writes nothing and returns False.
+            sum lies as it lay and is of that version, the gradient is laid out alike, both are exactly tensors, and
+            scale is a float. Else it writes nothing and returns False.
         finish: ``finish(format_, start, sums, residuals, divisor, factor)``: ``sum = round((x / divisor) * factor)`` in
             FP32, in place; ``x`` is ``decode(sum, residual)`` if ``start`` is CONTINUE, the sum if it is FROM_SUM.
         rescale: ``rescale(format_, start, sums, residuals, divisor, factor)``: ``(sum, residual) = encode((x /
@@ -181,7 +181,7 @@ def _fold_into(
     fold: Callable[..., None], format_: Format, total: Tensor, residual: Tensor | None
 ) -> Callable[[Tensor, Tensor, int, Any], bool]:
     """Return what :attr:`Kernels.fold_into` returns, for a backend that has nothing of its own."""
-    address, numel, dtype = total.data_ptr(), total.numel(), total.dtype
+    address, dtype, shape, strides = total.data_ptr(), total.dtype, total.shape, total.stride()
     residuals = None if residual is None else [residual]
 
     def add(grad: Tensor, total: Tensor, version: int, scale: Any) -> bool:
@@ -190,11 +190,10 @@ def _fold_into(
             and type(scale) is float
             and total._version == version
             and total.data_ptr() == address
-            and total.numel() == grad.numel() == numel
             and total.dtype is grad.dtype is dtype
             and total.device == grad.device
-            and total.is_contiguous()
-            and grad.is_contiguous()
+            and total.shape == grad.shape == shape
+            and total.stride() == grad.stride() == strides
             and not grad.is_neg()
         )
         if is_as_it_was:
