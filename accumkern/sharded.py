@@ -56,11 +56,11 @@ class ShardSlot(Slot):
         """Return whether a fold into the shard of ``grad`` goes on from its residual, if it needs one."""
         return self.owns(grad) and self._fits_format(dtensor.shard(grad))
 
-    def stored(self, with_residual: bool = False) -> Stored:
+    def stored(self) -> Stored:
         """Return the shard of ``.grad`` as it lies in memory."""
         grad: Any = self.param.grad
         reduce = (lambda term: dtensor.reduced(term, grad)) if dtensor.is_pending(grad) else None
-        return super().stored(with_residual)._replace(groups=dtensor.groups_of_shards(grad), reduce=reduce)
+        return super().stored()._replace(groups=dtensor.groups_of_shards(grad), reduce=reduce)
 
     def load(self, grad: Any, residual: Tensor | None) -> None:
         """Make ``grad`` the gradient, and ``residual``, of the shard, what belongs to it."""

@@ -97,25 +97,19 @@ class Slot:
         """Return a number that grows with every change of ``grad``."""
         return grad._version
 
-    def stored(self, with_residual: bool = False) -> Stored:
-        """Return ``.grad``, which is there, as it lies in memory.
-
-        Args:
-            with_residual: have a residual of zeros where none belongs to ``.grad``, to be written.
-        """
+    def stored(self) -> Stored:
+        """Return ``.grad``, which is there, as it lies in memory."""
         grad: Any = self.param.grad
         total = self.local(grad)
         format_ = self.formats.get(total.dtype)
-        if format_ is None or total.layout is not torch.strided or total.is_neg() or not is_dense(total):
+        if (
+            format_ is None
+            or total.is_neg()
+            or not (total.is_contiguous() or (total.layout is torch.strided and is_dense(total)))
+        ):
             return Stored(total, None, None)
-        residual = self.valid_residual(grad)
-        if residual is None and with_residual and format_.residual_dtype is not None:
-            residual = self.residual_for(total, format_.residual_dtype)
-            if residual.dtype.is_floating_point:  # the FP32 value itself
-                residual.copy_(total.as_strided((total.numel(),), (1,)))
-            else:
-                residual.zero_()
-        return Stored(total, residual, format_)
+        has_residual = format_.residual_dtype is not None and self.has_residual_of(grad)
+        return Stored(total, self.residual if has_residual else None, format_)
 
     def saved_residual(self, residual: Tensor, like: Any) -> Any:
         """Return a flat residual as a state holds it, beside the gradient ``like``: in its shape and strides."""

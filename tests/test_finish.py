@@ -191,10 +191,8 @@ def test_norm_of_a_large_gradient_is_taken_in_parts(monkeypatch: pytest.MonkeyPa
     train_window(net, 3)
     for norm_type in (1.0, 3.0, math.inf):  # the 2-norm has a kernel
         norm = stock_norm(values(acc, net), norm_type)
-        gradients = [slot.stored() for slot in acc._attachment.with_gradients()]
-        torch.testing.assert_close(
-            finish.total_norm(gradients, norm_type, acc._fold.kernels_on), norm, rtol=1e-5, atol=0
-        )
+        batches = finish.batches_of(acc._attachment.with_gradients())
+        torch.testing.assert_close(finish.total_norm(batches, norm_type, acc._fold.kernels_on), norm, rtol=1e-5, atol=0)
 
 
 def test_norm_is_one_call_for_those_that_are_stored_alike(monkeypatch: pytest.MonkeyPatch) -> None:

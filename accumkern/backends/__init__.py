@@ -47,8 +47,14 @@ class Kernels(NamedTuple):
             sums.
         encode: ``encode(format_, values, divisor, sums, residuals)``: ``(sum, residual) = encode(value / divisor)``.
         squares: ``squares(format_, start, sums, residuals, partials)``: the sum of ``x**2`` over each block of
-            BLOCK_NUMEL elements, in memory order; ``x`` as in ``finish``. ``partials`` are written and nothing else:
-            FP32 of shape ``(partial_rows(numel),)``, the very sums that a fold leaves of the same values.
+            BLOCK_NUMEL elements, in memory order; ``x`` as in ``finish``. ``partials`` is written and nothing else: one
+            FP32 tensor with a number for each block of the first sum, of the second, and so on, those that a fold
+            leaves of the same values where its tensors are aligned alike.
+        norm: ``norm(partials, divisor, max_norm, results, nonfinite)``: the end of a norm, in one launch. ``results``,
+            FP32 of shape ``(2,)``, and ``nonfinite``, a bool 0-dim tensor, are written: what
+            :func:`accumkern.clipping.clipped` returns of ``sqrt(sum(partials))``. The sum, in a fixed order, and the
+            root are of FP64 (:func:`accumkern.formats.widest`); the root is rounded to FP32. ``partials`` is FP32 of
+            one dimension, and may be empty.
         step: ``step(update, weight_format, grad_format, start, weights, weight_residuals, grads, grad_residuals,
             states, coefficients, divisor, factor, skip)``: an optimizer's step in one pass. ``g = (x / divisor) *
             factor`` with ``x`` of gradient and residual as in ``finish``; weight and states are updated as
@@ -63,7 +69,8 @@ class Kernels(NamedTuple):
     rescale: Callable[[Format, Start, _Tensors, _Tensors | None, _Scalar, _Scalar], None]
     decode: Callable[[Format, _Tensors, _Tensors | None, _Tensors], None]
     encode: Callable[[Format, _Tensors, _Scalar, _Tensors, _Tensors | None], None]
-    squares: Callable[[Format, Start, _Tensors, _Tensors | None, _Tensors], None]
+    squares: Callable[[Format, Start, _Tensors, _Tensors | None, Tensor], None]
+    norm: Callable[[Tensor, _Scalar, float | None, Tensor, Tensor], None]
     step: Callable[..., None]
 
 
