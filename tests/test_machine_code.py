@@ -201,8 +201,9 @@ def test_cuda(architecture: int) -> None:
     steps = report.pop("step_list_kernel")
     assert len(steps) == STEPS
     for name, counts in steps.items():
-        where, wide = f"step {name} sm_{architecture}: {counts}", wide_of_step(name)
-        assert widths(counts, wide) == wide, where
+        where = f"step {name} sm_{architecture}: {counts}"
+        for width, count in wide_of_step(name).items():  # for sm_100 some have a second loop, which does not scale
+            assert counts.get(width, 0) >= count, where
         assert_in_registers(counts, where)
         assert counts["fma"] >= 16, where
         assert counts["inexact"] == 0, where
