@@ -104,8 +104,9 @@ class Slot:
         format_ = self.formats.get(total.dtype)
         if (
             format_ is None
+            or total.layout is not torch.strided
             or total.is_neg()
-            or not (total.is_contiguous() or (total.layout is torch.strided and is_dense(total)))
+            or not (total.is_contiguous() or is_dense(total))
         ):
             return Stored(total, None, None)
         has_residual = format_.residual_dtype is not None and self.has_residual_of(grad)

@@ -478,6 +478,16 @@ def test_layouts(layout: str) -> None:
     torch.testing.assert_close(found, wanted.to(found.dtype), rtol=1e-2, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_norm_of_a_compressed_sparse_gradient() -> None:
+    param = nn.Parameter(torch.eye(4).to_sparse_csr())
+    acc = accumkern.attach(torch.optim.SGD([param]))
+    torch.sparse.mm(param, torch.ones(4, 2)).sum().backward()
+    assert param.grad is not None
+    assert param.grad.layout is torch.sparse_csr
+    assert acc.finish().norm == torch.linalg.vector_norm(param.grad.values())
+
+
 def test_the_next_window_starts_anew() -> None:
     net = model()
     optimizer = torch.optim.SGD(net.parameters())
