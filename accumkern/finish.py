@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -14,7 +15,7 @@ from accumkern.checks import is_fp32, real
 from accumkern.clipping import clipped
 from accumkern.dtensor import norm_over
 from accumkern.formats import Format, Start, decode, partial_rows, widest
-from accumkern.slot import Slot, Stored
+from accumkern.slot import Slot
 
 _KernelsOn: TypeAlias = Callable[[torch.device], Kernels]
 
@@ -58,9 +59,9 @@ class Batch(NamedTuple):
     groups: tuple[Any, ...]  # see Stored
     is_pending: bool  # whether they have a ``reduce``
     slots: list[Slot]
-    gradients: list[Stored]
     sums: list[Tensor]
     residuals: list[Tensor] | None
+    reduces: list[Any]  # see Stored; of those that are pending
 
     def has_squares(self, norm_type: float) -> bool:
         """Return whether a kernel takes their norm."""
@@ -77,22 +78,28 @@ class Batch(NamedTuple):
 
 
 def batches_of(slots: list[Slot]) -> list[Batch]:
-    """Return the gradients of slots, which are there, those alike together, in the order of the first of each batch."""
-    found: dict[tuple[Any, ...], tuple[list[Slot], list[Stored]]] = {}
+    """Return the gradients that are there, those alike together, in the order in which each kind comes first."""
+    found: dict[tuple[Any, ...], tuple[list[Any], ...]] = {}
     for slot in slots:
-        stored = slot.stored()
-        total, residual, format_, groups, reduce = stored
+        grad = slot.param.grad
+        if grad is None:
+            continue
+        total, residual, format_, groups, reduce = slot.in_memory(grad)
         key = total.device, format_, residual is None, groups, reduce is not None
         alike = found.get(key)
         if alike is None:
-            alike = found[key] = ([], [])
-        alike[0].append(slot)
-        alike[1].append(stored)
+            alike = found[key] = [], [], [], []
+        of, sums, residuals, reduces = alike
+        of.append(slot)
+        sums.append(total)
+        residuals.append(residual)
+        reduces.append(reduce)
     batches = []
-    for (device, format_, is_whole, groups, is_pending), (of, gradients) in found.items():
-        start, residuals = (Start.FROM_SUM, None) if is_whole else (Start.CONTINUE, [g.residual for g in gradients])
-        sums = [gradient.sum for gradient in gradients]
-        batches.append(Batch(device, format_, start, groups, is_pending, of, gradients, sums, residuals))  # type: ignore[arg-type]
+    for (device, format_, is_whole, groups, is_pending), (of, sums, residuals, reduces) in found.items():
+        start = Start.FROM_SUM if is_whole else Start.CONTINUE
+        batches.append(
+            Batch(device, format_, start, groups, is_pending, of, sums, None if is_whole else residuals, reduces)
+        )
     return batches
 
 
@@ -132,7 +139,7 @@ def write(batches: list[Batch], scaling: Scaling, kernels_on: _KernelsOn, keeps_
     """
     if keeps_residuals:  # there is memory for all of them before the first gradient is written
         batches = [batch.with_residuals() for batch in batches]
-    for device, format_, start, *_, sums, residuals in batches:
+    for device, format_, start, _, _, _, sums, residuals, _ in batches:
         divisor, factor = _on(scaling.divisor, device), _on(scaling.factor, device)
         if format_ is None:
             _scale_as_torch_does(sums, divisor, factor)
@@ -232,8 +239,10 @@ def _norms(batches: list[Batch], norm_type: float, kernels_on: _KernelsOn) -> li
         if batch.has_squares(norm_type):
             on_device[batch.device].append(batch)
         else:
-            for gradient in batch.gradients:
-                norms += _norms_of_parts(gradient, norm_type, kernels_on)
+            for total, residual, reduce in zip(
+                batch.sums, batch.residuals or repeat(None), batch.reduces, strict=False
+            ):
+                norms += _norms_of_parts(total, residual, batch.format, reduce, norm_type, kernels_on)
     return norms + [_end_of_squares(some, 1.0, None, kernels_on)[0] for some in on_device.values()]
 
 
@@ -256,12 +265,18 @@ def _end_of_squares(
     return norm, coefficient, nonfinite
 
 
-def _norms_of_parts(gradient: Stored, norm_type: float, kernels_on: _KernelsOn) -> list[Tensor]:
+def _norms_of_parts(
+    total: Tensor,
+    residual: Tensor | None,
+    format_: Format | None,
+    reduce: Any,
+    norm_type: float,
+    kernels_on: _KernelsOn,
+) -> list[Tensor]:
     """Return norms of parts of a gradient's accumulated values, FP32; what decodes is only as large as a part."""
-    total, residual, format_ = gradient[:3]
-    if gradient.reduce is not None:
+    if reduce is not None:
         low = None if residual is None else residual.as_strided(total.shape, total.stride())
-        value = gradient.reduce(total.float() if format_ is None else decode(format_, total, low))
+        value = reduce(total.float() if format_ is None else decode(format_, total, low))
         return [torch.linalg.vector_norm(value, norm_type)] if value.numel() else []
     if total.numel() == 0:  # which has no maximum
         return []

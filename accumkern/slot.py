@@ -83,6 +83,10 @@ class Slot:
         self.partials: Tensor | None = None
         self.forget()
 
+    def stored(self) -> Stored:
+        """Return ``.grad``, which is there, as it lies in memory."""
+        return Stored(*self.in_memory(self.param.grad))
+
     # ---- what a shard does in its own way (accumkern/sharded.py) ----
 
     def local(self, grad: Any) -> Tensor:
@@ -97,9 +101,8 @@ class Slot:
         """Return a number that grows with every change of ``grad``."""
         return grad._version
 
-    def stored(self) -> Stored:
-        """Return ``.grad``, which is there, as it lies in memory."""
-        grad: Any = self.param.grad
+    def in_memory(self, grad: Any) -> tuple[Tensor, Tensor | None, Format | None, tuple[Any, ...], Any]:
+        """Return what a :class:`Stored` has of ``.grad``, as a tuple that is quickly made."""
         total = self.local(grad)
         format_ = self.formats.get(total.dtype)
         if (
@@ -108,9 +111,9 @@ class Slot:
             or total.is_neg()
             or not (total.is_contiguous() or is_dense(total))
         ):
-            return Stored(total, None, None)
+            return total, None, None, (), None
         has_residual = format_.residual_dtype is not None and self.has_residual_of(grad)
-        return Stored(total, self.residual if has_residual else None, format_)
+        return total, self.residual if has_residual else None, format_, (), None
 
     def saved_residual(self, residual: Tensor, like: Any) -> Any:
         """Return a flat residual as a state holds it, beside the gradient ``like``: in its shape and strides."""

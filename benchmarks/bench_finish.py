@@ -24,7 +24,6 @@ from timing import Timing, Variant, allocate, sets_of, time_variants
 
 from accumkern import backends, finish
 from accumkern.formats import PARTIALS, Format, Start, partial_rows
-from accumkern.slot import Stored
 
 # What is divided by is 1 and what is clipped to is never reached: the work is the same, and the values stay what they
 # are from call to call.
@@ -121,7 +120,7 @@ def finish_variant(buffers: Buffers, format_: Format, backend: str) -> Variant:
     kernels = backends.kernels(backend)
     one = torch.ones((), device=buffers.sums[0].device)
     batches = [
-        finish.Batch(one.device, format_, Start.CONTINUE, (), False, [], [Stored(total, low, format_)], [total], [low])
+        finish.Batch(one.device, format_, Start.CONTINUE, (), False, [], [total], [low], [None])
         for total, low in zip(buffers.sums, residuals, strict=True)
     ]
 
