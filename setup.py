@@ -24,9 +24,9 @@ from setuptools.command.build_ext import build_ext
 if int(setuptools.__version__.split(".")[0]) < 77:  # pip brings its own; `python setup.py` takes what is there
     sys.exit(f"setuptools is {setuptools.__version__}; accumkern is built with 77 or newer: pip install -U setuptools")
 
-SOURCES = ["csrc/bindings.cpp", "csrc/fold_into.cpp", "csrc/accumulate_cpu.cpp", "csrc/step_cpu.cpp"]
-HEADERS = [f"csrc/{name}.h" for name in ("accumulate", "accumulate_math", "step_math", "dlpack", "fold_into", "cpu", "cuda")]
-CUDA_SOURCES = ["csrc/accumulate_cuda.cu", "csrc/step_cuda.cu"]
+SOURCES = [f"csrc/{name}.cpp" for name in ("bindings", "fold_into", "accumulate_cpu", "step_cpu", "norm_cpu")]
+HEADERS = [f"csrc/{name}.h" for name in ("accumulate", "accumulate_math", "step_math", "norm_math", "dlpack", "fold_into", "cpu", "cuda")]
+CUDA_SOURCES = [f"csrc/{name}.cu" for name in ("accumulate_cuda", "step_cuda", "norm_cuda")]
 # Every fused multiply-add is spelled out; nobody reads floating-point flags or errno, which otherwise forbid
 # vectorisation.
 ARITHMETIC = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]

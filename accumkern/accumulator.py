@@ -12,7 +12,7 @@ from torch import Tensor
 
 from accumkern import ddp, master_state, ops, state
 from accumkern.attachment import Attachment
-from accumkern.finish import Finished, measure, write
+from accumkern.finish import Finished, batches_of, measure, write
 from accumkern.fold import Fold
 from accumkern.hooks import owner_of
 from accumkern.lost_bits import LostBitsMeter, LostBitsReport
@@ -121,24 +121,24 @@ class GradAccumulator:
         """
         self._check_parameters()
         self._passes.complete()
-        slots, stepping = self._attachment.with_gradients(), self._rooms.stepping
+        slots, stepping = list(self._attachment.slots.values()), self._rooms.stepping
         if not isinstance(defer, bool):
             raise TypeError(f"defer is a {type(defer).__name__}; it must be True or False")
         if defer and stepping is None:
             raise ValueError("defer is True, and attached without master_weights: the step reads .grad as it is")
-        if not slots:
+        batches = batches_of(slots)
+        if not batches:
             raise RuntimeError("there is nothing to finish: no parameter has a gradient; call it after backward()")
         if self._rooms.finished_at == self._passes.count:
             raise RuntimeError("finish() was called already since the last backward pass; call it once per window")
-        stored = [slot.stored() for slot in slots]
         how = divide_by, max_norm, norm_type, error_if_nonfinite
-        finished, scaling = measure(stored, *how, self._fold.kernels_on)
+        finished, scaling = measure(batches, *how, self._fold.kernels_on)
         if stepping is not None:
             stepping.deferred.forget()
             if defer:
                 stepping.deferred.set(scaling, slots)
         if scaling.changes and not defer:
-            write(slots, scaling, self._fold.kernels_on, keeps_residuals=stepping is not None)
+            write(batches, scaling, self._fold.kernels_on, keeps_residuals=stepping is not None)
         self._rooms.finished_at = self._passes.count
         return finished
 

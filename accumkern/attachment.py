@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -128,7 +129,7 @@ class Attachment:
             self.put_on_hooks(param)
         params = self.params
         unfrozen = any(param.requires_grad for param in self._left_out)
-        if unfrozen or list(map(id, params)) != list(map(id, self._known)):
+        if unfrozen or len(params) != len(self._known) or not all(map(operator.is_, params, self._known)):
             for param in self.slots.keys() - set(params):
                 self._hooks.pop(param).remove()
                 _put_back(self.slots.pop(param))

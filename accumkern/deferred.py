@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from accumkern.backends import Kernels
-from accumkern.finish import Scaling, write
+from accumkern.finish import Scaling, batches_of, write
 from accumkern.slot import Slot
 
 
@@ -91,7 +91,7 @@ class DeferredScaling:
         """Scale gradients in memory, unless that was done before an error."""
         deferred = self._deferred
         if deferred is not None and deferred.scaling.changes and not deferred.is_written:
-            write(slots, deferred.scaling, self._kernels_on, keeps_residuals=True)
+            write(batches_of(slots), deferred.scaling, self._kernels_on, keeps_residuals=True)
             deferred.is_written = True
             deferred.versions = _versions([slot for reference, _, _ in deferred.versions if (slot := reference())])
 

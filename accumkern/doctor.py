@@ -21,22 +21,22 @@ def doctor() -> int:
     print(f"torch       {torch.__version__}, {_torch_build()}, {torch.get_num_threads()} CPU threads")
     print(f"triton      {_version_of('triton')}")
     print(f"extension   {_extension()}")
-    for device in _devices():
-        print(f"device      {device}")
+    for name in _devices():
+        print(f"device      {name}")
     print("\nbackends")
     for name, reason in backends.available_backends().items():
         print(f"  {name:8s}  {'ok' if reason is None else 'no'}   {reason or backends.BACKENDS[name].summary}")
     print()
     failed = False
-    for kind in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+    for device in [torch.device("cpu"), *_gpus_that_differ()]:
         try:
-            chosen = backends.choose(None, torch.device(kind))
+            chosen = backends.choose(None, device)
         except (RuntimeError, ValueError) as error:
-            print(f"{kind} tensors: {error}")
+            print(f"{device} tensors: {error}")
             failed = True
         else:
             because = " (set by ACCUMKERN_BACKEND)" if os.environ.get("ACCUMKERN_BACKEND") else ""
-            print(f"{kind} tensors are folded by backend {chosen!r}{because}")
+            print(f"{device} tensors are folded by backend {chosen!r}{because}")
     print("\nmaster weights: how optimizers are stepped on FP32 weights")
     for what, text in _optimizers():
         print(f"  {what}: {text}")
@@ -92,6 +92,13 @@ def _extension() -> str:
         f"CUDA for {_C.cuda_targets}" if _C.cuda_targets else "no CUDA",
     ]
     return ", ".join(parts)
+
+
+def _gpus_that_differ() -> list[torch.device]:
+    """Return the first GPU of each architecture."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    firsts = {torch.cuda.get_device_capability(i): i for i in reversed(range(count))}
+    return [torch.device("cuda", i) for i in sorted(firsts.values())]
 
 
 def _devices() -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import repeat
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -11,13 +12,15 @@ from torch import Tensor
 
 from accumkern.backends import Kernels
 from accumkern.checks import is_fp32, real
+from accumkern.clipping import clipped
 from accumkern.dtensor import norm_over
-from accumkern.formats import Format, Start, decode, divide, partial_rows, widest
-from accumkern.slot import Slot, Stored
+from accumkern.formats import Format, Start, decode, partial_rows, widest
+from accumkern.slot import Slot
 
 _KernelsOn: TypeAlias = Callable[[torch.device], Kernels]
 
 _PART_NUMEL = 2**22
+_numel = Tensor.numel
 
 
 class Finished(NamedTuple):
@@ -43,11 +46,65 @@ class Scaling(NamedTuple):
     @property
     def changes(self) -> bool:
         """Whether it may change a gradient."""
-        return any(isinstance(scalar, Tensor) or scalar != 1 for scalar in self)
+        divisor, factor = self
+        return isinstance(divisor, Tensor) or isinstance(factor, Tensor) or divisor != 1 or factor != 1
+
+
+class Batch(NamedTuple):
+    """Gradients that lie in memory alike, as a kernel takes them: all in one launch."""
+
+    device: torch.device
+    format: Format | None
+    start: Start
+    groups: tuple[Any, ...]  # see Stored
+    is_pending: bool  # whether they have a ``reduce``
+    slots: list[Slot]
+    sums: list[Tensor]
+    residuals: list[Tensor] | None
+    reduces: list[Any]  # see Stored; of those that are pending
+
+    def has_squares(self, norm_type: float) -> bool:
+        """Return whether a kernel takes their norm."""
+        return norm_type == 2 and self.format is not None and not self.is_pending
+
+    def with_residuals(self) -> Batch:
+        """Return the same with residuals to be written, where the format has any."""
+        dtype = None if self.format is None else self.format.residual_dtype
+        if dtype is None or self.residuals is not None:
+            return self
+        return self._replace(
+            residuals=[slot.residual_for(t, dtype) for slot, t in zip(self.slots, self.sums, strict=True)]
+        )
+
+
+def batches_of(slots: list[Slot]) -> list[Batch]:
+    """Return the gradients that are there, those alike together, in the order in which each kind comes first."""
+    found: dict[tuple[Any, ...], tuple[list[Any], ...]] = {}
+    for slot in slots:
+        grad = slot.param.grad
+        if grad is None:
+            continue
+        total, residual, format_, groups, reduce = slot.in_memory(grad)
+        key = total.device, format_, residual is None, groups, reduce is not None
+        alike = found.get(key)
+        if alike is None:
+            alike = found[key] = [], [], [], []
+        of, sums, residuals, reduces = alike
+        of.append(slot)
+        sums.append(total)
+        residuals.append(residual)
+        reduces.append(reduce)
+    batches = []
+    for (device, format_, is_whole, groups, is_pending), (of, sums, residuals, reduces) in found.items():
+        start = Start.FROM_SUM if is_whole else Start.CONTINUE
+        batches.append(
+            Batch(device, format_, start, groups, is_pending, of, sums, None if is_whole else residuals, reduces)
+        )
+    return batches
 
 
 def measure(
-    gradients: list[Stored],
+    batches: list[Batch],
     divide_by: float | Tensor,
     max_norm: float | None,
     norm_type: float,
@@ -55,74 +112,67 @@ def measure(
     kernels_on: _KernelsOn,
 ) -> tuple[Finished, Scaling]:
     """Return the norm of gradients, and what is to become of them; see :meth:`accumkern.GradAccumulator.finish`."""
-    divide_by = _checked_divide_by(divide_by, gradients)
+    divide_by = _checked_divide_by(divide_by, batches)
     max_norm, norm_type = _checked_norm(max_norm, norm_type)
-    norm = total_norm(gradients, float(norm_type), kernels_on)
-    divisor: float | Tensor = divide_by
-    if isinstance(divide_by, Tensor):
-        divisor = _on(divide_by.detach().float(), norm.device)
-    norm = divide(norm, divisor)
-    nonfinite = ~norm.isfinite()
-    if error_if_nonfinite and bool(nonfinite):
+    device = batches[0].device
+    divisor = _on(divide_by.detach().float(), device) if isinstance(divide_by, Tensor) else divide_by
+    if all(batch.device == device and not batch.groups and batch.has_squares(norm_type) for batch in batches):
+        finished = Finished(*_end_of_squares(batches, divisor, max_norm, kernels_on))
+    else:
+        finished = Finished(*clipped(total_norm(batches, norm_type, kernels_on), divisor, max_norm))
+    if error_if_nonfinite and bool(finished.found_nonfinite):
         raise RuntimeError(
-            f"the total norm of order {norm_type} of the gradients is {norm.item()}; they are left as they were"
+            f"the total norm of order {norm_type} of the gradients is {finished.norm.item()}; they are left as they "
+            "were"
         )
-    coefficient = torch.ones_like(norm) if max_norm is None else torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    return Finished(norm, coefficient, nonfinite), Scaling(divisor, 1.0 if max_norm is None else coefficient)
+    return finished, Scaling(divisor, 1.0 if max_norm is None else finished.clip_coefficient)
 
 
-def write(slots: list[Slot], scaling: Scaling, kernels_on: _KernelsOn, keeps_residuals: bool) -> None:
+def write(batches: list[Batch], scaling: Scaling, kernels_on: _KernelsOn, keeps_residuals: bool) -> None:
     """Set each ``.grad`` to the rounded ``(x / divisor) * factor``, computed in FP32 from the accumulated value ``x``.
 
     Args:
-        slots: of gradients that are there.
+        batches: the gradients as they lie in memory now.
         scaling: divisor and factor.
         kernels_on: returns the kernels of a device.
         keeps_residuals: have residuals that hold what the rounding cuts off.
     """
-    gradients = [slot.stored(keeps_residuals) for slot in slots]
-    scale(gradients, scaling, kernels_on, keeps_residuals)
-    if keeps_residuals:
-        for slot, stored in zip(slots, gradients, strict=True):
-            if stored.residual is not None:
-                slot.remember()
+    if keeps_residuals:  # there is memory for all of them before the first gradient is written
+        batches = [batch.with_residuals() for batch in batches]
+    for device, format_, start, _, _, _, sums, residuals, _ in batches:
+        divisor, factor = _on(scaling.divisor, device), _on(scaling.factor, device)
+        if format_ is None:
+            _scale_as_torch_does(sums, divisor, factor)
+            continue
+        kernels = kernels_on(device)
+        compute = kernels.rescale if keeps_residuals and residuals is not None else kernels.finish
+        compute(format_, start, sums, residuals, divisor, factor)
+        torch.autograd.graph.increment_version(sums)
+    if keeps_residuals:  # last, because gradients may be views of one tensor, which count versions together
+        for batch in batches:
+            if batch.residuals is not None:
+                for slot in batch.slots:
+                    slot.remember()
 
 
 @torch.no_grad()
-def total_norm(gradients: list[Stored], norm_type: float, kernels_on: _KernelsOn) -> Tensor:
+def total_norm(batches: list[Batch], norm_type: float, kernels_on: _KernelsOn) -> Tensor:
     """Return the norm of all accumulated values as one vector: FP32, 0-dim, on the device of the first gradient.
 
     It is computed from what is in memory: many ways of writing there leave no trace. Norms of shards are combined over
     the ranks that hold the others.
     """
-    members: dict[tuple[Any, ...], list[Stored]] = defaultdict(list)
-    for gradient in gradients:
-        members[gradient.groups].append(gradient)
+    members: dict[tuple[Any, ...], list[Batch]] = defaultdict(list)
+    for batch in batches:
+        members[batch.groups].append(batch)
     norms = _norms(members.pop((), []), norm_type, kernels_on)
     for groups, shards in members.items():  # in the same order on every rank
-        norm = _norm_of(_norms(shards, norm_type, kernels_on), shards[0].sum.device, norm_type)
+        norm = _norm_of(_norms(shards, norm_type, kernels_on), shards[0].device, norm_type)
         norms.append(norm_over(groups, norm, norm_type))
-    return _norm_of(norms, gradients[0].sum.device, norm_type)
+    return _norm_of(norms, batches[0].device, norm_type)
 
 
-@torch.no_grad()
-def scale(gradients: list[Stored], scaling: Scaling, kernels_on: _KernelsOn, keeps_residuals: bool) -> None:
-    """Scale gradients as they lie in memory; see :func:`write`."""
-    divisor, factor = scaling
-    for total, _, format_, *_ in gradients:
-        if format_ is None:
-            by, device = divisor, total.device
-            if not isinstance(by, Tensor):  # torch on CUDA multiplies with the reciprocal of a number
-                by = torch.full((), by, dtype=widest(device), device=device)
-            total.div_(_on(by, device)).mul_(_on(factor, device))
-    for device, format_, start, sums, residuals in _launches(gradients):
-        kernels = kernels_on(device)
-        compute = kernels.rescale if keeps_residuals and residuals is not None else kernels.finish
-        compute(format_, start, sums, residuals, _on(divisor, device), _on(factor, device))
-        torch.autograd.graph.increment_version(sums)
-
-
-def _checked_divide_by(divide_by: Any, gradients: list[Stored]) -> float | Tensor:
+def _checked_divide_by(divide_by: Any, batches: list[Batch]) -> float | Tensor:
     """Return ``divide_by``; raise unless it is a positive number, or a 0-dim tensor on a device of the gradients."""
     right = "it must be a number or a 0-dim tensor, positive and finite in FP32"
     if not isinstance(divide_by, Tensor):
@@ -134,12 +184,12 @@ def _checked_divide_by(divide_by: Any, gradients: list[Stored]) -> float | Tenso
     if divide_by.dim() != 0 or not is_real or divide_by.layout is not torch.strided:
         shape, dtype = tuple(divide_by.shape), divide_by.dtype
         raise ValueError(f"divide_by is a tensor of shape {shape} and {dtype}; {right}")
-    devices = {gradient.sum.device for gradient in gradients}
+    devices = {batch.device for batch in batches}
     if divide_by.device not in devices:
         on = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"divide_by is on {divide_by.device} and the gradients on {on}; move it there")
     if divide_by.device.type == "cpu":  # on a GPU, looking would wait for it
-        _checked_divide_by(divide_by.item(), gradients)
+        _checked_divide_by(divide_by.item(), batches)
     return divide_by
 
 
@@ -159,22 +209,18 @@ def _checked_norm(max_norm: Any, norm_type: Any) -> tuple[float | None, float]:
 
 def _on(scalar: Any, device: torch.device) -> Any:
     """Return a number as it is, and a tensor on a device. A copy to the CPU is waited for: it is read there at once."""
-    return scalar.to(device, non_blocking=device.type != "cpu") if isinstance(scalar, Tensor) else scalar
+    if not isinstance(scalar, Tensor) or scalar.device == device:
+        return scalar
+    return scalar.to(device, non_blocking=device.type != "cpu")
 
 
-def _launches(
-    gradients: list[Stored],
-) -> Iterator[tuple[torch.device, Format, Start, list[Tensor], list[Tensor] | None]]:
-    """Yield ``(device, format, start, sums, residuals)`` of the gradients that have a format, those alike together."""
-    launches: dict[tuple[torch.device, Format, Start], tuple[list[Tensor], list[Any]]] = {}
-    for total, residual, format_, *_ in gradients:
-        if format_ is not None:
-            start = Start.FROM_SUM if residual is None else Start.CONTINUE
-            sums, residuals = launches.setdefault((total.device, format_, start), ([], []))
-            sums.append(total)
-            residuals.append(residual)
-    for (device, format_, start), (sums, residuals) in launches.items():
-        yield device, format_, start, sums, residuals if start is Start.CONTINUE else None
+@torch.no_grad()
+def _scale_as_torch_does(sums: list[Tensor], divisor: float | Tensor, factor: float | Tensor) -> None:
+    """Divide and multiply gradients that have no format, on one device."""
+    if not isinstance(divisor, Tensor):  # torch on CUDA multiplies with the reciprocal of a number
+        divisor = torch.full((), divisor, dtype=widest(sums[0].device), device=sums[0].device)
+    for total in sums:
+        total.div_(divisor).mul_(factor)
 
 
 def _norm_of(norms: list[Tensor], device: torch.device, norm_type: float) -> Tensor:
@@ -185,29 +231,52 @@ def _norm_of(norms: list[Tensor], device: torch.device, norm_type: float) -> Ten
     return moved[0] if moved else torch.zeros((), dtype=torch.float32, device=device)
 
 
-def _norms(gradients: list[Stored], norm_type: float, kernels_on: _KernelsOn) -> list[Tensor]:
+def _norms(batches: list[Batch], norm_type: float, kernels_on: _KernelsOn) -> list[Tensor]:
     """Return FP32 norms that together have the norm of the gradients."""
-    in_one: list[Stored] = []
     norms: list[Tensor] = []
-    for gradient in gradients:
-        if norm_type == 2 and gradient.format is not None and gradient.reduce is None:
-            in_one.append(gradient)
+    on_device: dict[torch.device, list[Batch]] = defaultdict(list)
+    for batch in batches:
+        if batch.has_squares(norm_type):
+            on_device[batch.device].append(batch)
         else:
-            norms += _norms_of_parts(gradient, norm_type, kernels_on)
-    for device, format_, start, sums, residuals in _launches(in_one):
-        rows = [partial_rows(total.numel()) for total in sums]
-        partials = torch.empty(sum(rows), dtype=torch.float32, device=device)
-        kernels_on(device).squares(format_, start, sums, residuals, list(partials.split(rows)))
-        norms.append(partials.sum(dtype=widest(device)).sqrt().float())
-    return norms
+            for total, residual, reduce in zip(
+                batch.sums, batch.residuals or repeat(None), batch.reduces, strict=False
+            ):
+                norms += _norms_of_parts(total, residual, batch.format, reduce, norm_type, kernels_on)
+    return norms + [_end_of_squares(some, 1.0, None, kernels_on)[0] for some in on_device.values()]
 
 
-def _norms_of_parts(gradient: Stored, norm_type: float, kernels_on: _KernelsOn) -> list[Tensor]:
+def _end_of_squares(
+    batches: list[Batch], divisor: float | Tensor, max_norm: float | None, kernels_on: _KernelsOn
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return :func:`accumkern.clipping.clipped` of the 2-norm of gradients, all on one device."""
+    device = batches[0].device
+    kernels = kernels_on(device)
+    rows = [sum(map(partial_rows, map(_numel, batch.sums))) for batch in batches]
+    partials = torch.empty(sum(rows), dtype=torch.float32, device=device)
+    parts = [partials] if len(batches) == 1 else partials.split(rows)
+    for batch, part in zip(batches, parts, strict=True):
+        assert batch.format is not None
+        kernels.squares(batch.format, batch.start, batch.sums, batch.residuals, part)
+    results = torch.empty(2, dtype=torch.float32, device=device)
+    nonfinite = torch.empty((), dtype=torch.bool, device=device)
+    kernels.norm(partials, divisor, max_norm, results, nonfinite)
+    norm, coefficient = results.unbind()
+    return norm, coefficient, nonfinite
+
+
+def _norms_of_parts(
+    total: Tensor,
+    residual: Tensor | None,
+    format_: Format | None,
+    reduce: Any,
+    norm_type: float,
+    kernels_on: _KernelsOn,
+) -> list[Tensor]:
     """Return norms of parts of a gradient's accumulated values, FP32; what decodes is only as large as a part."""
-    total, residual, format_ = gradient[:3]
-    if gradient.reduce is not None:
+    if reduce is not None:
         low = None if residual is None else residual.as_strided(total.shape, total.stride())
-        value = gradient.reduce(total.float() if format_ is None else decode(format_, total, low))
+        value = reduce(total.float() if format_ is None else decode(format_, total, low))
         return [torch.linalg.vector_norm(value, norm_type)] if value.numel() else []
     if total.numel() == 0:  # which has no maximum
         return []

@@ -38,6 +38,7 @@ class Format(IntEnum):
 
     sum_dtype: torch.dtype
     residual_dtype: torch.dtype | None
+    __hash__ = int.__hash__  # Enum's own is a function in Python
 
     def __new__(cls, number: int, sum_dtype: torch.dtype, residual_dtype: torch.dtype | None) -> Format:
         """Make a member that knows its dtypes."""

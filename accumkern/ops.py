@@ -40,7 +40,7 @@ def accumulate_(
             order. None where all sums are float32.
         scale: factor of every gradient: a number that FP32 holds, or a floating 0-dim tensor on the device of the
             tensors, which is read there without waiting or looking at it.
-        backend: "triton", "cuda", "cpu" or "eager"; None takes the first that can run on the tensors' device.
+        backend: "cuda", "triton", "cpu" or "eager"; None takes the first that can run on the tensors' device.
 
     Raises:
         TypeError: an argument is of the wrong kind, or dtypes do not fit together.

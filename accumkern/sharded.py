@@ -14,7 +14,7 @@ from accumkern import dtensor
 from accumkern.fold import Fold, is_plain
 from accumkern.formats import Format, Start
 from accumkern.passes import BackwardPasses
-from accumkern.slot import FOLDED_DTYPES, NOT_SET_ASIDE, Slot, Stored
+from accumkern.slot import FOLDED_DTYPES, NOT_SET_ASIDE, Slot
 from accumkern.torch_private import NO_BACKWARD, current_graph_task_id, disabled_torch_function, set_local_tensor
 
 
@@ -56,11 +56,10 @@ class ShardSlot(Slot):
         """Return whether a fold into the shard of ``grad`` goes on from its residual, if it needs one."""
         return self.owns(grad) and self._fits_format(dtensor.shard(grad))
 
-    def stored(self, with_residual: bool = False) -> Stored:
-        """Return the shard of ``.grad`` as it lies in memory."""
-        grad: Any = self.param.grad
+    def in_memory(self, grad: Any) -> tuple[Tensor, Tensor | None, Format | None, tuple[Any, ...], Any]:
+        """Return the shard of ``.grad`` as it lies in memory, and whose the other shards are."""
         reduce = (lambda term: dtensor.reduced(term, grad)) if dtensor.is_pending(grad) else None
-        return super().stored(with_residual)._replace(groups=dtensor.groups_of_shards(grad), reduce=reduce)
+        return *super().in_memory(grad)[:3], dtensor.groups_of_shards(grad), reduce
 
     def load(self, grad: Any, residual: Tensor | None) -> None:
         """Make ``grad`` the gradient, and ``residual``, of the shard, what belongs to it."""

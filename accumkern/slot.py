@@ -90,6 +90,10 @@ class Slot:
         self.fold_next: Callable[[Tensor, Tensor, int, Any], bool] = _cannot
         self.forget()
 
+    def stored(self) -> Stored:
+        """Return ``.grad``, which is there, as it lies in memory."""
+        return Stored(*self.in_memory(self.param.grad))
+
     # ---- what a shard does in its own way (accumkern/sharded.py) ----
 
     def local(self, grad: Any) -> Tensor:
@@ -104,25 +108,19 @@ class Slot:
         """Return a number that grows with every change of ``grad``."""
         return grad._version
 
-    def stored(self, with_residual: bool = False) -> Stored:
-        """Return ``.grad``, which is there, as it lies in memory.
-
-        Args:
-            with_residual: have a residual of zeros where none belongs to ``.grad``, to be written.
-        """
-        grad: Any = self.param.grad
+    def in_memory(self, grad: Any) -> tuple[Tensor, Tensor | None, Format | None, tuple[Any, ...], Any]:
+        """Return what a :class:`Stored` has of ``.grad``, as a tuple that is quickly made."""
         total = self.local(grad)
         format_ = self.formats.get(total.dtype)
-        if format_ is None or total.layout is not torch.strided or total.is_neg() or not is_dense(total):
-            return Stored(total, None, None)
-        residual = self.valid_residual(grad)
-        if residual is None and with_residual and format_.residual_dtype is not None:
-            residual = self.residual_for(total, format_.residual_dtype)
-            if residual.dtype.is_floating_point:  # the FP32 value itself
-                residual.copy_(total.as_strided((total.numel(),), (1,)))
-            else:
-                residual.zero_()
-        return Stored(total, residual, format_)
+        if (
+            format_ is None
+            or total.layout is not torch.strided
+            or total.is_neg()
+            or not (total.is_contiguous() or is_dense(total))
+        ):
+            return total, None, None, (), None
+        has_residual = format_.residual_dtype is not None and self.has_residual_of(grad)
+        return total, self.residual if has_residual else None, format_, (), None
 
     def saved_residual(self, residual: Tensor, like: Any) -> Any:
         """Return a flat residual as a state holds it, beside the gradient ``like``: in its shape and strides."""

@@ -71,7 +71,7 @@ def attach(
             :meth:`GradAccumulator.noise_scale`.
         report: accumulate a sample of each 16-bit gradient the way stock PyTorch does, for
             :meth:`GradAccumulator.report`. Costs about a dozen small operations per parameter and micro-batch.
-        backend: ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"eager"``; None takes the first that can run on the device of
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; None takes the first that can run on the device of
             each gradient.
 
     Returns:

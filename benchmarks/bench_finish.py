@@ -22,10 +22,8 @@ from bench_kernels import parse_size
 from harness import parser, steps, write_results
 from timing import Timing, Variant, allocate, sets_of, time_variants
 
-from accumkern import backends
-from accumkern.finish import Scaling, scale, total_norm
+from accumkern import backends, finish
 from accumkern.formats import PARTIALS, Format, Start, partial_rows
-from accumkern.slot import Stored
 
 # What is divided by is 1 and what is clipped to is never reached: the work is the same, and the values stay what they
 # are from call to call.
@@ -119,14 +117,17 @@ def stock_variant(buffers: Buffers) -> Variant:
 def finish_variant(buffers: Buffers, format_: Format, backend: str) -> Variant:
     """Return what GradAccumulator.finish() does with gradients that were folded."""
     residuals = buffers.residuals[format_]
-    gradients = [Stored(grad, residual, format_) for grad, residual in zip(buffers.sums, residuals, strict=True)]
     kernels = backends.kernels(backend)
     one = torch.ones((), device=buffers.sums[0].device)
+    batches = [
+        finish.Batch(one.device, format_, Start.CONTINUE, (), False, [], [total], [low], [None])
+        for total, low in zip(buffers.sums, residuals, strict=True)
+    ]
 
     def run(i: int) -> None:
-        norm = total_norm([gradients[i]], 2.0, lambda _: kernels) / one
-        coefficient = torch.clamp(MAX_NORM / (norm + 1e-6), max=1.0)
-        scale([gradients[i]], Scaling(one, coefficient), lambda _: kernels, keeps_residuals=False)
+        some = batches[i : i + 1]
+        _, scaling = finish.measure(some, one, MAX_NORM, 2.0, False, lambda _: kernels)
+        finish.write(some, scaling, lambda _: kernels, keeps_residuals=False)
 
     read = 2 + residuals[0].element_size()
     return Variant(run, buffers.sets, (read + read + 2) * buffers.numel)

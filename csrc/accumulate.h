@@ -30,7 +30,7 @@ struct FoldTensor {
   const void* grad;  // to decode: the sum; to encode: the FP32 values
   void* sum;         // to decode: the FP32 values
   void* residual;    // nullptr when the format has none
-  float* partials;   // (blocks, kPartials), nullptr to leave them out; of squares: (blocks,)
+  float* partials;   // of a fold (blocks, kPartials), nullptr to leave them out; of squares (blocks,)
   int64_t numel;
 };
 
@@ -87,15 +87,28 @@ struct StepCall {
   const float* skip;  // where this is not zero, nothing is written; nullptr for none
 };
 
+// The end of a norm, of which `partials` are sums of squares (norm_math.h).
+struct NormCall {
+  const float* partials;
+  int64_t count;
+  Scalar divisor;
+  bool clips;
+  float max_norm;  // where it clips
+  float* results;  // the norm, and what gradients are to be multiplied by
+  bool* nonfinite;
+};
+
 void run_cpu(const Call& call, int threads);
 void step_cpu(const StepCall& call, int threads);
+void norm_cpu(const NormCall& call);
 const char* cpu_instruction_set();
 
 // Launched on `stream` of `device` without waiting; throws std::runtime_error with CUDA's message.
 void run_cuda(const Call& call, int device, uintptr_t stream);
 void step_cuda(const StepCall& call, int device, uintptr_t stream);
+void norm_cuda(const NormCall& call, int device, uintptr_t stream);
 
-// Why the kernels cannot run on the current device (another architecture, an old driver), or an empty string.
-std::string cuda_problem();
+// Why the kernels cannot run on a device (another architecture, an old driver), or an empty string.
+std::string cuda_problem(int device);
 
 }  // namespace accumkern

@@ -17,6 +17,14 @@ static_assert(sizeof(TensorList<FoldTensor, kMaxTensors>) <= kArgumentBytes, "ke
 
 // ---- blocks --------------------------------------------------------------------------------------------------
 
+// What a thread has of gradients, sums and residuals at once.
+template <class F, class Grad, class Sum, int kWidth>
+struct Part {
+  Vector<Grad, kWidth> grad;
+  Vector<Sum, kWidth> sum;
+  Vector<typename F::Residual, kWidth> residual;
+};
+
 // What one thread block works on: up to kBlockNumel elements of one tensor.
 template <class F, class Grad, class Sum>
 struct Block {
@@ -24,8 +32,27 @@ struct Block {
   Sum* sum;
   typename F::Residual* residual;
   float* partials;
-  int count;
-  bool is_whole;  // full and aligned: every access can be 16 bytes wide
+  Extent extent;
+
+  template <int kWidth>
+  __device__ __forceinline__ Part<F, Grad, Sum, kWidth> load_part(int at, bool reads_grad, bool reads_sum,
+                                                                  bool reads_residual) const {
+    Part<F, Grad, Sum, kWidth> part;
+    if (reads_grad) part.grad = load<kWidth>(grad + at);
+    if (reads_sum) part.sum = load<kWidth>(sum + at);
+    if constexpr (F::kHasResidual) {
+      if (reads_residual) part.residual = load<kWidth>(residual + at);
+    }
+    return part;
+  }
+
+  template <int kWidth>
+  __device__ __forceinline__ void store_part(int at, const Part<F, Grad, Sum, kWidth>& part, bool writes_residual) const {
+    store(sum + at, part.sum);
+    if constexpr (F::kHasResidual) {
+      if (writes_residual) store(residual + at, part.residual);
+    }
+  }
 };
 
 template <class F, class Grad = typename F::Sum, class Sum = typename F::Sum, int kColumns = kPartials, int kCapacity>
@@ -34,13 +61,12 @@ __device__ __forceinline__ Block<F, Grad, Sum> this_block(const TensorList<FoldT
   const FoldTensor& tensor = list.tensors[index];
   const int64_t block = blockIdx.x - list.first_block[index];
   const int64_t begin = block * kBlockNumel;
-  const int64_t left = tensor.numel - begin;
+  const bool all_aligned = is_aligned(tensor.grad) && is_aligned(tensor.sum) && is_aligned(tensor.residual);
   return {static_cast<const Grad*>(tensor.grad) + begin,
           static_cast<Sum*>(tensor.sum) + begin,
           F::kHasResidual ? static_cast<typename F::Residual*>(tensor.residual) + begin : nullptr,
           tensor.partials == nullptr ? nullptr : tensor.partials + kColumns * block,
-          static_cast<int>(left < kBlockNumel ? left : kBlockNumel),
-          left >= kBlockNumel && is_aligned(tensor.grad) && is_aligned(tensor.sum) && is_aligned(tensor.residual)};
+          extent_of(tensor.numel - begin, all_aligned)};
 }
 
 // ---- fold ----------------------------------------------------------------------------------------------------
@@ -91,44 +117,18 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     accumulate_kernel(const __grid_constant__ TensorList<FoldTensor, kCapacity> list, const Start start, const Scalar scale_argument) {
   const auto block = this_block<F>(list);
   const float scale = value_of(scale_argument);
-  const bool reads_sum = start != Start::kFromZero;
-  const bool reads_residual = F::kHasResidual && start == Start::kContinue;
+  const bool reads_sum = start != Start::kFromZero, reads_residual = start == Start::kContinue;
   Squares squares;
-
-  if (block.is_whole) {
-    Vector<typename F::Sum> grads[kSteps], sums[kSteps];
-    Vector<typename F::Residual> residuals[kSteps];
-    const int first = threadIdx.x * kVector;
+  const auto load_at = [&](auto width, int at) {
+    return block.template load_part<width.value>(at, true, reads_sum, reads_residual);
+  };
+  walk<kSteps, kElements>(block.extent, load_at, [&](auto width, int at, auto& part) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int at = first + step * kThreads * kVector;
-      grads[step] = load(block.grad + at);
-      if (reads_sum) sums[step] = load(block.sum + at);
-      if constexpr (F::kHasResidual) {
-        if (reads_residual) residuals[step] = load(block.residual + at);
-      }
+    for (int i = 0; i < width.value; ++i) {
+      fold_element<F>(start, scale, part.grad.values[i], &part.sum.values[i], &part.residual.values[i], &squares);
     }
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        fold_element<F>(start, scale, grads[step].values[i], &sums[step].values[i], &residuals[step].values[i],
-                        &squares);
-      }
-      const int at = first + step * kThreads * kVector;
-      store(block.sum + at, sums[step]);
-      if constexpr (F::kHasResidual) store(block.residual + at, residuals[step]);
-    }
-  } else {
-    for (int i = threadIdx.x; i < block.count; i += kThreads) {
-      typename F::Sum sum = reads_sum ? block.sum[i] : typename F::Sum{};
-      typename F::Residual residual{};
-      if (reads_residual) residual = block.residual[i];
-      fold_element<F>(start, scale, block.grad[i], &sum, &residual, &squares);
-      block.sum[i] = sum;
-      if constexpr (F::kHasResidual) block.residual[i] = residual;
-    }
-  }
+    block.store_part(at, part, true);
+  });
   if (block.partials != nullptr) write_partials(block.partials, squares.of);
 }
 
@@ -153,40 +153,16 @@ __device__ __forceinline__ void finish_block(const TensorList<FoldTensor, kCapac
                                              Scalar factor_argument) {
   const auto block = this_block<F>(list);
   const float divisor = value_of(divisor_argument), factor = value_of(factor_argument);
-  const bool reads_residual = F::kHasResidual && start == Start::kContinue;
-
-  if (block.is_whole) {
-    Vector<typename F::Sum> sums[kSteps];
-    Vector<typename F::Residual> residuals[kSteps];
-    const int first = threadIdx.x * kVector;
+  const auto load_at = [&](auto width, int at) {
+    return block.template load_part<width.value>(at, false, true, start == Start::kContinue);
+  };
+  walk<kSteps, kElements>(block.extent, load_at, [&](auto width, int at, auto& part) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int at = first + step * kThreads * kVector;
-      sums[step] = load(block.sum + at);
-      if constexpr (F::kHasResidual) {
-        if (reads_residual) residuals[step] = load(block.residual + at);
-      }
+    for (int i = 0; i < width.value; ++i) {
+      finish_element<F, kRescales>(start, divisor, factor, &part.sum.values[i], &part.residual.values[i]);
     }
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        finish_element<F, kRescales>(start, divisor, factor, &sums[step].values[i], &residuals[step].values[i]);
-      }
-      const int at = first + step * kThreads * kVector;
-      store(block.sum + at, sums[step]);
-      if constexpr (kRescales && F::kHasResidual) store(block.residual + at, residuals[step]);
-    }
-  } else {
-    for (int i = threadIdx.x; i < block.count; i += kThreads) {
-      typename F::Residual residual{};
-      if (reads_residual) residual = block.residual[i];
-      typename F::Sum sum = block.sum[i];
-      finish_element<F, kRescales>(start, divisor, factor, &sum, &residual);
-      block.sum[i] = sum;
-      if constexpr (kRescales && F::kHasResidual) block.residual[i] = residual;
-    }
-  }
+    block.store_part(at, part, kRescales);
+  });
 }
 
 template <class F, int kCapacity>
@@ -210,33 +186,12 @@ template <class F, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     decode_kernel(const __grid_constant__ TensorList<FoldTensor, kCapacity> list) {
   const auto block = this_block<F, typename F::Sum, float>(list);
-
-  if (block.is_whole) {
-    Vector<typename F::Sum> sums[kSteps];
-    Vector<typename F::Residual> residuals[kSteps];
-    const int first = threadIdx.x * kVector;
+  const auto load_at = [&](auto width, int at) { return block.template load_part<width.value>(at, true, false, true); };
+  walk<kSteps, kElements>(block.extent, load_at, [&](auto width, int at, auto& part) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int at = first + step * kThreads * kVector;
-      sums[step] = load(block.grad + at);
-      if constexpr (F::kHasResidual) residuals[step] = load(block.residual + at);
-    }
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      Vector<float> values;
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        values.values[i] = F::decode(sums[step].values[i], residuals[step].values[i]);
-      }
-      store(block.sum + first + step * kThreads * kVector, values);
-    }
-  } else {
-    for (int i = threadIdx.x; i < block.count; i += kThreads) {
-      typename F::Residual residual{};
-      if constexpr (F::kHasResidual) residual = block.residual[i];
-      block.sum[i] = F::decode(block.grad[i], residual);
-    }
-  }
+    for (int i = 0; i < width.value; ++i) part.sum.values[i] = F::decode(part.grad.values[i], part.residual.values[i]);
+    block.store_part(at, part, false);
+  });
 }
 
 // (sum, residual) = encode(value / divisor), where the list holds the FP32 values as grad.
@@ -245,80 +200,35 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     encode_kernel(const __grid_constant__ TensorList<FoldTensor, kCapacity> list, const Scalar divisor_argument) {
   const auto block = this_block<F, float>(list);
   const float divisor = value_of(divisor_argument);
-
-  if (block.is_whole) {
-    Vector<float> values[kSteps];
-    const int first = threadIdx.x * kVector;
+  const auto load_at = [&](auto width, int at) { return block.template load_part<width.value>(at, true, false, false); };
+  walk<kSteps, kElements>(block.extent, load_at, [&](auto width, int at, auto& part) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) values[step] = load(block.grad + first + step * kThreads * kVector);
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      Vector<typename F::Sum> sums;
-      Vector<typename F::Residual> residuals;
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const uint32_t bits = canonical_bits(__fdiv_rn(values[step].values[i], divisor));
-        F::encode(bits, &sums.values[i], &residuals.values[i]);
-      }
-      const int at = first + step * kThreads * kVector;
-      store(block.sum + at, sums);
-      if constexpr (F::kHasResidual) store(block.residual + at, residuals);
+    for (int i = 0; i < width.value; ++i) {
+      const uint32_t bits = canonical_bits(__fdiv_rn(part.grad.values[i], divisor));
+      F::encode(bits, &part.sum.values[i], &part.residual.values[i]);
     }
-  } else {
-    for (int i = threadIdx.x; i < block.count; i += kThreads) {
-      typename F::Sum sum{};
-      typename F::Residual residual{};
-      F::encode(canonical_bits(__fdiv_rn(block.grad[i], divisor)), &sum, &residual);
-      block.sum[i] = sum;
-      if constexpr (F::kHasResidual) block.residual[i] = residual;
-    }
-  }
+    block.store_part(at, part, true);
+  });
 }
 
 // ---- squares -------------------------------------------------------------------------------------------------
 
-// total += decode(sum, residual)^2, for one element.
-template <class F>
-__device__ __forceinline__ void square_element(Start start, typename F::Sum sum, typename F::Residual residual,
-                                               float* total) {
-  const float x = value_of<F>(start, sum, residual);
-  *total = __fmaf_rn(x, x, *total);
-}
-
-// The partial sums are those that a fold would leave of the same values.
+// The partial sums are those that a fold would leave of the same values, where memory is aligned alike.
 template <class F, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     squares_kernel(const __grid_constant__ TensorList<FoldTensor, kCapacity> list, const Start start) {
   const auto block = this_block<F, typename F::Sum, typename F::Sum, 1>(list);
-  const bool reads_residual = F::kHasResidual && start == Start::kContinue;
   float total[1] = {};
-
-  if (block.is_whole) {
-    Vector<typename F::Sum> sums[kSteps];
-    Vector<typename F::Residual> residuals[kSteps];
-    const int first = threadIdx.x * kVector;
+  const auto load_at = [&](auto width, int at) {
+    return block.template load_part<width.value>(at, false, true, start == Start::kContinue);
+  };
+  walk<kSteps, kElements>(block.extent, load_at, [&](auto width, int, auto& part) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int at = first + step * kThreads * kVector;
-      sums[step] = load(block.sum + at);
-      if constexpr (F::kHasResidual) {
-        if (reads_residual) residuals[step] = load(block.residual + at);
-      }
+    for (int i = 0; i < width.value; ++i) {
+      const float x = value_of<F>(start, part.sum.values[i], part.residual.values[i]);
+      total[0] = __fmaf_rn(x, x, total[0]);
     }
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        square_element<F>(start, sums[step].values[i], residuals[step].values[i], total);
-      }
-    }
-  } else {
-    for (int i = threadIdx.x; i < block.count; i += kThreads) {
-      typename F::Residual residual{};
-      if (reads_residual) residual = block.residual[i];
-      square_element<F>(start, block.sum[i], residual, total);
-    }
-  }
+  });
   write_partials(block.partials, total);
 }
 
@@ -429,7 +339,8 @@ void run_cuda(const Call& call, int device, uintptr_t stream_address) {
   throw std::invalid_argument("accumkern: unknown kernel");
 }
 
-std::string cuda_problem() {
+std::string cuda_problem(int device) {
+  const DeviceGuard guard(device);
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, accumulate_kernel<Split24, 1>);
   cudaGetLastError();

@@ -38,6 +38,14 @@ ACCUMKERN_INLINE float float_of(uint32_t bits) {
   return x;
 }
 
+ACCUMKERN_INLINE float quotient_of(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+
 // The bits of x, with every NaN made the one quiet NaN 0x7FC00000: payloads differ between processors.
 ACCUMKERN_INLINE uint32_t canonical_bits(float x) {
   return x == x ? bits_of(x) : 0x7FC00000u;

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cerrno>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -39,6 +40,16 @@ std::vector<FoldTensor> tensors_of(const std::vector<int64_t>& table) {
     const int64_t numel = table[4 * count + i];
     const auto pointer = [&](size_t column) { return pointer_of(table[column * count + i], numel); };
     tensors[i] = {pointer(0), pointer(1), pointer(2), static_cast<float*>(pointer(3)), numel};
+  }
+  return tensors;
+}
+
+// The same, with room for a number of each block, tensor after tensor.
+std::vector<FoldTensor> tensors_of(const std::vector<int64_t>& table, float* partials) {
+  std::vector<FoldTensor> tensors = tensors_of(table);
+  for (FoldTensor& tensor : tensors) {
+    tensor.partials = partials;
+    partials += (tensor.numel + kBlockNumel - 1) / kBlockNumel;
   }
   return tensors;
 }
@@ -83,6 +94,16 @@ void step(const StepCall& call, int device, uintptr_t threads_or_stream) {
 #endif
 }
 
+void norm(const NormCall& call, int device, uintptr_t threads_or_stream) {
+  if (device < 0) return norm_cpu(call);  // so short that nobody needs to be let in
+  const py::gil_scoped_release release;
+#if defined(ACCUMKERN_CUDA_TARGETS)
+  norm_cuda(call, device, threads_or_stream);
+#else
+  throw std::runtime_error("accumkern: built without CUDA kernels");
+#endif
+}
+
 // Whether the first and the last byte of a range of this process can be written, without writing: the kernel copies
 // each byte onto itself and refuses where a store would fault. Where it cannot be asked, the answer is yes.
 bool is_writable(uintptr_t address, size_t bytes) {
@@ -117,7 +138,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("is_writable", &is_writable, py::arg("address"), py::arg("bytes"));
 
   for (const auto& [name, kernel] : {std::pair{"FOLD", Kernel::kFold}, {"FINISH", Kernel::kFinish}, {"RESCALE", Kernel::kRescale},
-                                     {"DECODE", Kernel::kDecode}, {"ENCODE", Kernel::kEncode}, {"SQUARES", Kernel::kSquares}}) {
+                                     {"DECODE", Kernel::kDecode}, {"ENCODE", Kernel::kEncode}}) {
     module.attr(name) = static_cast<int>(kernel);
   }
   module.def("read_tensors_of", [](const py::object& type) { read_tensors_of(type.ptr()); }, py::arg("type"));
@@ -141,6 +162,16 @@ PYBIND11_MODULE(_C, module) {
       py::arg("device"), py::arg("threads_or_stream"));
 
   module.def(
+      "squares",
+      [](int format, int start, const std::vector<int64_t>& table, uintptr_t partials, int device, uintptr_t threads_or_stream) {
+        run({Kernel::kSquares, static_cast<Format>(format), static_cast<Start>(start),
+             tensors_of(table, reinterpret_cast<float*>(partials)), {}, {}},
+            device, threads_or_stream);
+      },
+      py::arg("format"), py::arg("start"), py::arg("table"), py::arg("partials"), py::arg("device"),
+      py::arg("threads_or_stream"));
+
+  module.def(
       "step",
       [](int update, int weight_format, int grad_format, int start, const std::vector<int64_t>& table,
          uintptr_t coefficients, ScalarPair divisor, ScalarPair factor, uintptr_t skip, int device,
@@ -154,9 +185,20 @@ PYBIND11_MODULE(_C, module) {
       py::arg("coefficients"), py::arg("divisor"), py::arg("factor"), py::arg("skip"), py::arg("device"),
       py::arg("threads_or_stream"));
 
+  module.def(
+      "norm",
+      [](uintptr_t partials, int64_t count, ScalarPair divisor, std::optional<float> max_norm, uintptr_t results,
+         uintptr_t nonfinite, int device, uintptr_t threads_or_stream) {
+        norm({reinterpret_cast<const float*>(partials), count, scalar_of(divisor), max_norm.has_value(),
+              max_norm.value_or(1.0f), reinterpret_cast<float*>(results), reinterpret_cast<bool*>(nonfinite)},
+             device, threads_or_stream);
+      },
+      py::arg("partials"), py::arg("count"), py::arg("divisor"), py::arg("max_norm"), py::arg("results"),
+      py::arg("nonfinite"), py::arg("device"), py::arg("threads_or_stream"));
+
 #if defined(ACCUMKERN_CUDA_TARGETS)
   module.attr("cuda_targets") = ACCUMKERN_CUDA_TARGETS;
-  module.def("cuda_problem", &cuda_problem);
+  module.def("cuda_problem", &cuda_problem, py::arg("device"));
 #else
   module.attr("cuda_targets") = py::none();
 #endif

@@ -17,25 +17,26 @@ constexpr int kThreads = 256;
 constexpr int kVector = 8;                                  // elements a thread loads at once: 16 B of a 16-bit sum
 constexpr int kSteps = kBlockNumel / (kThreads * kVector);  // vectors of a thread
 static_assert(kSteps * kThreads * kVector == kBlockNumel, "a block is a whole number of vectors");
+constexpr int kElements = 8;  // elements that a thread loads at once where it cannot load vectors
 
 constexpr int kMinBlocks = 4;                // per multiprocessor: 64 registers a thread, no spills
 constexpr size_t kArgumentBytes = 4096 - 128;  // of a list: a kernel's arguments may fill 4 KB on every GPU
 
 // ---- vectors -------------------------------------------------------------------------------------------------
 
-template <class T>
-struct alignas(sizeof(T) * kVector < 16 ? sizeof(T) * kVector : 16) Vector {
-  T values[kVector];
+template <class T, int kWidth>
+struct alignas(sizeof(T) * kWidth < 16 ? sizeof(T) * kWidth : 16) Vector {
+  T values[kWidth];
 };
 
-template <class T>
-__device__ __forceinline__ Vector<T> load(const T* address) {
-  return *reinterpret_cast<const Vector<T>*>(address);
+template <int kWidth, class T>
+__device__ __forceinline__ Vector<T, kWidth> load(const T* address) {
+  return *reinterpret_cast<const Vector<T, kWidth>*>(address);
 }
 
-template <class T>
-__device__ __forceinline__ void store(T* address, const Vector<T>& vector) {
-  *reinterpret_cast<Vector<T>*>(address) = vector;
+template <int kWidth, class T>
+__device__ __forceinline__ void store(T* address, const Vector<T, kWidth>& vector) {
+  *reinterpret_cast<Vector<T, kWidth>*>(address) = vector;
 }
 
 __host__ __device__ inline bool is_aligned(const void* address) {
@@ -77,6 +78,53 @@ __device__ __forceinline__ int tensor_of_this_block(const TensorList<Tensor, kCa
     }
   }
   return index;
+}
+
+// ---- blocks --------------------------------------------------------------------------------------------------
+
+template <int kWidth>
+struct Width {
+  static constexpr int value = kWidth;
+};
+
+// The part of a tensor that one thread block works on.
+struct Extent {
+  int count;    // of elements
+  int vectors;  // how many of them, the first ones, lie in vectors: none where memory is not aligned
+};
+
+__device__ __forceinline__ Extent extent_of(int64_t left, bool is_aligned) {
+  const int count = static_cast<int>(left < kBlockNumel ? left : kBlockNumel);
+  return {count, is_aligned ? count / kVector * kVector : 0};
+}
+
+// For the elements from begin to end, kWidth at a time, `kCount` times: what a thread has of them is loaded,
+// load(Width, at), before it uses any, use(Width, at, loaded), so that no load waits for a store.
+template <int kWidth, int kCount, class Load, class Use>
+__device__ __forceinline__ void walk_range(int begin, int end, const Load& load, const Use& use) {
+  constexpr int kStride = kThreads * kWidth;
+  constexpr Width<kWidth> width{};
+#pragma unroll 1
+  for (int first = begin + static_cast<int>(threadIdx.x) * kWidth; first < end; first += kCount * kStride) {
+    decltype(load(width, 0)) loaded[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (first + i * kStride < end) loaded[i] = load(width, first + i * kStride);
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (first + i * kStride < end) use(width, first + i * kStride, loaded[i]);
+    }
+    if (kCount * kStride >= kBlockNumel) break;  // there are no more in a block
+  }
+}
+
+// The same for a whole block: vectors first, then the elements that are left. Which thread has which, and in which
+// order, depends on alignment alone.
+template <int kVectors, int kScalars, class Load, class Use>
+__device__ __forceinline__ void walk(const Extent& extent, const Load& load, const Use& use) {
+  walk_range<kVector, kVectors>(0, extent.vectors, load, use);
+  walk_range<1, kScalars>(extent.vectors, extent.count, load, use);
 }
 
 // ---- launches ------------------------------------------------------------------------------------------------

@@ -22,16 +22,31 @@ struct StepScalars {
   const float* skip;
 };
 
-// weight, states = update((gradient / divisor) * factor, weight, states), for one element.
-template <class U, class W, class G>
+// What a thread has of a tensor at once.
+template <class U, class W, class G, int kWidth>
+struct StepPart {
+  Vector<typename W::Sum, kWidth> weight;
+  Vector<typename W::Residual, kWidth> weight_residual;
+  Vector<typename G::Sum, kWidth> grad;
+  Vector<typename G::Residual, kWidth> grad_residual;
+  Vector<float, kWidth> states[U::kStates + 1];
+};
+
+// weight, states = update((gradient / divisor) * factor, weight, states), for the i-th element of a part.
+template <class U, class W, class G, int kWidth>
 __device__ __forceinline__ void step_element(const typename U::Coefficients& by, Start start, float divisor, float factor,
-                                             typename G::Sum grad, typename G::Residual grad_residual,
-                                             typename W::Sum* weight, typename W::Residual* weight_residual,
-                                             float* states) {
-  float g = value_of<G>(start, grad, grad_residual);
+                                             StepPart<U, W, G, kWidth>& part, int i) {
+  float g = value_of<G>(start, part.grad.values[i], part.grad_residual.values[i]);
   if (divisor != 1.0f || factor != 1.0f) g = scaled(g, divisor, factor);
-  const float value = U::update(by, g, W::decode(*weight, *weight_residual), states);
-  W::encode(canonical_bits(value), weight, weight_residual);
+  typename W::Sum& weight = part.weight.values[i];
+  typename W::Residual& weight_residual = part.weight_residual.values[i];
+  float states[U::kStates + 1];
+#pragma unroll
+  for (int k = 0; k < U::kStates; ++k) states[k] = part.states[k].values[i];
+  const float value = U::update(by, g, W::decode(weight, weight_residual), states);
+  W::encode(canonical_bits(value), &weight, &weight_residual);
+#pragma unroll
+  for (int k = 0; k < U::kStates; ++k) part.states[k].values[i] = states[k];
 }
 
 template <class U, class W, class G>
@@ -41,7 +56,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksOfStep)
   const int index = tensor_of_this_block(list);
   const StepTensor& tensor = list.tensors[index];
   const int64_t begin = static_cast<int64_t>(blockIdx.x - list.first_block[index]) * kBlockNumel;
-  const int64_t left = tensor.numel - begin;
   auto* weights = static_cast<typename W::Sum*>(tensor.weight) + begin;
   auto* weight_residuals = static_cast<typename W::Residual*>(tensor.weight_residual) + begin;
   const auto* grads = static_cast<const typename G::Sum*>(tensor.grad) + begin;
@@ -49,57 +63,35 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksOfStep)
   const auto* grad_residuals = static_cast<const typename G::Residual*>(tensor.grad_residual);
   if (reads_residual) grad_residuals += begin;
   float* states[U::kStates + 1];
-  bool is_whole = left >= kBlockNumel && is_aligned(weights) && is_aligned(weight_residuals) && is_aligned(grads);
-  is_whole = is_whole && (!reads_residual || is_aligned(grad_residuals));
+  bool all_aligned = is_aligned(weights) && is_aligned(weight_residuals) && is_aligned(grads);
+  all_aligned = all_aligned && (!reads_residual || is_aligned(grad_residuals));
 #pragma unroll
-  for (int state = 0; state < U::kStates; ++state) {
-    states[state] = tensor.states[state] + begin;
-    is_whole &= is_aligned(states[state]);
+  for (int k = 0; k < U::kStates; ++k) {
+    states[k] = tensor.states[k] + begin;
+    all_aligned &= is_aligned(states[k]);
   }
   const auto by = *reinterpret_cast<const typename U::Coefficients*>(tensor.coefficients);
   const float divisor = value_of(scalars.divisor), factor = value_of(scalars.factor);
 
-  if (is_whole) {
-#pragma unroll 1  // the states of one vector fill enough registers
-    for (int step = 0; step < kSteps; ++step) {
-      const int at = (step * kThreads + threadIdx.x) * kVector;
-      auto weight = load(weights + at);
-      auto weight_residual = load(weight_residuals + at);
-      const auto grad = load(grads + at);
-      Vector<typename G::Residual> grad_residual{};
-      if (reads_residual) grad_residual = load(grad_residuals + at);
-      Vector<float> state[U::kStates + 1];
+  const auto load_at = [&](auto width, int at) {
+    StepPart<U, W, G, width.value> part;
+    part.weight = load<width.value>(weights + at);
+    part.weight_residual = load<width.value>(weight_residuals + at);
+    part.grad = load<width.value>(grads + at);
+    if (reads_residual) part.grad_residual = load<width.value>(grad_residuals + at);
 #pragma unroll
-      for (int i = 0; i < U::kStates; ++i) state[i] = load(states[i] + at);
+    for (int k = 0; k < U::kStates; ++k) part.states[k] = load<width.value>(states[k] + at);
+    return part;
+  };
+  // The states of one vector fill enough registers.
+  walk<1, kElements / 2>(extent_of(tensor.numel - begin, all_aligned), load_at, [&](auto width, int at, auto& part) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        float of_element[U::kStates + 1];
+    for (int i = 0; i < width.value; ++i) step_element(by, scalars.start, divisor, factor, part, i);
+    store(weights + at, part.weight);
+    store(weight_residuals + at, part.weight_residual);
 #pragma unroll
-        for (int k = 0; k < U::kStates; ++k) of_element[k] = state[k].values[i];
-        step_element<U, W, G>(by, scalars.start, divisor, factor, grad.values[i], grad_residual.values[i],
-                              &weight.values[i], &weight_residual.values[i], of_element);
-#pragma unroll
-        for (int k = 0; k < U::kStates; ++k) state[k].values[i] = of_element[k];
-      }
-      store(weights + at, weight);
-      store(weight_residuals + at, weight_residual);
-#pragma unroll
-      for (int i = 0; i < U::kStates; ++i) store(states[i] + at, state[i]);
-    }
-  } else {
-    const int count = static_cast<int>(left < kBlockNumel ? left : kBlockNumel);
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-      typename G::Residual grad_residual{};
-      if (reads_residual) grad_residual = grad_residuals[i];
-      float of_element[U::kStates + 1];
-#pragma unroll
-      for (int k = 0; k < U::kStates; ++k) of_element[k] = states[k][i];
-      step_element<U, W, G>(by, scalars.start, divisor, factor, grads[i], grad_residual, weights + i,
-                            weight_residuals + i, of_element);
-#pragma unroll
-      for (int k = 0; k < U::kStates; ++k) states[k][i] = of_element[k];
-    }
-  }
+    for (int k = 0; k < U::kStates; ++k) store(states[k] + at, part.states[k]);
+  });
 }
 
 // ---- launcher ------------------------------------------------------------------------------------------------

@@ -18,14 +18,6 @@ ACCUMKERN_INLINE float fma_of(float a, float b, float c) {
 #endif
 }
 
-ACCUMKERN_INLINE float quotient_of(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fdiv_rn(a, b);
-#else
-  return a / b;
-#endif
-}
-
 ACCUMKERN_INLINE float square_root_of(float x) {
 #if defined(__CUDA_ARCH__)
   return __fsqrt_rn(x);

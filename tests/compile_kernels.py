@@ -168,6 +168,8 @@ CUDA_UPDATES = {"Adam": (Update.ADAM, Update.AMSGRAD), "Sgd": (Update.SGD, Updat
 def name_cuda(symbol: str) -> tuple[str, str]:
     """Return (kernel, format) of a mangled name, which has the kernel's name, its types and how long its lists are.
 
+    The norm's has no format.
+
     Raises:
         ValueError: it is no kernel's.
     """
@@ -176,6 +178,8 @@ def name_cuda(symbol: str) -> tuple[str, str]:
     if found is not None:
         kernel, type_name, capacity = found.groups()
         return f"{kernel}{'_list' if int(capacity) > 1 else ''}_kernel", CUDA_FORMATS[type_name].name
+    if re.search(r"\d+norm_kernelE", symbol):  # which knows no format
+        return "norm_kernel", ""
     # A type that the name has had before is written as a number between S and _.
     grad = rf"(?:S\w*?_|NS_\d+(?:MainGradINS_\d)?({format_})E)"
     found = re.search(rf"step_kernelINS_\d(Adam|Sgd)ILb([01])EEENS_\d({format_})E{grad}", symbol)

@@ -13,10 +13,9 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -36,6 +35,13 @@ from test_kernels import (
     test_squares_of_what_is_not_finite,
     test_sum_may_be_the_gradient_itself_from_zero,
     test_writes_its_range_and_nothing_else,
+)
+from test_norm_kernel import test_bits_of_torch as test_norm_bits_of_torch
+from test_norm_kernel import (
+    test_divisors_on_the_device_that_nobody_has_looked_at,
+    test_many_partial_sums,
+    test_one_of_many_is_not_finite,
+    test_sums_beyond_fp32_have_a_norm,
 )
 from test_step_kernels import (
     test_a_nan_stays_the_maximum,
@@ -58,6 +64,7 @@ __all__ = [
     "test_an_infinite_weight_stays_without_decay",
     "test_bits_agree_with_the_reference",
     "test_decode",
+    "test_divisors_on_the_device_that_nobody_has_looked_at",
     "test_empty_tensors_anywhere_in_a_list",
     "test_encode",
     "test_every_half_and_residual_decodes_alike",
@@ -65,7 +72,10 @@ __all__ = [
     "test_list_of_small_and_large",
     "test_list_of_two_thousand",
     "test_lists",
+    "test_many_partial_sums",
+    "test_norm_bits_of_torch",
     "test_nothing_is_written_where_the_step_is_skipped",
+    "test_one_of_many_is_not_finite",
     "test_partial_sums_of_squares",
     "test_rescale",
     "test_squares",
@@ -76,6 +86,7 @@ __all__ = [
     "test_step_empty_tensors_anywhere_in_a_list",
     "test_step_lists",
     "test_step_writes_its_range_and_nothing_else",
+    "test_sums_beyond_fp32_have_a_norm",
     "test_sum_may_be_the_gradient_itself_from_zero",
     "test_what_overflows",
     "test_writes_its_range_and_nothing_else",
@@ -84,8 +95,8 @@ __all__ = [
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
-LAUNCH = re.compile(r"(\w+_kernel<[\w, ]+>)<<<(\w+), (\w+), 0, stream>>>\((.*)\);")
-SOURCES = ("accumulate_cuda", "step_cuda")
+LAUNCH = re.compile(r"(\w+_kernel(?:<[\w, ]+>)?)<<<(\w+), (\w+), 0, stream>>>\((.*)\);")
+SOURCES = ("accumulate_cuda", "step_cuda", "norm_cuda")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +129,7 @@ def extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     for name in SOURCES:
         compile_("-O1", "-fsanitize=undefined", "-c", folder / f"{name}.cpp", "-o", folder / f"{name}.o")
     library, compiled = folder / "_C.so", [folder / f"{name}.o" for name in SOURCES]
-    others = [ROOT / "csrc" / name for name in ("bindings.cpp", "accumulate_cpu.cpp", "step_cpu.cpp")]
+    others = [ROOT / "csrc" / name for name in ("bindings.cpp", "accumulate_cpu.cpp", "step_cpu.cpp", "norm_cpu.cpp")]
     compile_("-shared", *others, *compiled, "-lubsan", "-o", library)
     spec = importlib.util.spec_from_file_location("cuda_on_cpu._C", library)
     assert spec is not None
@@ -133,14 +144,14 @@ def backend(extension: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     """The cuda backend over that extension, told device 0 and its default stream where CPU tensors name the CPU."""
     from accumkern.backends import native
 
-    def run(*arguments: Any) -> None:
-        extension.run(*arguments[:-2], 0, 0)
+    def on_device(function: Callable[..., None]) -> Callable[..., None]:
+        return lambda *arguments: function(*arguments[:-2], 0, 0)
 
-    def step(*arguments: Any) -> None:
-        extension.step(*arguments[:-2], 0, 0)
-
-    kernels = {name.upper(): getattr(extension, name.upper()) for name in backends.Kernels._fields if name != "step"}
-    monkeypatch.setattr(native, "_C", SimpleNamespace(run=run, step=step, **kernels))
+    functions = {name: on_device(getattr(extension, name)) for name in ("run", "squares", "step", "norm")}
+    numbers = {
+        name.upper(): getattr(extension, name.upper()) for name in ("fold", "finish", "rescale", "decode", "encode")
+    }
+    monkeypatch.setattr(native, "_C", SimpleNamespace(**functions, **numbers))
     yield "cuda"
     assert "runtime error" not in capfd.readouterr().err
 

@@ -191,10 +191,8 @@ def test_norm_of_a_large_gradient_is_taken_in_parts(monkeypatch: pytest.MonkeyPa
     train_window(net, 3)
     for norm_type in (1.0, 3.0, math.inf):  # the 2-norm has a kernel
         norm = stock_norm(values(acc, net), norm_type)
-        gradients = [slot.stored() for slot in acc._attachment.with_gradients()]
-        torch.testing.assert_close(
-            finish.total_norm(gradients, norm_type, acc._fold.kernels_on), norm, rtol=1e-5, atol=0
-        )
+        batches = finish.batches_of(acc._attachment.with_gradients())
+        torch.testing.assert_close(finish.total_norm(batches, norm_type, acc._fold.kernels_on), norm, rtol=1e-5, atol=0)
 
 
 def test_norm_is_one_call_for_those_that_are_stored_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +220,116 @@ def test_norm_is_one_call_for_those_that_are_stored_alike(monkeypatch: pytest.Mo
         split, plain = Format.SPLIT24, Format.PLAIN32
         assert calls == [(split, Start.CONTINUE, 6), (split, Start.FROM_SUM, 1), (plain, Start.FROM_SUM, 1)]
         calls.clear()
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are called."""
+    from accumkern import backends
+
+    found: list[str] = []
+    original = backends.kernels
+
+    def recording(name: str, kernel: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            found.append(name)
+            kernel(*arguments)
+
+        return call
+
+    def kernels(backend: str) -> backends.Kernels:
+        return backends.Kernels(**{n: recording(n, k) for n, k in original(backend)._asdict().items()})
+
+    monkeypatch.setattr(backends, "kernels", kernels)
+    return found
+
+
+ENDS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "norm": ({}, ["squares", "norm"]),
+    "divide": ({"divide_by": 4}, ["squares", "norm", "finish"]),
+    "clip": ({"max_norm": 1.0}, ["squares", "norm", "finish"]),
+    "divide and clip": ({"divide_by": torch.tensor(4.0), "max_norm": 1.0}, ["squares", "norm", "finish"]),
+}
+
+
+@pytest.mark.parametrize("case", list(ENDS))
+@pytest.mark.parametrize("masters", [None, "split32"])
+def test_three_launches_and_as_many_operations_whatever_the_number_of_tensors(
+    launches: list[str], case: str, masters: str | None
+) -> None:
+    arguments, wanted = ENDS[case]
+    counts = []
+    for count in (1, 40):
+        params = [nn.Parameter(torch.ones(70).bfloat16()) for _ in range(count)]
+        acc = accumkern.attach(torch.optim.SGD(params), backend="cpu", master_weights=masters)
+        for _ in range(2):
+            (sum(p.sum() for p in params) * 1.0).backward()  # type: ignore[union-attr]
+        launches.clear()
+        with Operations() as operations:
+            acc.finish(**arguments)
+        assert launches == [name if masters is None else name.replace("finish", "rescale") for name in wanted]
+        counts.append(operations.count)
+    assert counts[0] == counts[1] <= 8
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_launches_where_gradients_lie_in_memory_otherwise(launches: list[str]) -> None:
+    """One that was folded, one that came alone, and an FP32 one: each kind has its launch, and the norm is one."""
+    folded, once, single = (
+        nn.Parameter(torch.ones(5, dtype=d)) for d in (torch.bfloat16, torch.bfloat16, torch.float32)
+    )
+    acc = accumkern.attach(torch.optim.SGD([folded, once, single]), backend="cpu")
+    folded.sum().backward()
+    (folded.sum() + once.sum() + single.sum()).backward()
+    launches.clear()
+    assert acc.finish(max_norm=1.0).norm == torch.tensor(30.0).sqrt()
+    assert launches == [*["squares"] * 3, "norm", *["finish"] * 3]
+
+
+@pytest.mark.parametrize("divide_by", [1.0, 37.0, torch.tensor(3.0)], ids=str)
+@pytest.mark.parametrize("max_norm", [None, 0.05, 1e6, math.inf], ids=str)
+def test_one_launch_ends_a_norm_as_torchs_operations_do(divide_by: float | Tensor, max_norm: float | None) -> None:
+    from accumkern import finish
+    from accumkern.clipping import clipped
+
+    net = model()
+    acc = accumkern.attach(torch.optim.SGD(net.parameters()))
+    for special in (None, math.nan, math.inf, 0.0):
+        train_window(net, 3)
+        if special is not None:
+            for param in net.parameters():
+                assert param.grad is not None
+                param.grad.fill_(special)
+        batches = finish.batches_of(acc._attachment.with_gradients())
+        wanted = clipped(finish.total_norm(batches, 2.0, acc._fold.kernels_on), divide_by, max_norm)
+        found = acc.finish(divide_by, max_norm)
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"], indirect=True)
+def test_gradients_that_have_a_graph(backend: str) -> None:
+    param = nn.Parameter(torch.ones(4))
+    acc = accumkern.attach(torch.optim.SGD([param]), backend=backend)
+    (param**2).sum().backward(create_graph=True)
+    assert param.grad is not None
+    assert param.grad.requires_grad
+    with torch.no_grad():
+        wanted = param.grad / 4
+    finished = acc.finish(divide_by=torch.tensor(2.0, requires_grad=True), max_norm=2.0)
+    assert not any(scalar.requires_grad for scalar in finished)
+    assert finished.norm == 2
+    torch.testing.assert_close(param.grad.detach(), 2 * wanted)
+    param.grad = None
 
 
 def unscale(grad: Tensor) -> None:
@@ -368,6 +476,16 @@ def test_layouts(layout: str) -> None:
     torch.testing.assert_close(acc.finish(3).norm, torch.linalg.vector_norm(wanted).float(), rtol=1e-3, atol=0)
     found = param.grad.to_dense() if layout == "sparse" else param.grad
     torch.testing.assert_close(found, wanted.to(found.dtype), rtol=1e-2, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_norm_of_a_compressed_sparse_gradient() -> None:
+    param = nn.Parameter(torch.eye(4).to_sparse_csr())
+    acc = accumkern.attach(torch.optim.SGD([param]))
+    torch.sparse.mm(param, torch.ones(4, 2)).sum().backward()
+    assert param.grad is not None
+    assert param.grad.layout is torch.sparse_csr
+    assert acc.finish().norm == torch.linalg.vector_norm(param.grad.values())
 
 
 def test_the_next_window_starts_anew() -> None:

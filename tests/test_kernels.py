@@ -315,7 +315,8 @@ def test_squares(
     for total, low in pairs:
         total[::7] = 0.5  # beside what was stored with another sum
         stored.append((total, low))
-    buffers, partials = at_an_offset([torch.zeros(partial_rows(n)) for n in sizes], shift, device)
+    counts = [partial_rows(n) for n in sizes]
+    buffers, (partials,) = at_an_offset([torch.zeros(sum(counts))], shift, device)
     _, sums = at_an_offset([total for total, _ in stored], shift, device)
     _, lows = at_an_offset([low for _, low in stored if low is not None], shift, device)
     kernels = backends.kernels(backend)
@@ -324,14 +325,14 @@ def test_squares(
         [*sums, *lows], [*[total for total, _ in stored], *[low for _, low in stored if low is not None]]
     )
     assert nothing_around_is_written(buffers, shift)
-    for found, (total, low) in zip(partials, stored, strict=True):
+    for found, (total, low) in zip(partials.split(counts), stored, strict=True):
         x = decode(format_, total, low if start is Start.CONTINUE else None).double()
         wanted = torch.tensor([block.square().sum() for block in x.split(BLOCK_NUMEL) if len(block)]).double()
         torch.testing.assert_close(found.double().cpu(), wanted, rtol=1e-6, atol=0.0)
     zeros = [torch.zeros_like(total) for total in sums]
     rows = [torch.full((partial_rows(n), PARTIALS), math.nan, device=device) for n in sizes]
     kernels.fold(format_, start, zeros, sums, lows or None, 1.0, rows)
-    assert_all_same_bits(partials, [row[:, 1].contiguous() for row in rows])
+    assert_same_bits(partials, torch.cat(rows)[:, 1].contiguous())
 
 
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf, 3.0e38])
@@ -342,7 +343,7 @@ def test_squares_of_what_is_not_finite(backend: str, device: torch.device, speci
         total, low = (None if t is None else t.to(device) for t in encode(format_, x))
         assert total is not None
         partials = torch.zeros(3, device=device)
-        backends.kernels(backend).squares(format_, Start.CONTINUE, [total], None if low is None else [low], [partials])
+        backends.kernels(backend).squares(format_, Start.CONTINUE, [total], None if low is None else [low], partials)
         assert partials[0] == partials[2] == BLOCK_NUMEL
         assert partials[1].isnan() if math.isnan(special) else partials[1] == math.inf
 
@@ -364,7 +365,7 @@ def test_cpu_result_does_not_depend_on_threads() -> None:
     sizes = [70_001, 3, 0, 200_000, 4096]
     rows: list[Row] = [(torch.randn(n).bfloat16(), *encode(Format.SPLIT24, torch.randn(n))) for n in sizes]
     measured: list[list[Tensor]] = []
-    squares: list[list[Tensor]] = []
+    squares: list[Tensor] = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 7):
@@ -374,9 +375,9 @@ def test_cpu_result_does_not_depend_on_threads() -> None:
             for partials, alone in zip(measured[-1], measured[0], strict=True):
                 assert_same_bits(partials, alone, f"partial sums of {threads} threads")
             _, sums, residuals = columns(rows, "cpu")
-            squares.append([torch.full((partial_rows(n),), 7.0) for n in sizes])
+            squares.append(torch.full((sum(map(partial_rows, sizes)),), 7.0))
             backends.kernels("cpu").squares(Format.SPLIT24, Start.CONTINUE, sums, residuals, squares[-1])
-            assert_all_same_bits(squares[-1], squares[0])
+            assert_same_bits(squares[-1], squares[0])
     finally:
         torch.set_num_threads(before)
 

@@ -212,11 +212,15 @@ def test_cuda(architecture: int) -> None:
     steps = report.pop("step_list_kernel")
     assert len(steps) == STEPS
     for name, counts in steps.items():
-        where, wide = f"step {name} sm_{architecture}: {counts}", wide_of_step(name)
-        assert widths(counts, wide) == wide, where
+        where = f"step {name} sm_{architecture}: {counts}"
+        for width, count in wide_of_step(name).items():  # for sm_100 some have a second loop, which does not scale
+            assert counts.get(width, 0) >= count, where
         assert_in_registers(counts, where)
         assert counts["fma"] >= 16, where
         assert counts["inexact"] == 0, where
+    (norm,) = report.pop("norm_kernel").values()
+    assert not any(key.startswith(("LDL", "STL")) for key in norm), norm
+    assert norm["inexact"] == 0, norm
     # To fold, finish, rescale, decode, encode and square, each for one tensor and for a list.
     assert len(report) == 2 * 6
     for kernel, variants in report.items():
@@ -242,5 +246,6 @@ def test_cuda_kernels_are_named_by_their_symbols() -> None:
     assert name_cuda(f"{step}4AdamILb1EEENS_7Split32ES4_EEvNS0_10Tensor")[1] == "AMSGRAD-SPLIT32-SPLIT32"
     named = name_cuda(f"{step}3SgdILb0EEENS_7Split24ENS_8MainGradINS_8BFloat16EEEEEvNS0_10Tensor")
     assert named == ("step_list_kernel", "SGD-SPLIT24-MAIN_GRAD_BFLOAT16")
+    assert name_cuda(f"{prefix}11norm_kernelENS_8NormCallE") == ("norm_kernel", "")
     with pytest.raises(ValueError, match="is no kernel's name"):
         name_cuda("_Z4mainv")

@@ -3,6 +3,7 @@
 import mmap
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -186,7 +187,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], None], type[Exception], str]] = 
     "unknown backend": (
         set_to("backend", "tritton"),
         ValueError,
-        "backend is 'tritton'; it must be one of triton, cuda",
+        "backend is 'tritton'; it must be one of cuda, triton",
     ),
 }
 
@@ -235,11 +236,52 @@ def test_read_only_memory_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["triton", "cuda", "cpu"])
 def test_a_backend_asked_for_runs_or_says_why_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accumkern.backends.unavailable", lambda wanted: "the moon is full" if wanted == name else None)
+    monkeypatch.setattr(
+        "accumkern.backends.unavailable", lambda wanted, _=None: "the moon is full" if wanted == name else None
+    )
     with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run on device 'cpu': the moon is full"):
         accumulate_(**good(), backend=name)
     accumulate_(**good(), backend="eager")
     accumulate_(**good())  # left to choose, another one runs
+
+
+def test_of_the_backends_of_a_gpu_cuda_comes_first_where_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each GPU is asked for itself: the second is of an architecture that the extension was not built for."""
+    monkeypatch.delenv("ACCUMKERN_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    missing = {("cuda", second)}
+    monkeypatch.setattr(backends, "unavailable", lambda name, device=None: "no" if (name, device) in missing else None)
+    assert [backends.choose(None, device) for device in (first, second)] == ["cuda", "triton"]
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run on device 'cuda:1': no"):
+        backends.choose("cuda", second)
+    missing |= {("triton", second)}
+    assert backends.choose(None, second) == "eager"
+
+
+@pytest.mark.skipif(available_backends()["cpu"] is not None, reason=f"backend cpu: {available_backends()['cpu']}")
+def test_a_gpu_is_asked_whether_the_kernels_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accumkern.backends import problems
+
+    asked: list[int] = []
+
+    def cuda_problem(index: int) -> str:
+        asked.append(index)
+        return "no kernel image" if index == 1 else ""
+
+    monkeypatch.setattr(backends, "_C", SimpleNamespace(cuda_targets="sm_90", cuda_problem=cuda_problem), raising=False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    problems._load_problem.cache_clear()
+    try:
+        for device in (None, torch.device("cuda"), torch.device("cuda", 0), torch.device("cpu")):
+            assert backends.unavailable("cuda", device) is None
+        reason = backends.unavailable("cuda", torch.device("cuda", 1))
+        assert reason == "built for sm_90, and the kernels do not load on cuda:1: no kernel image"
+        assert asked == [0, 1]
+    finally:
+        problems._load_problem.cache_clear()
 
 
 def test_a_backend_refuses_tensors_of_another_device() -> None:

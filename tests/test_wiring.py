@@ -27,7 +27,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, object], type[Exception], str]] = {
     "unknown buffer": ({"buffer": "split16"}, ValueError, r"buffer is 'split16'; .* split24, split32, fp32"),
     "buffer of another kind": ({"buffer": torch.int8}, TypeError, "buffer is a dtype; .* split24"),
     "buffer is a list": ({"buffer": ["split24"]}, TypeError, "buffer is a list; .* split24"),
-    "unknown backend": ({"backend": "vulkan"}, ValueError, r"backend is 'vulkan'; .* triton, cuda, cpu, eager"),
+    "unknown backend": ({"backend": "vulkan"}, ValueError, r"backend is 'vulkan'; .* cuda, triton, cpu, eager"),
     "average over 0": ({"average_over": 0}, ValueError, "average_over is 0; .* positive number .*, or None"),
     "average over -1": ({"average_over": -1}, ValueError, "average_over is -1; .* positive"),
     "average over nan": ({"average_over": math.nan}, ValueError, "average_over is nan; .* positive"),

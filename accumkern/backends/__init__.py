@@ -51,8 +51,14 @@ class Kernels(NamedTuple):
             sums.
         encode: ``encode(format_, values, divisor, sums, residuals)``: ``(sum, residual) = encode(value / divisor)``.
         squares: ``squares(format_, start, sums, residuals, partials)``: the sum of ``x**2`` over each block of
-            BLOCK_NUMEL elements, in memory order; ``x`` as in ``finish``. ``partials`` are written and nothing else:
-            FP32 of shape ``(partial_rows(numel),)``, the very sums that a fold leaves of the same values.
+            BLOCK_NUMEL elements, in memory order; ``x`` as in ``finish``. ``partials`` is written and nothing else: one
+            FP32 tensor with a number for each block of the first sum, of the second, and so on, those that a fold
+            leaves of the same values where its tensors are aligned alike.
+        norm: ``norm(partials, divisor, max_norm, results, nonfinite)``: the end of a norm, in one launch. ``results``,
+            FP32 of shape ``(2,)``, and ``nonfinite``, a bool 0-dim tensor, are written: what
+            :func:`accumkern.clipping.clipped` returns of ``sqrt(sum(partials))``. The sum, in a fixed order, and the
+            root are of FP64 (:func:`accumkern.formats.widest`); the root is rounded to FP32. ``partials`` is FP32 of
+            one dimension, and may be empty.
         step: ``step(update, weight_format, grad_format, start, weights, weight_residuals, grads, grad_residuals,
             states, coefficients, divisor, factor, skip)``: an optimizer's step in one pass. ``g = (x / divisor) *
             factor`` with ``x`` of gradient and residual as in ``finish``; weight and states are updated as
@@ -68,7 +74,8 @@ class Kernels(NamedTuple):
     rescale: Callable[[Format, Start, _Tensors, _Tensors | None, _Scalar, _Scalar], None]
     decode: Callable[[Format, _Tensors, _Tensors | None, _Tensors], None]
     encode: Callable[[Format, _Tensors, _Scalar, _Tensors, _Tensors | None], None]
-    squares: Callable[[Format, Start, _Tensors, _Tensors | None, _Tensors], None]
+    squares: Callable[[Format, Start, _Tensors, _Tensors | None, Tensor], None]
+    norm: Callable[[Tensor, _Scalar, float | None, Tensor, Tensor], None]
     step: Callable[..., None]
 
 
@@ -80,19 +87,12 @@ class Backend(NamedTuple):
 
     summary: str  # what it does, in a line
     module: str  # whose functions named as in Kernels are its kernels
-    problem: Callable[[], str | None]  # why it cannot run on this machine
+    problem: Callable[[torch.device | None], str | None]  # why it cannot run on this machine, of several GPUs on one
     device_type: Callable[[], str | None]  # of the tensors that it takes; None for every one
     takes: str  # the same, in words
 
 
 BACKENDS: dict[str, Backend] = {
-    "triton": Backend(
-        summary="fused Triton kernels for GPUs",
-        module="accumkern.backends.triton_launch",
-        problem=triton_problem,
-        device_type=lambda: "cpu" if triton_is_interpreted() else "cuda",
-        takes="CUDA tensors, and with TRITON_INTERPRET=1 CPU tensors instead",
-    ),
     "cuda": Backend(
         summary="compiled CUDA kernels for NVIDIA GPUs",
         module="accumkern.backends.native",
@@ -100,24 +100,31 @@ BACKENDS: dict[str, Backend] = {
         device_type=lambda: "cuda",
         takes="cuda tensors only",
     ),
+    "triton": Backend(
+        summary="fused Triton kernels for GPUs",
+        module="accumkern.backends.triton_launch",
+        problem=lambda _: triton_problem(),
+        device_type=lambda: "cpu" if triton_is_interpreted() else "cuda",
+        takes="CUDA tensors, and with TRITON_INTERPRET=1 CPU tensors instead",
+    ),
     "cpu": Backend(
         summary="compiled vectorised kernels for the CPU",
         module="accumkern.backends.native",
-        problem=extension_problem,
+        problem=lambda _: extension_problem(),
         device_type=lambda: "cpu",
         takes="cpu tensors only",
     ),
     "eager": Backend(
         summary="plain torch, on every device",
         module="accumkern.backends.eager",
-        problem=lambda: None,
+        problem=lambda _: None,
         device_type=lambda: None,
         takes="all tensors",
     ),
 }
 
 #: Device type -> backends in the order in which they are tried; other devices have ``eager``.
-PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpu", "eager")}
+PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}
 
 
 # ---- the choice --------------------------------------------------------------------------------------------------
@@ -131,9 +138,9 @@ def available_backends() -> dict[str, str | None]:
     return {name: unavailable(name) for name in BACKENDS}
 
 
-def unavailable(name: str) -> str | None:
-    """Return why a backend cannot run on this machine."""
-    return BACKENDS[name].problem()
+def unavailable(name: str, device: torch.device | None = None) -> str | None:
+    """Return why a backend cannot run on this machine; where GPUs differ, on ``device``, or on the current one."""
+    return BACKENDS[name].problem(device)
 
 
 def refusal(name: str, device_type: str) -> str | None:
@@ -159,9 +166,9 @@ def choose(backend: str | None, device: torch.device) -> str:
         wanted, source = os.environ.get("ACCUMKERN_BACKEND") or None, "ACCUMKERN_BACKEND"
     if wanted is None:
         candidates = PREFERENCE.get(device.type, ("eager",))
-        return next(name for name in candidates if unavailable(name) is None and refusal(name, device.type) is None)
+        return next(n for n in candidates if unavailable(n, device) is None and refusal(n, device.type) is None)
     one_of(source, wanted, BACKENDS)
-    reason = unavailable(wanted) or refusal(wanted, device.type)
+    reason = unavailable(wanted, device) or refusal(wanted, device.type)
     if reason is not None:
         raise RuntimeError(f"{source} {wanted!r} cannot run on device {str(device)!r}: {reason}")
     return wanted

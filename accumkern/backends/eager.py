@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from accumkern import formats
-from accumkern.formats import BLOCK_NUMEL, Format, Start, divide, fp32_scalar, round_to
+from accumkern.clipping import clipped
+from accumkern.formats import BLOCK_NUMEL, Format, Start, divide, fp32_scalar, partial_rows, round_to, widest
 from accumkern.updates import Update, updated
 
 
@@ -90,12 +91,22 @@ def encode(
 
 
 def squares(
-    format_: Format, start: Start, sums: list[Tensor], residuals: list[Tensor] | None, partials: list[Tensor]
+    format_: Format, start: Start, sums: list[Tensor], residuals: list[Tensor] | None, partials: Tensor
 ) -> None:
     """Write the sums of squares of each block; see :class:`accumkern.backends.Kernels`."""
-    for i, total in enumerate(sums):
+    rows = partials.split([partial_rows(total.numel()) for total in sums])
+    for i, total in enumerate(_uncounted(sums)):
         if total.numel() > 0:
-            partials[i].copy_(_squares_of_blocks(_value(format_, start, total, residuals, i)))
+            rows[i].copy_(_squares_of_blocks(_value(format_, start, total, residuals, i)))
+
+
+def norm(partials: Tensor, divisor: float | Tensor, max_norm: float | None, results: Tensor, nonfinite: Tensor) -> None:
+    """Write norm, clip coefficient and whether the norm is not finite; see :class:`accumkern.backends.Kernels`."""
+    root = partials.sum(dtype=widest(partials.device)).sqrt().float()
+    divided, coefficient, is_nonfinite = clipped(root, divisor, max_norm)
+    results[0] = divided
+    results[1] = coefficient
+    nonfinite.copy_(is_nonfinite)
 
 
 def step(
@@ -156,5 +167,5 @@ def _shaped_like(total: Tensor, residual: Tensor) -> Tensor:
 
 
 def _uncounted(sums: list[Tensor]) -> list[Tensor]:
-    """Return aliases whose writes leave the tensors' version counters alone, as the other backends' writes do."""
+    """Return aliases of which autograd knows nothing: writes leave version counters alone, as in the other backends."""
     return [total.data for total in sums]

@@ -78,10 +78,19 @@ def encode(
 
 
 def squares(
-    format_: Format, start: Start, sums: list[Tensor], residuals: list[Tensor] | None, partials: list[Tensor]
+    format_: Format, start: Start, sums: list[Tensor], residuals: list[Tensor] | None, partials: Tensor
 ) -> None:
     """Write the sums of squares of each block; see :class:`accumkern.backends.Kernels`."""
-    _run(_C.SQUARES, format_, start, None, sums, residuals, partials)
+    table = _table([None, sums, residuals, None], sums)
+    _C.squares(format_, start, table, partials.data_ptr(), *_place(sums[0]))
+
+
+def norm(partials: Tensor, divisor: float | Tensor, max_norm: float | None, results: Tensor, nonfinite: Tensor) -> None:
+    """Write norm, clip coefficient and whether the norm is not finite; see :class:`accumkern.backends.Kernels`."""
+    pair, kept = _pair(divisor)
+    written = results.data_ptr(), nonfinite.data_ptr()
+    _C.norm(partials.data_ptr(), partials.numel(), pair, max_norm, *written, *_place(partials))
+    del kept
 
 
 def step(
@@ -151,14 +160,14 @@ def _table(columns: list[_Column], sized: list[Tensor]) -> list[int]:
 
 
 def _pair(scalar: float | Tensor) -> tuple[tuple[float, int], Tensor | None]:
-    """Return a factor as it crosses, (value, address), and an FP32 copy of a tensor, to be kept until the launch."""
+    """Return a factor as it crosses, (value, address), and a tensor in FP32, to be kept until the launch."""
     if not isinstance(scalar, Tensor):
         return (scalar, 0), None
-    copy = scalar.detach().to(torch.float32)
-    return (1.0, copy.data_ptr()), copy
+    kept = scalar if scalar.dtype is torch.float32 else scalar.detach().to(torch.float32)
+    return (1.0, kept.data_ptr()), kept
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:
     """Return the device, and its stream; for the CPU a negative number, and how many threads."""
     device = tensor.get_device()
-    return device, torch.get_num_threads() if device < 0 else torch.cuda.current_stream(device).cuda_stream
+    return device, torch.get_num_threads() if device < 0 else current_raw_stream(device)

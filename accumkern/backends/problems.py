@@ -44,8 +44,12 @@ def extension_problem() -> str | None:
     return None
 
 
-def cuda_problem() -> str | None:
-    """Return why the compiled CUDA kernels cannot run here. Where they might, this initialises CUDA."""
+def cuda_problem(device: torch.device | None = None) -> str | None:
+    """Return why the compiled CUDA kernels cannot run here. Where they might, this initialises CUDA.
+
+    Args:
+        device: a GPU, which may be of another architecture than others here; otherwise the current one is asked.
+    """
     problem = extension_problem()
     if problem is not None:
         return problem
@@ -57,15 +61,16 @@ def cuda_problem() -> str | None:
         return "this torch is built for ROCm; the triton backend runs there"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    return _load_problem()
+    is_named = device is not None and device.type == "cuda" and device.index is not None
+    return _load_problem(device.index if is_named else torch.cuda.current_device())  # type: ignore[union-attr]
 
 
 @cache
-def _load_problem() -> str | None:
-    """Return why this GPU or its driver does not take the compiled kernels."""
+def _load_problem(index: int) -> str | None:
+    """Return why a GPU or its driver does not take the compiled kernels."""
     from accumkern.backends import _C  # type: ignore[attr-defined]
 
-    problem = _C.cuda_problem()
+    problem = _C.cuda_problem(index)
     if not problem:
         return None
-    return f"built for {_C.cuda_targets}, and the kernels do not load here: {problem}"
+    return f"built for {_C.cuda_targets}, and the kernels do not load on cuda:{index}: {problem}"

@@ -41,7 +41,7 @@ struct Running {
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
   std::vector<Fiber> fibers;
-  std::vector<float> exchanged;  // a value of each thread
+  std::vector<double> exchanged;  // a value of each thread; FP64 holds every FP32 number
 };
 inline Running running;
 
@@ -94,12 +94,13 @@ void launch(unsigned blocks, unsigned threads, Body body) {
 inline void __syncthreads() { emulator::barrier(); }
 
 // The value of the thread `offset` further in the warp, or one's own past its end.
-inline float __shfl_down_sync(unsigned, float value, int offset) {
+template <class T>
+T __shfl_down_sync(unsigned, T value, int offset) {
   auto& exchanged = emulator::running.exchanged;
   const unsigned thread = threadIdx.x, lane = thread % emulator::kWarp;
   exchanged[thread] = value;
   emulator::barrier();
-  const float received = exchanged[lane + offset < emulator::kWarp ? thread + offset : thread];
+  const T received = static_cast<T>(exchanged[lane + offset < emulator::kWarp ? thread + offset : thread]);
   emulator::barrier();
   return received;
 }
