@@ -111,8 +111,8 @@ _accumulating = NO_BACKWARD - 1  # number of the backward pass that was found to
 def _hooks_of(reference: Callable[[], Slot | None]) -> tuple[Callable[[Any], None], Callable[[Tensor], None]]:
     """Return the two hooks, which are called for every gradient. They share what they look at.
 
-    Autograd calls the first when a gradient comes, be it to accumulate it or for torch.autograd.grad, and the second after
-    it has accumulated one.
+    Autograd calls the first when a gradient comes, be it to accumulate it or for torch.autograd.grad, and the second
+    after it has accumulated one.
     """
 
     @unserializable_hook

@@ -46,8 +46,8 @@ MAX_WAITING_NUMEL = 2**22
 _is_grad_enabled = torch.is_grad_enabled
 
 
-# A gradient that waits to be folded: its slot; the gradient; .grad until then, and its version; the stream that made it;
-# the number of the backward pass.
+# A gradient that waits to be folded: its slot; the gradient; .grad until then, and its version; the stream that made
+# it; the number of the backward pass.
 _Waiting: TypeAlias = tuple[Slot, Tensor, "Tensor | None", int, int, int]
 
 
@@ -107,13 +107,12 @@ class BackwardPasses:
             try:
                 if self._may_wait and type(new) is Tensor and self._waits(slot, param, running, new):
                     return
-                # In a bucket, a change of one gradient counts as a change of all.
-                if not (self._in_group and running._is_view()):
-                    if slot.fold_next(new, running, slot.version, self._fold.scale):
-                        param.grad = running
-                        if self._waiting:
-                            self._show(param)
-                        return
+                is_in_bucket = self._in_group and running._is_view()  # where a change of one counts as one of all
+                if not is_in_bucket and slot.fold_next(new, running, slot.version, self._fold.scale):
+                    param.grad = running
+                    if self._waiting:
+                        self._show(param)
+                    return
             except BaseException:
                 param.grad = running
                 raise
@@ -336,9 +335,7 @@ def _on_stream(device: torch.device, handle: int) -> Iterator[None]:
 
 def _is_small(new: Tensor) -> bool:
     """Return whether a launch costs more than the fold of a gradient, and lists take it as it is."""
-    return (
-        new.device.type in WAITING_DEVICE_TYPES and new.numel() <= MAX_WAITING_NUMEL and is_plain(new, new.dtype)
-    )
+    return new.device.type in WAITING_DEVICE_TYPES and new.numel() <= MAX_WAITING_NUMEL and is_plain(new, new.dtype)
 
 
 def _has_hooks(node: Any) -> bool:

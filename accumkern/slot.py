@@ -83,7 +83,7 @@ class Slot:
         self.identity = self.hook = -1  # of the parameter and of its second hook, when they were hooked
         self.last: Callable[[], Any] = _nothing  # .grad as the last window or fold left it
         self.waits = False  # whether a gradient waits to be folded
-        self.may_wait = False  # whether one may in this window: it is not large, and nobody hooks the node that brings it
+        self.may_wait = False  # whether one may in this window: small, and nobody hooks the node that brings it
         self.residual: Any = None  # a tensor, once there is one: flat, in the memory order of .grad
         self.partials: Tensor | None = None
         self.address = -1  # of the sum that fold_next() is for
