@@ -5,22 +5,20 @@ new gradient in its place instead of adding to it in the parameter's dtype. The 
 gradient into the one set aside, in FP32, and puts that back. Between two backward passes ``.grad`` is what it always
 was, the sum so far in the parameter's dtype; the low bits lie in a residual beside it.
 
-On a GPU a launch costs more than most folds. Gradients wait there and are folded together: they arrive later in the
-backward pass, as far as anybody can tell. Until then ``.grad`` is what it was before the pass.
+On a GPU gradients wait, to be folded together (:mod:`accumkern.waiting`).
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from accumkern import waiting
 from accumkern.dtensor import is_in_group
 from accumkern.fold import Fold, is_plain
 from accumkern.formats import Start
@@ -29,26 +27,13 @@ from accumkern.slot import FOLDED_DTYPES, NOT_SET_ASIDE, Slot
 from accumkern.torch_private import (
     NO_BACKWARD,
     current_graph_task_id,
-    current_node,
-    current_raw_stream,
     is_in_function,
-    post_accumulate_hooks,
     queue_callback,
     refuse_compiled_autograd,
 )
-
-# Where a fold costs less than what waiting costs in Python, gradients do not wait.
-WAITING_DEVICE_TYPES = frozenset({"cuda"})
-# Gradients of at most so many elements wait: a larger one keeps a GPU busy for as long as its launch takes. When more
-# than that wait they are folded: less than twice as many, 16 MiB, most of it in the GPU's cache still.
-MAX_WAITING_NUMEL = 2**22
+from accumkern.waiting import WaitingGradients, may_wait
 
 _is_grad_enabled = torch.is_grad_enabled
-
-
-# A gradient that waits to be folded: its slot; the gradient; .grad until then, and its version; the stream that made
-# it; the number of the backward pass.
-_Waiting: TypeAlias = tuple[Slot, Tensor, "Tensor | None", int, int, int]
 
 
 class _Pass:
@@ -80,16 +65,16 @@ class BackwardPasses:
         self._fold = fold
         self._lost_bits = lost_bits
         self._put_on_hooks = put_on_hooks
-        # Autograd calls the hooks of each device from a thread of its own. What they share is a deque, whose append and
-        # popleft cannot be torn apart, and flags that are set under a lock when a backward pass begins.
-        self._waiting: deque[_Waiting] = deque()
-        self._waiting_numel = 0
+        # Autograd calls the hooks of each device from a thread of its own. What they share is gradients that wait, and
+        # flags that are set under a lock when a backward pass begins.
+        self._waiting = WaitingGradients(fold, lambda number: number in under_way)
         self._lock = threading.RLock()
         self._number = NO_BACKWARD  # autograd's, of the backward pass that has brought a gradient last
         self._is_observed = lost_bits is not None or fold.squares is not None  # whether each gradient is looked at
         self._plain_number = NO_BACKWARD - 1  # the same, of a pass whose gradients may be folded without a look at them
         self._newest = NO_BACKWARD  # the greatest number so far
         self._under_way: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
+        under_way = self._under_way
         self._in_group = False  # whether there is a process group
         self._may_wait = False  # whether gradients may wait
         self._versions: dict[int, int] = {}  # of memory that gradients are views of, when the backward pass came there
@@ -105,13 +90,13 @@ class BackwardPasses:
         # What comes most often: a pass that is known brings a gradient for the running one, which is as a fold left it.
         if current_graph_task_id() == self._plain_number and running is not None and slot.written() is running:
             try:
-                if self._may_wait and type(new) is Tensor and self._waits(slot, param, running, new):
+                if self._may_wait and type(new) is Tensor and self._waiting.add(slot, running, new, self._number):
                     return
                 is_in_bucket = self._in_group and running._is_view()  # where a change of one counts as one of all
                 if not is_in_bucket and slot.fold_next(new, running, slot.version, self._fold.scale):
                     param.grad = running
-                    if self._waiting:
-                        self._show(param)
+                    if self._may_wait:
+                        self._waiting.show(param)
                     return
             except BaseException:
                 param.grad = running
@@ -147,7 +132,7 @@ class BackwardPasses:
         if number != self._number:
             param.grad = running  # as it was before this gradient came
             if slot.waits:  # what a pass inside this one, or around it, has brought
-                self._fold_waiting()
+                self._waiting.fold()
             self._begin(number)
             running, param.grad = param.grad, new
         squares = fold.squares
@@ -157,7 +142,7 @@ class BackwardPasses:
             self._look_through_bucket(slot, running)
         continues = running is not None and slot.has_residual_of(running)
         if not continues:  # it may begin a window
-            slot.may_wait = self._may_wait and _is_small(new) and not _has_hooks(current_node())
+            slot.may_wait = self._may_wait and may_wait(new)
         if self._lost_bits is not None:
             self._lost_bits.add(param, new, fold.scale, running, slot.value if continues else None)
         if running is None:  # the first micro-batch of a window
@@ -175,33 +160,13 @@ class BackwardPasses:
         plain = dtype in FOLDED_DTYPES and is_plain(new, dtype) and (running is None or is_plain(running, dtype))
         if not plain or _is_grad_enabled():  # create_graph=True
             fold.one(slot, running, new, start)
-        elif self._may_wait and self._waits(slot, param, running, new):
+        elif self._may_wait and self._waiting.add(slot, running, new, self._number):
             return
         else:
             param.grad = running
             fold.many([slot], [new], [running], start)
-        if self._waiting:
-            self._show(param)
-
-    def _show(self, param: Tensor) -> None:
-        """Fold what waits if a parameter has other hooks, which are to come: they may look at any gradient."""
-        if len(post_accumulate_hooks(param)) > 1:
-            self._fold_waiting()
-
-    def _waits(self, slot: Slot, param: Tensor, running: Any, new: Tensor) -> bool:
-        """Let a gradient wait, unless somebody is going to look at it before."""
-        if not slot.may_wait or len(post_accumulate_hooks(param)) > 1:
-            return False
-        param.grad = running
-        device = new.get_device()
-        stream = current_raw_stream(device) if device >= 0 else 0
-        version = 0 if running is None else running._version
-        slot.waits = True
-        self._waiting.append((slot, new, running, version, stream, self._number))
-        self._waiting_numel += new.numel()
-        if self._waiting_numel > MAX_WAITING_NUMEL:
-            self._fold_waiting()
-        return True
+        if self._may_wait:
+            self._waiting.show(param)
 
     def without_first_hook(self, slot: Slot, new: Any, was_added: bool) -> None:
         """Hook a parameter again whose first hook was not called, because somebody has removed it.
@@ -231,7 +196,7 @@ class BackwardPasses:
 
     def complete(self) -> None:
         """Fold what waits."""
-        self._fold_waiting()
+        self._waiting.fold()
 
     def _begin(self, number: int) -> None:
         """Note which backward pass brings gradients now: another one, one inside it, or the one around it again."""
@@ -241,7 +206,7 @@ class BackwardPasses:
             if number not in self._under_way:
                 is_inside = len(self._under_way) > 0 or number < self._newest
                 if not is_inside:
-                    self._fold_waiting()  # of a pass that has failed
+                    self._waiting.fold()  # of a pass that has failed
                     self._versions.clear()
                     if self._fold.squares is not None:
                         self._fold.squares.begin_pass(is_inside_another=is_in_function())
@@ -251,7 +216,7 @@ class BackwardPasses:
                 self._may_wait = (
                     not self._in_group
                     and self._lost_bits is None
-                    and (torch.cuda.is_initialized() or "cpu" in WAITING_DEVICE_TYPES)
+                    and (torch.cuda.is_initialized() or "cpu" in waiting.WAITING_DEVICE_TYPES)
                 )
                 if number != NO_BACKWARD:
                     self._under_way[number] = this = _Pass(number, self._end)
@@ -263,7 +228,7 @@ class BackwardPasses:
 
     def _end(self, number: int) -> None:
         try:
-            self._fold_waiting()
+            self._waiting.fold()
         finally:
             self._under_way.pop(number, None)
         if self._fold.squares is not None and not self._under_way:
@@ -279,68 +244,3 @@ class BackwardPasses:
             before = self._versions.setdefault(grad.untyped_storage().data_ptr(), grad._version)
             if slot.version == before:
                 slot.version = grad._version
-
-    def _fold_waiting(self) -> None:
-        """Fold the gradients that wait, in one launch for each device, stream, dtype and start."""
-        if not self._waiting:
-            return
-        self._waiting_numel = 0
-        launches: dict[Any, tuple[list[Slot], list[Tensor], list[Any], Start]] = {}
-        popleft = self._waiting.popleft
-        errors = []
-        while True:
-            try:
-                slot, new, running, version, stream, number = popleft()
-            except IndexError:
-                break
-            slot.waits = False
-            grad: Any = slot.param.grad
-            is_changed = running is None or grad is not running or running._version != version
-            if is_changed and number not in self._under_way:  # the pass has failed, and zero_grad() was called
-                continue
-            dtype = new.dtype
-            is_sum_plain = grad is None or is_plain(grad, dtype)
-            start = Start.FROM_ZERO
-            if grad is not None:
-                start = Start.CONTINUE if is_sum_plain and slot.has_residual_of(grad) else Start.FROM_SUM
-            if not is_sum_plain or not is_plain(new, dtype):
-                self._fold.one(slot, grad, new, start)
-                continue
-            key = (new.device, stream, dtype, start)
-            slots, grads, sums, _ = launches.setdefault(key, ([], [], [], start))
-            slots.append(slot)
-            grads.append(new)
-            sums.append(grad)
-        for (device, stream, _, _), launch in launches.items():
-            try:
-                with _on_stream(device, stream):
-                    self._fold.many(*launch)
-            except Exception as error:  # the others are folded all the same
-                errors.append(error)
-        if errors:
-            raise errors[0]
-
-
-@contextmanager
-def _on_stream(device: torch.device, handle: int) -> Iterator[None]:
-    """Let a GPU work on the stream that made the gradients, and the current one wait for it."""
-    if device.type != "cuda" or handle == current_raw_stream(device.index):
-        yield
-        return
-    stream = torch.cuda.ExternalStream(handle, device) if handle else torch.cuda.default_stream(device)
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)
-
-
-def _is_small(new: Tensor) -> bool:
-    """Return whether a launch costs more than the fold of a gradient, and lists take it as it is."""
-    return new.device.type in WAITING_DEVICE_TYPES and new.numel() <= MAX_WAITING_NUMEL and is_plain(new, new.dtype)
-
-
-def _has_hooks(node: Any) -> bool:
-    """Return whether somebody hooks a node. He keeps the node, too, so to look once in a window will do."""
-    handle = node.register_hook(lambda *_: None)
-    others = len(handle.hooks_dict_ref()) > 1
-    handle.remove()
-    return others

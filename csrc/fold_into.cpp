@@ -147,7 +147,10 @@ void release(PyObject* capsule) {
 
 void read_tensors_of(PyObject* type) {
   PyObject* capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
-  if (capsule == nullptr) throw std::runtime_error("this torch has no torch.Tensor.__dlpack_c_exchange_api__");
+  if (capsule == nullptr) {
+    PyErr_Clear();
+    throw std::runtime_error("this torch has no torch.Tensor.__dlpack_c_exchange_api__");
+  }
   const auto* found = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule, dlpack::kCapsuleName));
   Py_DECREF(capsule);
   while (found != nullptr && found->major > dlpack::kMajorVersion) found = found->older;

@@ -141,10 +141,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 @pytest.fixture(params=[False, True], ids=["at once", "waiting"])
 def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether small gradients wait for the end of the backward pass, as on a GPU."""
-    from accumkern import passes
+    from accumkern import waiting
 
     if request.param:
-        monkeypatch.setattr(passes, "WAITING_DEVICE_TYPES", frozenset({"cpu", "cuda"}))
+        monkeypatch.setattr(waiting, "WAITING_DEVICE_TYPES", frozenset({"cpu", "cuda"}))
     return request.param
 
 

@@ -115,7 +115,7 @@ def extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         launches += count
         assert "<<<" not in source
         (folder / f"{name}.cpp").write_text(source)
-    assert launches == len(backends.Kernels._fields)
+    assert launches == len(backends.Kernels._fields) - 1  # fold_into launches what a fold does
     paths = [str(ROOT / "tests/cuda_on_cpu"), str(ROOT / "csrc"), pybind11.get_include(), sysconfig.get_path("include")]
     flags = ["-std=c++17", "-ffp-contract=off", "-fPIC", *(f"-I{path}" for path in paths)]
     flags += ['-DACCUMKERN_CUDA_TARGETS="cpu"', '-DACCUMKERN_VERSION="0"']
@@ -129,8 +129,7 @@ def extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     for name in SOURCES:
         compile_("-O1", "-fsanitize=undefined", "-c", folder / f"{name}.cpp", "-o", folder / f"{name}.o")
     library, compiled = folder / "_C.so", [folder / f"{name}.o" for name in SOURCES]
-    others = [ROOT / "csrc" / name for name in ("bindings.cpp", "accumulate_cpu.cpp", "step_cpu.cpp", "norm_cpu.cpp")]
-    compile_("-shared", *others, *compiled, "-lubsan", "-o", library)
+    compile_("-shared", *(ROOT / "csrc").glob("*.cpp"), *compiled, "-lubsan", "-o", library)
     spec = importlib.util.spec_from_file_location("cuda_on_cpu._C", library)
     assert spec is not None
     assert spec.loader is not None

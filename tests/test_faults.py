@@ -41,8 +41,8 @@ import resource, torch, accumkern
 
 def run(waits, before, average_over):
     if waits:
-        accumkern.passes.WAITING_DEVICE_TYPES = frozenset({"cpu"})
-    accumkern.passes.MAX_WAITING_NUMEL = 2**30
+        accumkern.waiting.WAITING_DEVICE_TYPES = frozenset({"cpu"})
+    accumkern.waiting.MAX_WAITING_NUMEL = 2**30
     params = [torch.nn.Parameter(torch.zeros(2**23, dtype=torch.bfloat16)) for _ in range(2)]
     optimizer = torch.optim.SGD(params, lr=1.0)
     accumulator = accumkern.attach(optimizer, average_over=average_over)

@@ -248,7 +248,7 @@ def test_backward_inside_a_backward_pass() -> None:
 def test_large_tensors_are_folded_at_once_and_others_together(
     launches: list[list[int]], waiting: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accumkern.passes, "MAX_WAITING_NUMEL", 65600)
+    monkeypatch.setattr(accumkern.waiting, "MAX_WAITING_NUMEL", 65600)
     params = [parameter(65570), parameter(65601), parameter(10), parameter(90000), parameter(3, 4)]
     acc = accumkern.attach(sgd(*params), "split32")
     grads = [micro_gradients(4, *p.shape) for p in params]
@@ -265,7 +265,7 @@ def test_gradients_wait_only_until_they_are_many(
     launches: list[list[int]], waiting: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Waiting gradients are memory that stock PyTorch would have freed."""
-    monkeypatch.setattr(accumkern.passes, "MAX_WAITING_NUMEL", 100)
+    monkeypatch.setattr(accumkern.waiting, "MAX_WAITING_NUMEL", 100)
     params = [parameter(30) for _ in range(10)]
     acc = accumkern.attach(sgd(*params), "split32")
     grads = [micro_gradients(4, 30) for _ in params]

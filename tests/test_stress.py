@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import accumkern
-from accumkern import passes
+from accumkern import waiting as waiting_gradients
 from accumkern.noise_scale import estimate
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -224,7 +224,7 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
         seed: int,
     ) -> None:
         torch.manual_seed(seed)
-        passes.WAITING_DEVICE_TYPES = frozenset({"cpu", "cuda"} if waits else {"cuda"})
+        waiting_gradients.WAITING_DEVICE_TYPES = frozenset({"cpu", "cuda"} if waits else {"cuda"})
         self.buffer, dtypes = setup
         self.model = Network(width, layers, dtypes)
         self.params = list(self.model.parameters())
@@ -544,7 +544,7 @@ class Loop(stateful.RuleBasedStateMachine):  # type: ignore[name-defined,misc]
 
 def test_any_sequence_of_events_keeps_the_sums(tmp_path: Any) -> None:
     hypothesis.configuration.set_hypothesis_home_dir(tmp_path)
-    threads, waiting = torch.get_num_threads(), passes.WAITING_DEVICE_TYPES
+    threads, waiting = torch.get_num_threads(), waiting_gradients.WAITING_DEVICE_TYPES
     torch.set_num_threads(1)
     try:
         stateful.run_state_machine_as_test(
@@ -561,7 +561,7 @@ def test_any_sequence_of_events_keeps_the_sums(tmp_path: Any) -> None:
         )
     finally:
         torch.set_num_threads(threads)
-        passes.WAITING_DEVICE_TYPES = waiting
+        waiting_gradients.WAITING_DEVICE_TYPES = waiting
     assert counted["windows"] >= 3000
     assert counted["folds"] >= 50_000
     assert counted["noise scales"] >= 300

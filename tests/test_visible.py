@@ -188,7 +188,7 @@ class RaisingKernels:
 def test_a_launch_that_fails_leaves_the_sums_as_they_were(
     successes: int, monkeypatch: pytest.MonkeyPatch, average_over: int | None
 ) -> None:
-    monkeypatch.setattr(accumkern.passes, "MAX_WAITING_NUMEL", 60_000)
+    monkeypatch.setattr(accumkern.waiting, "MAX_WAITING_NUMEL", 60_000)
     params = [parameter(4), parameter(5, dtype=torch.float32), parameter(70_000)]
     acc = accumkern.attach(sgd(*params), "split32", average_over=average_over)
     grads = [micro_gradients(3, *p.shape, dtype=p.dtype) for p in params]

@@ -14,8 +14,6 @@ from accumkern.formats import Format, Start
 from accumkern.torch_private import current_raw_stream
 from accumkern.updates import MAX_STATES, Update
 
-_C.read_tensors_of(Tensor)
-
 _Column = list[Tensor] | None
 
 

@@ -41,6 +41,10 @@ def extension_problem() -> str | None:
     if _C.version != __version__:
         versions = f"of version {_C.version}, the package of {__version__}"
         return f"the extension accumkern.backends._C is {versions}: install it again"
+    try:
+        _C.read_tensors_of(torch.Tensor)
+    except RuntimeError as error:
+        return f"the extension accumkern.backends._C cannot read tensors: {error}"
     return None
 
 
