@@ -114,8 +114,11 @@ class WaitingGradients:
                     self._fold.many(*launch)
             except Exception as error:  # the others are folded all the same
                 errors.append(error)
-        if errors:
-            raise errors[0]
+        try:
+            if errors:
+                raise errors[0]
+        finally:
+            errors.clear()  # its traceback holds this frame, and what it holds
 
 
 def may_wait(new: Tensor) -> bool:

@@ -31,7 +31,6 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 import accumkern
-from accumkern import passes
 
 pytestmark = pytest.mark.usefixtures("one_thread", "waiting")
 
@@ -414,12 +413,12 @@ def test_what_waits_is_folded_on_the_stream_that_made_it(
         yield
         log.append(f"off {of.name}")
 
-    monkeypatch.setattr(passes, "current_raw_stream", lambda index: 5)
+    monkeypatch.setattr(accumkern.waiting, "current_raw_stream", lambda index: 5)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(log, f"current of {device}"))
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream(log, "default"))
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: Stream(log, f"external {handle}"))
-    with passes._on_stream(torch.device("cuda", 1), made_on):
+    with accumkern.waiting._on_stream(torch.device("cuda", 1), made_on):
         log.append("fold")
     around = [f"on {name}"], [f"off {name}", f"current of cuda:1 waits for {name}"]
     assert log == (["fold"] if name is None else [*around[0], "fold", *around[1]])
