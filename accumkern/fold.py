@@ -130,10 +130,25 @@ class Fold:
                 slot.remember()
         for slot, total in zip(slots, sums, strict=True):
             if type(total) is Tensor and slot.address != total.data_ptr():
-                slot.prepare(total, kernels.fold_into)
+                slot.prepare(total, kernels.fold_into, Start.CONTINUE)
         if squares is not None and partials is not None:
             for slot, rows in zip(slots, partials, strict=True):
                 squares.fold(slot.param, slot.param.grad, start, rows, scale)
+
+    def second(self, slot: Slot, running: Tensor, new: Tensor) -> None:
+        """Fold the second gradient of a window into the first, where nothing measures it, as the next ones will be.
+
+        Both are laid out alike, as the kernels take them.
+        """
+        format_ = slot.formats.get(running.dtype)
+        if format_ is not None and type(running) is Tensor:
+            if format_.residual_dtype is not None:
+                slot.residual_for(running, format_.residual_dtype)
+            slot.prepare(running, self.kernels_on(running.device).fold_into, Start.FROM_SUM)
+            if slot.fold_next(new, running, running._version, self.scale):
+                slot.remember()
+                return
+        self.many([slot], [new], [running], Start.FROM_SUM)
 
     def one(self, slot: Slot, running: Any, new: Any, start: Start) -> None:
         """Fold at once a gradient of any layout into the running one, if there is one, or leave it to torch.

@@ -87,20 +87,16 @@ class BackwardPasses:
         running: Any = slot.set_aside
         slot.set_aside = NOT_SET_ASIDE
         new: Any = param.grad
-        # What comes most often: a pass that is known brings a gradient for the running one, which is as a fold left it.
-        if current_graph_task_id() == self._plain_number and running is not None and slot.written() is running:
-            try:
-                if self._may_wait and type(new) is Tensor and self._waiting.add(slot, running, new, self._number):
+        # What comes most often: a pass that is known brings the first gradient of a window, or one for a running
+        # gradient that is as a fold left it.
+        if current_graph_task_id() == self._plain_number and new is not None:
+            if running is None:
+                if not (self._may_wait or self._fold.is_scaled):
+                    self._keep(slot, new)
+                    slot.may_wait = False
                     return
-                is_in_bucket = self._in_group and running._is_view()  # where a change of one counts as one of all
-                if not is_in_bucket and slot.fold_next(new, running, slot.version, self._fold.scale):
-                    param.grad = running
-                    if self._may_wait:
-                        self._waiting.show(param)
-                    return
-            except BaseException:
-                param.grad = running
-                raise
+            elif slot.written() is running and self._goes_on(slot, param, running, new):
+                return
         if running is NOT_SET_ASIDE:
             if new is None:  # somebody's hook took it
                 return
@@ -116,6 +112,27 @@ class BackwardPasses:
             raise
         if self._lost_bits is not None:
             self._measure(slot)
+
+    def _goes_on(self, slot: Slot, param: Tensor, running: Tensor, new: Any) -> bool:
+        """Let a gradient wait or fold it, where it is laid out as the running one; return whether that was so."""
+        try:
+            if self._may_wait and type(new) is Tensor and self._waiting.add(slot, running, new, self._number):
+                return True
+            is_in_bucket = self._in_group and running._is_view()  # where a change of one counts as one of all
+            if is_in_bucket or not slot.fold_next(new, running, slot.version, self._fold.scale):
+                return False
+            param.grad = running
+            if self._may_wait:
+                self._waiting.show(param)
+        except BaseException:
+            param.grad = running
+            raise
+        return True
+
+    def _keep(self, slot: Slot, new: Tensor) -> None:
+        """Let the first gradient of a window be the running one."""
+        slot.forget()
+        slot.last = weakref.ref(new)
 
     def _measure(self, slot: Slot) -> None:
         """Let the report look at the sum that was folded just now."""
@@ -146,8 +163,7 @@ class BackwardPasses:
         if self._lost_bits is not None:
             self._lost_bits.add(param, new, fold.scale, running, slot.value if continues else None)
         if running is None:  # the first micro-batch of a window
-            slot.forget()
-            slot.last = weakref.ref(new)
+            self._keep(slot, new)
             if not fold.is_scaled:
                 if squares is not None:
                     squares.keep(param)
@@ -164,7 +180,10 @@ class BackwardPasses:
             return
         else:
             param.grad = running
-            fold.many([slot], [new], [running], start)
+            if start is Start.FROM_SUM and squares is None:
+                fold.second(slot, running, new)
+            else:
+                fold.many([slot], [new], [running], start)
         if self._may_wait:
             self._waiting.show(param)
 

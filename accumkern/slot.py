@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from accumkern.formats import PARTIALS, Format, decode, partial_rows
+from accumkern.formats import PARTIALS, Format, Start, decode, partial_rows
 from accumkern.ops import is_dense
 
 FOLDED_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
@@ -164,15 +164,16 @@ class Slot:
             self.address, self.fold_next = -1, _cannot
         return self.residual
 
-    def prepare(self, total: Tensor, make_fold: Callable[[Format, Tensor, Any], Any]) -> None:
-        """Prepare to fold into a sum that lies where ``total`` does, which continues with the residual.
+    def prepare(self, total: Tensor, make_fold: Callable[[Format, Start, Tensor, Any], Any], start: Start) -> None:
+        """Prepare to fold into a sum that lies where ``total`` does.
 
         Args:
             total: the sum as the kernels take it: contiguous, or one range of memory in another order.
             make_fold: the kernels' ``fold_into``.
+            start: whether the next fold starts from the sum alone, or from the residual too.
         """
         format_ = self.formats[total.dtype]
-        self.fold_next = make_fold(format_, total, None if format_.residual_dtype is None else self.residual)
+        self.fold_next = make_fold(format_, start, total, None if format_.residual_dtype is None else self.residual)
         self.address = total.data_ptr()
 
     def partials_for(self, total: Tensor) -> Tensor:

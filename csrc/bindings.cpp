@@ -144,12 +144,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("read_tensors_of", [](const py::object& type) { read_tensors_of(type.ptr()); }, py::arg("type"));
   module.def(
       "fold_into",
-      [](int format, const py::object& total, const py::object& residual, const py::object& threads) {
-        PyObject* function = fold_into(format, total.ptr(), residual.ptr(), threads.ptr());
+      [](int format, int start, const py::object& total, const py::object& residual, const py::object& threads) {
+        PyObject* function = fold_into(format, start, total.ptr(), residual.ptr(), threads.ptr());
         if (function == nullptr) throw py::error_already_set();
         return py::reinterpret_steal<py::object>(function);
       },
-      py::arg("format"), py::arg("total"), py::arg("residual"), py::arg("threads"));
+      py::arg("format"), py::arg("start"), py::arg("total"), py::arg("residual"), py::arg("threads"));
   module.def(
       "run",
       [](int kernel, int format, int start, const std::vector<int64_t>& table, ScalarPair scalar, ScalarPair factor,

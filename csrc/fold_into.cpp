@@ -32,6 +32,7 @@ struct Place {
   void* sum;
   void* residual;
   PyObject* threads;  // a function that returns how many
+  Start start;        // of the next fold
 
   // Whether a tensor has its elements in the order of the sum.
   bool is_laid_out_alike(const dlpack::Tensor& tensor) const {
@@ -73,7 +74,7 @@ int is_negated(PyObject* tensor, const dlpack::DType& dtype) {
   return is_true;
 }
 
-// Folds a gradient; returns whether it could, or raises.
+// Folds a gradient; returns false with a Python exception where it cannot.
 bool fold(const Place& place, void* grad, float scale) {
   int64_t threads = 1;
   if (place.device.type == dlpack::kCpu && place.numel > kShort) {
@@ -88,7 +89,7 @@ bool fold(const Place& place, void* grad, float scale) {
   PyThreadState* interpreter = place.device.type == dlpack::kCpu && place.numel <= kShort ? nullptr : PyEval_SaveThread();
   std::string problem;
   try {
-    const Call call = {Kernel::kFold, place.format, Start::kContinue, {{grad, place.sum, place.residual, nullptr, place.numel}},
+    const Call call = {Kernel::kFold, place.format, place.start, {{grad, place.sum, place.residual, nullptr, place.numel}},
                        {scale, nullptr}, {1.0f, nullptr}};
     if (place.device.type == dlpack::kCpu) {
       run_cpu(call, static_cast<int>(threads));
@@ -115,7 +116,7 @@ PyObject* add(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
     return nullptr;
   }
   PyObject *grad_object = arguments[0], *total_object = arguments[1];
-  const auto& place = *static_cast<const Place*>(PyCapsule_GetPointer(self, nullptr));
+  auto& place = *static_cast<Place*>(PyCapsule_GetPointer(self, nullptr));
   dlpack::Tensor grad, total;
   if (!PyFloat_CheckExact(arguments[3]) || !read(grad_object, &grad) || !read(total_object, &total)) Py_RETURN_FALSE;
   if (dlpack::address(total) != place.sum || !place.is_laid_out_alike(total) || !place.is_laid_out_alike(grad)) Py_RETURN_FALSE;
@@ -126,6 +127,7 @@ PyObject* add(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   if (is_neg < 0) return nullptr;
   if (!is_unchanged || is_neg) Py_RETURN_FALSE;
   if (!fold(place, dlpack::address(grad), static_cast<float>(PyFloat_AS_DOUBLE(arguments[3])))) return nullptr;
+  place.start = Start::kContinue;
   Py_RETURN_TRUE;
 }
 
@@ -165,12 +167,12 @@ void read_tensors_of(PyObject* type) {
   is_neg_name = PyUnicode_InternFromString("is_neg");
 }
 
-PyObject* fold_into(int format, PyObject* total, PyObject* residual, PyObject* threads) {
+PyObject* fold_into(int format, int start, PyObject* total, PyObject* residual, PyObject* threads) {
   dlpack::Tensor sum, low = {};
   if (!read(total, &sum) || (residual != Py_None && !read(residual, &low))) throw std::invalid_argument("not a torch.Tensor");
   if (sum.ndim > kMaxDims) return PyCFunction_New(&cannot_method, nullptr);
   auto* place = new Place{static_cast<Format>(format), sum.device, sum.dtype, sum.ndim, {}, {}, dlpack::numel(sum),
-                          dlpack::address(sum), residual == Py_None ? nullptr : dlpack::address(low), threads};
+                          dlpack::address(sum), residual == Py_None ? nullptr : dlpack::address(low), threads, static_cast<Start>(start)};
   std::copy_n(sum.shape, sum.ndim, place->shape);
   std::copy_n(sum.strides, sum.ndim, place->strides);
   PyObject* capsule = PyCapsule_New(place, nullptr, &release);

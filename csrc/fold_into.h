@@ -14,7 +14,8 @@ void read_tensors_of(PyObject* type);
 //
 // It does sum, residual = encode(scale * grad + decode(sum, residual)) and returns True, if total is the sum as it lies
 // here, one range of memory, and is of that version; grad is laid out alike; both are exactly tensors; and scale is a float.
-// Else it writes nothing and returns False. threads() says how many a large fold on the CPU may take.
-PyObject* fold_into(int format, PyObject* total, PyObject* residual, PyObject* threads);
+// Else it writes nothing and returns False. The first fold has this start, later ones continue. threads() says how many a
+// large one on the CPU may take.
+PyObject* fold_into(int format, int start, PyObject* total, PyObject* residual, PyObject* threads);
 
 }  // namespace accumkern

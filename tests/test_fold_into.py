@@ -40,9 +40,28 @@ def test_it_is_the_fold_of_a_list_of_one(
         None,
     )
     version = total._version
-    add = kernels.fold_into(format_, total, residual)
+    add = kernels.fold_into(format_, Start.CONTINUE, total, residual)
     assert add(grad, total, version, scale) is True
     assert total._version == version
+    assert_same_bits(total, expected_total)
+    if residual is not None:
+        assert_same_bits(residual, expected_residual)
+
+
+@ALL_FORMATS
+def test_the_first_may_start_from_the_sum_alone(backend: str, device: torch.device, format_: Format) -> None:
+    kernels = backends.kernels(backend)
+    grad, total, residual = (None if x is None else x.to(device) for x in problem(format_, 100))
+    assert grad is not None
+    assert total is not None
+    expected_total, expected_residual = total.clone(), None if residual is None else residual.clone()
+    for start in (Start.FROM_SUM, Start.CONTINUE):
+        residuals = None if expected_residual is None else [expected_residual]
+        kernels.fold(format_, start, [grad], [expected_total], residuals, THIRD, None)
+    add = kernels.fold_into(format_, Start.FROM_SUM, total, residual)
+    assert not add(grad, total, total._version + 1, THIRD)  # which is not the first
+    assert add(grad, total, total._version, THIRD)
+    assert add(grad, total, total._version, THIRD)
     assert_same_bits(total, expected_total)
     if residual is not None:
         assert_same_bits(residual, expected_residual)
@@ -58,7 +77,7 @@ def test_any_order_of_dimensions(
     total = torch.empty_strided(shape, strides, dtype=BF16, device=device).fill_(1.0)
     grad = torch.empty_strided(shape, strides, dtype=BF16, device=device).copy_(torch.randn(shape))
     residual = torch.zeros(total.numel(), dtype=torch.int16, device=device)
-    add = backends.kernels(backend).fold_into(Format.SPLIT32, total, residual)
+    add = backends.kernels(backend).fold_into(Format.SPLIT32, Start.CONTINUE, total, residual)
     assert add(grad, total, total._version, 1.0)
     value = decode(Format.SPLIT32, total, residual.as_strided(shape, strides))
     assert_same_bits(value, 1 + grad.float())
@@ -112,7 +131,7 @@ def test_what_is_not_as_it_was_is_left_alone(
 ) -> None:
     grad, total = torch.randn(3, 3, device=device).to(BF16), torch.randn(3, 3, device=device).to(BF16)
     residual = torch.zeros(9, dtype=torch.int16, device=device)
-    add = backends.kernels(backend).fold_into(Format.SPLIT32, total, residual)
+    add = backends.kernels(backend).fold_into(Format.SPLIT32, Start.CONTINUE, total, residual)
     version = total._version
     new, total, scale = deviate(grad, total)
     before = total.clone()
@@ -131,13 +150,13 @@ def test_a_negated_gradient_is_left_alone(backend: str, device: torch.device, dt
     format_, residual = Format.PLAIN32, None
     if dtype is torch.float16:
         format_, residual = Format.MAIN_GRAD_FLOAT16, torch.zeros(1, device=device)
-    assert backends.kernels(backend).fold_into(format_, total, residual)(grad, total, 0, 1.0) is False
+    assert backends.kernels(backend).fold_into(format_, Start.CONTINUE, total, residual)(grad, total, 0, 1.0) is False
     assert not total.any()
 
 
 def test_memory_that_torch_does_not_have_is_not_read(backend: str, device: torch.device) -> None:
     total, residual = torch.ones(4, dtype=BF16, device=device), torch.zeros(4, dtype=torch.int8, device=device)
-    add = backends.kernels(backend).fold_into(Format.SPLIT24, total, residual)
+    add = backends.kernels(backend).fold_into(Format.SPLIT24, Start.CONTINUE, total, residual)
     zeros = torch._efficientzerotensor((4,), dtype=BF16, device=device)
     if backend == "eager":
         assert add(zeros, total, 0, 1.0)
@@ -149,7 +168,7 @@ def test_memory_that_torch_does_not_have_is_not_read(backend: str, device: torch
 
 def test_nothing_is_kept_alive_but_the_residual(backend: str, device: torch.device, no_collector: None) -> None:
     total, residual = torch.zeros(4, dtype=BF16, device=device), torch.zeros(4, dtype=torch.int8, device=device)
-    add = backends.kernels(backend).fold_into(Format.SPLIT24, total, residual)
+    add = backends.kernels(backend).fold_into(Format.SPLIT24, Start.CONTINUE, total, residual)
     there = weakref.ref(total)
     del total
     assert there() is None

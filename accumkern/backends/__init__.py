@@ -38,10 +38,10 @@ class Kernels(NamedTuple):
             residual)); (sum, residual) = encode(x)``, in place. Sums are read unless ``start`` is FROM_ZERO, residuals
             if it is CONTINUE. ``partials`` are written: FP32 of shape ``(partial_rows(numel), PARTIALS)``; None to
             leave them out.
-        fold_into: ``fold_into(format_, total, residual)`` returns ``add(grad, total, version, scale)``. That does what
-            ``fold(format_, Start.CONTINUE, [grad], [total], [residual], scale, None)`` does, and returns True, if the
-            sum lies as it lay and is of that version, the gradient is laid out alike, both are exactly tensors, and
-            scale is a float. Else it writes nothing and returns False.
+        fold_into: ``fold_into(format_, start, total, residual)`` returns ``add(grad, total, version, scale)``. Its
+            first call does what ``fold(format_, start, [grad], [total], [residual], scale, None)`` does, later ones continue,
+            and it returns True, if the sum lies as it lay and is of that version, the gradient is laid out alike, both
+            are exactly tensors, and scale is a float. Else it writes nothing and returns False.
         finish: ``finish(format_, start, sums, residuals, divisor, factor)``: ``sum = round((x / divisor) * factor)`` in
             FP32, in place; ``x`` is ``decode(sum, residual)`` if ``start`` is CONTINUE, the sum if it is FROM_SUM.
         rescale: ``rescale(format_, start, sums, residuals, divisor, factor)``: ``(sum, residual) = encode((x /
@@ -69,7 +69,7 @@ class Kernels(NamedTuple):
     """
 
     fold: Callable[[Format, Start, _Tensors, _Tensors, _Tensors | None, _Scalar, _Tensors | None], None]
-    fold_into: Callable[[Format, Tensor, Tensor | None], Callable[[Tensor, Tensor, int, Any], bool]]
+    fold_into: Callable[[Format, Start, Tensor, Tensor | None], Callable[[Tensor, Tensor, int, Any], bool]]
     finish: Callable[[Format, Start, _Tensors, _Tensors | None, _Scalar, _Scalar], None]
     rescale: Callable[[Format, Start, _Tensors, _Tensors | None, _Scalar, _Scalar], None]
     decode: Callable[[Format, _Tensors, _Tensors | None, _Tensors], None]
@@ -185,13 +185,14 @@ def kernels(name: str) -> Kernels:
 
 
 def _fold_into(
-    fold: Callable[..., None], format_: Format, total: Tensor, residual: Tensor | None
+    fold: Callable[..., None], format_: Format, start: Start, total: Tensor, residual: Tensor | None
 ) -> Callable[[Tensor, Tensor, int, Any], bool]:
     """Return what :attr:`Kernels.fold_into` returns, for a backend that has nothing of its own."""
     address, dtype, shape, strides = total.data_ptr(), total.dtype, total.shape, total.stride()
     residuals = None if residual is None else [residual]
 
     def add(grad: Tensor, total: Tensor, version: int, scale: Any) -> bool:
+        nonlocal start
         is_as_it_was = (
             type(grad) is type(total) is Tensor
             and type(scale) is float
@@ -204,7 +205,8 @@ def _fold_into(
             and not grad.is_neg()
         )
         if is_as_it_was:
-            fold(format_, Start.CONTINUE, [grad], [total], residuals, scale, None)
+            fold(format_, start, [grad], [total], residuals, scale, None)
+            start = Start.CONTINUE
         return is_as_it_was
 
     return add

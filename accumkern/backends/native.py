@@ -30,9 +30,11 @@ def fold(
     _run(_C.FOLD, format_, start, grads, sums, residuals, partials, scale)
 
 
-def fold_into(format_: Format, total: Tensor, residual: Tensor | None) -> Callable[[Tensor, Tensor, int, Any], bool]:
+def fold_into(
+    format_: Format, start: Start, total: Tensor, residual: Tensor | None
+) -> Callable[[Tensor, Tensor, int, Any], bool]:
     """Return a function that folds into a sum; see :class:`accumkern.backends.Kernels`."""
-    return _C.fold_into(format_, total, residual, torch.get_num_threads)
+    return _C.fold_into(format_, start, total, residual, torch.get_num_threads)
 
 
 def finish(
