@@ -146,11 +146,12 @@ class BackwardPasses:
     def _add(self, slot: Slot, param: Tensor, running: Any, new: Any) -> None:
         fold = self._fold
         number = current_graph_task_id()
-        if number != self._number:
+        if number != self._number or slot.waits:
             param.grad = running  # as it was before this gradient came
-            if slot.waits:  # what a pass inside this one, or around it, has brought
+            if slot.waits:  # for a pass inside this one, or around it
                 self._waiting.fold()
-            self._begin(number)
+            if number != self._number:
+                self._begin(number)
             running, param.grad = param.grad, new
         squares = fold.squares
         if squares is not None:

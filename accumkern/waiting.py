@@ -62,6 +62,9 @@ class WaitingGradients:
         if not slot.may_wait or len(post_accumulate_hooks(param)) > 1:
             return False
         param.grad = running
+        if slot.waits:  # for a pass inside this one, or around it
+            self.fold()
+            running = param.grad
         device = new.get_device()
         stream = current_raw_stream(device) if device >= 0 else 0
         version = 0 if running is None else running._version

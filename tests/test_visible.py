@@ -132,26 +132,33 @@ def test_an_edit_before_a_pass_inside_the_pass_loses_nothing(average_over: int |
         assert_equal(acc.gradient(param), torch.full((4,), 2 / (average_over or 1)))
 
 
-def test_a_parameter_in_a_pass_and_in_the_one_inside_it(
+def test_parameters_in_a_pass_and_in_the_one_inside_it(
     average_over: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gradient of the inner pass may wait still when that of the outer one comes."""
-    param = parameter(4)
-    acc = accumkern.attach(sgd(param), "split32", average_over=average_over)
-    arrived = record(param)
+    """Their gradients of the inner pass may wait still when those of the outer one come."""
+    params = [parameter(4) for _ in range(3)]
+    acc = accumkern.attach(sgd(*params), "split32", average_over=average_over)
+    arrived = [record(param) for param in params]
     many = acc._fold.many
 
     def fold(slots: list[Any], *others: Any) -> None:
         assert len(slots) == len(set(slots))  # the tensors of a launch are written at the same time
         many(slots, *others)
 
+    def sum_of(*some: Parameter) -> Tensor:  # the last one's gradient comes first
+        total = torch.zeros(())
+        for n, param in enumerate(some):
+            total = total + param.float().sum() * (1 + n)
+        return total
+
     monkeypatch.setattr(acc._fold, "many", fold)
     for n in range(4):
         x = torch.full((4,), 1 + n / 64, requires_grad=True)
-        inner = checkpoint(lambda t: t * param.float(), x * 1, use_reentrant=True)
-        (inner.sum() + param.float().sum() * 3).backward()
-    assert len(arrived) == 8
-    assert_fp32_sum(acc, param, arrived, 1 / (average_over or 1))
+        inner = checkpoint(lambda t: t * sum_of(*params), x * 1, use_reentrant=True)
+        (inner.sum() + sum_of(*params[:2])).backward()
+    for param, grads in zip(params, arrived, strict=True):
+        assert len(grads) == (4 if param is params[2] else 8)
+        assert_fp32_sum(acc, param, grads, 1 / (average_over or 1))
 
 
 def test_detach_between_the_two_hooks_of_a_parameter_keeps_its_sum() -> None:

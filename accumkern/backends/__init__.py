@@ -39,9 +39,9 @@ class Kernels(NamedTuple):
             if it is CONTINUE. ``partials`` are written: FP32 of shape ``(partial_rows(numel), PARTIALS)``; None to
             leave them out.
         fold_into: ``fold_into(format_, start, total, residual)`` returns ``add(grad, total, version, scale)``. Its
-            first call does what ``fold(format_, start, [grad], [total], [residual], scale, None)`` does, later ones continue,
-            and it returns True, if the sum lies as it lay and is of that version, the gradient is laid out alike, both
-            are exactly tensors, and scale is a float. Else it writes nothing and returns False.
+            first call does what ``fold(format_, start, [grad], [total], [residual], scale, None)`` does, later ones
+            continue, and it returns True, if the sum lies as it lay and is of that version, the gradient is laid out
+            alike, both are exactly tensors, and scale is a float. Else it writes nothing and returns False.
         finish: ``finish(format_, start, sums, residuals, divisor, factor)``: ``sum = round((x / divisor) * factor)`` in
             FP32, in place; ``x`` is ``decode(sum, residual)`` if ``start`` is CONTINUE, the sum if it is FROM_SUM.
         rescale: ``rescale(format_, start, sums, residuals, divisor, factor)``: ``(sum, residual) = encode((x /
