@@ -230,10 +230,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     original = backends.kernels
 
-    def recording(name: str, kernel: Callable[..., None]) -> Callable[..., None]:
-        def call(*arguments: Any) -> None:
+    def recording(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
             found.append(name)
-            kernel(*arguments)
+            return kernel(*arguments)
 
         return call
 
