@@ -251,11 +251,11 @@ def norm_kernel(
         partials_ptr += NORM_SIZE
         left -= NORM_SIZE
     total = tl.sqrt(tl.sum(sums, axis=0)).to(tl.float32)
-    zero = tl.zeros_like(total)  # a number alone is float64 in some versions of triton's interpreter
-    norm = tl.div_rn(total, zero + load_scalar(divisor, DIVISOR_IS_POINTER))
+    # A number is float64 in some versions of triton's interpreter.
+    norm = tl.div_rn(total, tl.cast(load_scalar(divisor, DIVISOR_IS_POINTER), tl.float32))
     coefficient = 1.0
     if CLIPS:
-        coefficient = tl.div_rn(zero + 1.0, norm + 1e-6) * max_norm
+        coefficient = tl.div_rn(1.0, norm + 1e-6) * tl.cast(max_norm, tl.float32)
         coefficient = tl.where(coefficient > 1.0, 1.0, coefficient)  # NaN stays
     tl.store(results_ptr, norm)
     tl.store(results_ptr + 1, coefficient)
