@@ -92,7 +92,8 @@ class GradAccumulator:
             norm  = ||x / divide_by||                           # of all gradients together
             grad  = round((x / divide_by) * min(1, max_norm / (norm + 1e-6)))
 
-        Ties are rounded to even, also where the folds of a split buffer have rounded them away from zero. With
+        Ties are rounded to even, also where the folds of a split buffer have rounded them away from zero; with neither
+        ``divide_by`` nor ``max_norm`` ``.grad`` stays as it is. With
         ``attach(..., master_weights=...)`` the value is kept to the precision of ``buffer``, as after a fold: that is
         what the step reads; ``.grad`` is its rounding.
 

@@ -143,8 +143,9 @@ def _hooks_of(reference: Callable[[], Slot | None]) -> tuple[Callable[[Any], Non
             if not may_accumulate or (len(hooks) > 1 and list(dict.values(hooks))[-1] is not before):
                 handle: RemovableHandle = current_node().register_prehook(lambda _: last(number, handle))
                 return  # others are still to look
-            param.grad = None
         slot.set_aside = grad
+        if grad is not None:
+            param.grad = None
 
     def last(number: int, handle: RemovableHandle) -> None:
         if current_graph_task_id() != number:  # of a pass inside that one, or after it failed
@@ -153,8 +154,8 @@ def _hooks_of(reference: Callable[[], Slot | None]) -> tuple[Callable[[Any], Non
         slot = reference()
         grad = None if slot is None else slot.param.grad
         if slot is not None and grad is not None and _will_come(slot):
-            slot.param.grad = None
             slot.set_aside = grad
+            slot.param.grad = None
 
     def after(param: Tensor) -> None:
         slot = reference()

@@ -5,6 +5,7 @@ They arrive later in the backward pass, as far as anybody can tell: until then `
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ class WaitingGradients:
     """The gradients of one accumulator that wait.
 
     Autograd calls the hooks of each device from a thread of its own, so they are in a deque, whose append and popleft
-    cannot be torn apart.
+    cannot be torn apart. One thread folds at a time: whose pass ends waits for what another has taken.
 
     Args:
         fold: what folds.
@@ -45,9 +46,7 @@ class WaitingGradients:
         self._is_under_way = is_under_way
         self._entries: deque[_Entry] = deque()
         self._numel = 0
-
-    def __bool__(self) -> bool:
-        return bool(self._entries)
+        self._folding = threading.RLock()
 
     def add(self, slot: Slot, running: Tensor | None, new: Tensor, number: int) -> bool:
         """Let a gradient wait, unless somebody is going to look at it before; return whether it waits.
@@ -82,12 +81,15 @@ class WaitingGradients:
 
     def fold(self) -> None:
         """Fold all, in one launch for each device, stream, dtype and start."""
-        if not self._entries:
-            return
-        self._numel = 0
+        with self._folding:
+            if self._entries:
+                self._numel = 0
+                self._fold_entries()
+
+    def _fold_entries(self) -> None:
         launches: dict[Any, tuple[list[Slot], list[Tensor], list[Any], Start]] = {}
         popleft = self._entries.popleft
-        errors = []
+        errors: list[Exception] = []  # the others are folded all the same
         while True:
             try:
                 slot, new, running, version, stream, number = popleft()
@@ -99,12 +101,14 @@ class WaitingGradients:
             if is_changed and not self._is_under_way(number):  # the pass has failed, and zero_grad() was called
                 continue
             dtype = new.dtype
-            is_sum_plain = grad is None or is_plain(grad, dtype)
             start = Start.FROM_ZERO
             if grad is not None:
-                start = Start.CONTINUE if is_sum_plain and slot.has_residual_of(grad) else Start.FROM_SUM
-            if not is_sum_plain or not is_plain(new, dtype):
-                self._fold.one(slot, grad, new, start)
+                start = Start.CONTINUE if slot.has_residual_of(grad) else Start.FROM_SUM
+            if not is_plain(new, dtype) or (grad is not None and not is_plain(grad, dtype)):
+                try:
+                    self._fold.one(slot, grad, new, start)
+                except Exception as error:
+                    errors.append(error)
                 continue
             key = (new.device, stream, dtype, start)
             slots, grads, sums, _ = launches.setdefault(key, ([], [], [], start))
@@ -115,7 +119,7 @@ class WaitingGradients:
             try:
                 with _on_stream(device, stream):
                     self._fold.many(*launch)
-            except Exception as error:  # the others are folded all the same
+            except Exception as error:
                 errors.append(error)
         try:
             if errors:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from gradients import (
     assert_same_bits,
     backward_of_all,
     fp32_sum,
+    gradient,
     micro_gradients,
     parameter,
     record,
@@ -31,6 +34,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 import accumkern
+from accumkern.fold import Fold
 
 pytestmark = pytest.mark.usefixtures("one_thread", "waiting")
 
@@ -385,6 +389,85 @@ def test_backward_passes_in_two_threads_over_parameters_of_their_own() -> None:
     assert not failures
     for param in (*params[0], *params[1]):
         assert_fp32_sum(acc, param, grads)
+
+
+def test_a_pass_ends_when_what_another_thread_folds_for_it_is_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [[parameter(4), parameter(4)] for _ in range(2)]
+    for _, late in params:
+        late.register_hook(lambda _: time.sleep(0.002))
+    optimizer = sgd(*params[0], *params[1])
+    accumkern.attach(optimizer, "split32", average_over=2)
+    many = Fold.many
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.004)
+        many(*arguments)
+
+    monkeypatch.setattr(Fold, "many", slowly)
+    found: list[list[float]] = [[], []]
+
+    def work(number: int) -> None:
+        first, late = params[number]
+        for _ in range(40):
+            total = late.float().sum()  # whose gradient comes last
+            (total + first.float().sum()).backward()
+            found[number].append(float("nan") if first.grad is None else first.grad[0].item())
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[(1 + n) / 2 for n in range(40)]] * 2
+
+
+def test_an_error_with_one_gradient_that_waits_leaves_the_others_in(
+    monkeypatch: pytest.MonkeyPatch, waiting: bool
+) -> None:
+    if not waiting:
+        pytest.skip("nothing waits")
+    params = [parameter(2, 3, 4, 4) for _ in range(3)]
+    acc = accumkern.attach(sgd(*params), "split32")
+    for _ in range(2):
+        sum(param.float().sum() for param in params).backward()  # type: ignore[union-attr]
+    grad = params[1].grad
+    assert grad is not None
+    grad.data = grad.data.to(memory_format=torch.channels_last)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    loss = sum(param.float().sum() for param in params)
+    with monkeypatch.context() as patch:
+        patch.setattr(Fold, "one", fail)
+        with pytest.raises(MemoryError):
+            loss.backward()  # type: ignore[union-attr]
+    assert [gradient(acc, param).flatten()[0].item() for param in params] == [3.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("case", ["replaced", "with holes", "moved"])
+def test_a_running_gradient_in_another_layout_keeps_its_low_bits(case: str) -> None:
+    params = [parameter(2, 3, 4, 4), parameter(3)]
+    acc = accumkern.attach(sgd(*params), "split32")
+
+    def backward_of(value: float) -> None:
+        ((params[0].float() * torch.full((2, 3, 4, 4), value)).sum() + params[1].float().sum()).backward()
+
+    large = torch.full((2, 3, 4, 8), 256.0, dtype=BF16)
+    if case == "replaced":
+        params[0].grad = large[..., :4].contiguous(memory_format=torch.channels_last)
+    elif case == "with holes":
+        params[0].grad = large[..., ::2]
+    else:
+        backward_of(256.0)
+        backward_of(0.0)
+        grad = params[0].grad
+        assert grad is not None
+        params[0].data = params[0].data.to(memory_format=torch.channels_last)
+        grad.data = grad.data.to(memory_format=torch.channels_last)
+    for _ in range(6):
+        backward_of(0.25)
+    assert_equal(gradient(acc, params[0]).contiguous(), torch.full((2, 3, 4, 4), 257.5))
 
 
 # ---- streams -------------------------------------------------------------------------------------------------------
