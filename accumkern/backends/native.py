@@ -134,17 +134,7 @@ def _run(
     factor: float | Tensor = 1.0,
 ) -> None:
     """Run a kernel on the columns of a FoldTensor (csrc/accumulate.h), those that it does not use None."""
-    if len(sums) == 1:  # written out, because it comes for every gradient that does not wait
-        total = sums[0]
-        table = [
-            grads[0].data_ptr() if grads else _ABSENT,
-            total.data_ptr(),
-            residuals[0].data_ptr() if residuals else _ABSENT,
-            partials[0].data_ptr() if partials else _ABSENT,
-            total.numel(),
-        ]
-    else:
-        table = _table([grads, sums, residuals, partials], sums)
+    table = _table([grads, sums, residuals, partials], sums)
     (scalar_pair, kept), (factor_pair, kept_too) = _pair(scalar), _pair(factor)
     _C.run(kernel, format_, start, table, scalar_pair, factor_pair, *_place(sums[0]))
     del kept, kept_too
