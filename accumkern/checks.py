@@ -23,6 +23,8 @@ def real(name: str, value: Any, right: str) -> float:
         TypeError: it is no such number.
         ValueError: FP64 cannot hold it.
     """
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is a {type(value).__name__}; {right}")
     try:

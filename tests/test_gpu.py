@@ -30,6 +30,7 @@ import accumkern
 from accumkern import backends
 from accumkern.formats import PARTIALS, Format, Start, decode, encode, partial_rows
 from accumkern.updates import Update
+from accumkern.waiting import MAX_WAITING_NUMEL
 
 pytestmark = pytest.mark.gpu
 
@@ -107,9 +108,19 @@ def test_more_than_2_to_the_31_elements(backend: str) -> None:
 # ---- streams and errors ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("one_by_one", [False, True])
 @every_backend
-def test_folds_run_on_the_current_stream(backend: str) -> None:
-    fold = functools.partial(backends.kernels(backend).fold, Format.SPLIT24, Start.CONTINUE)
+def test_folds_run_on_the_current_stream(backend: str, one_by_one: bool) -> None:
+    kernels = backends.kernels(backend)
+
+    def fold(grads: list[Tensor], sums: list[Tensor], residuals: list[Tensor], scale: float, _: None) -> None:
+        if not one_by_one:
+            kernels.fold(Format.SPLIT24, Start.CONTINUE, grads, sums, residuals, scale, None)
+            return
+        for grad, total, residual in zip(grads, sums, residuals, strict=True):
+            add = kernels.fold_into(Format.SPLIT24, Start.CONTINUE, total, residual)
+            assert add(grad, total, total._version, scale)
+
     rows = [problem(Format.SPLIT24, numel) for numel in (300, 4097, 200_001)]
     here, there = columns(rows, DEVICE), columns(rows, DEVICE)
     fresh = [grad.clone() for grad in there[0]]
@@ -232,6 +243,15 @@ def test_hook_with_forward_and_backward_on_a_side_stream(backend: str) -> None:
             late = [grad.clone() for grad in window.of(k)]
             window.loss(late).backward()
     torch.cuda.current_stream().wait_stream(side)
+    window.check()
+
+
+@every_backend
+def test_gradients_of_all_sizes_wait_together_or_are_folded_at_once(backend: str) -> None:
+    sizes = [3, 65_537, MAX_WAITING_NUMEL // 2, MAX_WAITING_NUMEL, MAX_WAITING_NUMEL + 1, 1_000_001]
+    window = Window(backend, sizes)
+    for k in range(4):
+        window.loss(window.of(k)).backward()
     window.check()
 
 
