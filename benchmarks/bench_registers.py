@@ -70,7 +70,7 @@ def measure(backend: str, architecture: int) -> list[dict[str, Any]]:
     return [
         {
             "kernel": kernel,
-            "format": format_,
+            "format": format_ or "any",
             "registers": counts["REG"],
             "stack_bytes": counts["STACK"],
             "spill_instructions": sum(n for name, n in counts.items() if name.startswith(("LDL", "STL"))),
