@@ -257,6 +257,8 @@ ENDS: dict[str, tuple[dict[str, Any], list[str]]] = {
 def test_three_launches_and_as_many_operations_whatever_the_number_of_tensors(
     launches: list[str], case: str, masters: str | None
 ) -> None:
+    if (reason := accumkern.available_backends()["cpu"]) is not None:  # eager kernels are torch's operations
+        pytest.skip(f"backend cpu: {reason}")
     arguments, wanted = ENDS[case]
     counts = []
     for count in (1, 40):
@@ -287,7 +289,7 @@ def test_launches_where_gradients_lie_in_memory_otherwise(launches: list[str]) -
     folded, once, single = (
         nn.Parameter(torch.ones(5, dtype=d)) for d in (torch.bfloat16, torch.bfloat16, torch.float32)
     )
-    acc = accumkern.attach(torch.optim.SGD([folded, once, single]), backend="cpu")
+    acc = accumkern.attach(torch.optim.SGD([folded, once, single]))
     folded.sum().backward()
     (folded.sum() + once.sum() + single.sum()).backward()
     launches.clear()
