@@ -49,7 +49,7 @@ class Fold:
 
     def set_scale(self, scale: float | Tensor) -> None:
         """Multiply each micro-gradient by ``scale`` from now on."""
-        self.scale = scale
+        self.scale = scale if isinstance(scale, Tensor) else float(scale)  # as Kernels.fold_into takes it
         self.is_scaled = isinstance(scale, Tensor) or scale != 1
 
     def check(self, name: str, param: Tensor) -> None:
@@ -145,7 +145,13 @@ class Fold:
             if format_.residual_dtype is not None:
                 slot.residual_for(running, format_.residual_dtype)
             slot.prepare(running, self.kernels_on(running.device).fold_into, Start.FROM_SUM)
-            if slot.fold_next(new, running, running._version, self.scale):
+            is_folded = False
+            try:
+                is_folded = slot.fold_next(new, running, running._version, self.scale)
+            finally:
+                if not is_folded:  # another fold will write the residual, and this one would leave it out
+                    slot.unprepare()
+            if is_folded:
                 slot.remember()
                 return
         self.many([slot], [new], [running], Start.FROM_SUM)

@@ -86,8 +86,9 @@ class Slot:
         self.may_wait = False  # whether one may in this window: small, and nobody hooks the node that brings it
         self.residual: Any = None  # a tensor, once there is one: flat, in the memory order of .grad
         self.partials: Tensor | None = None
-        self.address = -1  # of the sum that fold_next() is for
-        self.fold_next: Callable[[Tensor, Tensor, int, Any], bool] = _cannot
+        self.address: int  # of the sum that fold_next() is for
+        self.fold_next: Callable[[Tensor, Tensor, int, Any], bool]
+        self.unprepare()
         self.forget()
 
     def stored(self) -> Stored:
@@ -161,7 +162,7 @@ class Slot:
         """Return memory for the residual of a sum, made when it is needed first and kept: its address is stable."""
         if not self._fits(total, dtype):
             self.residual = torch.empty(total.numel(), dtype=dtype, device=total.device)
-            self.address, self.fold_next = -1, _cannot
+            self.unprepare()
         return self.residual
 
     def prepare(self, total: Tensor, make_fold: Callable[[Format, Start, Tensor, Any], Any], start: Start) -> None:
@@ -175,6 +176,10 @@ class Slot:
         format_ = self.formats[total.dtype]
         self.fold_next = make_fold(format_, start, total, None if format_.residual_dtype is None else self.residual)
         self.address = total.data_ptr()
+
+    def unprepare(self) -> None:
+        """Take back what was prepared: the residual lies elsewhere, or the next fold starts otherwise."""
+        self.address, self.fold_next = -1, _cannot
 
     def partials_for(self, total: Tensor) -> Tensor:
         """Return the rows for partial sums of a sum, made when they are needed first and kept."""
@@ -220,7 +225,7 @@ class Slot:
                 self.residual.copy_(residual)
             else:
                 self.residual = residual
-                self.address, self.fold_next = -1, _cannot
+                self.unprepare()
             self.remember()
 
     def parts(self) -> Parts:

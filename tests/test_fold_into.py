@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from gradients import BF16, assert_fp32_sum, assert_same_bits, backward, micro_gradients, parameter, sgd, stored_sum
+from gradients import (
+    BF16,
+    assert_fp32_sum,
+    assert_same_bits,
+    backward_of_all,
+    micro_gradients,
+    parameter,
+    sgd,
+    stored_sum,
+)
 from kernel_cases import ALL_FORMATS, THIRD, problem
 from torch import Tensor
 
@@ -177,15 +186,15 @@ def test_nothing_is_kept_alive_but_the_residual(backend: str, device: torch.devi
 
 def test_a_residual_elsewhere_is_found_again() -> None:
     """Its old memory may be somebody else's."""
-    param = parameter(100)
-    acc = accumkern.attach(sgd(param), "split32")
+    param, first = parameter(100), parameter(3)
+    acc = accumkern.attach(sgd(param, first), "split32")
     grads = micro_gradients(6, 100)
     for grad in grads[:3]:
-        backward(param, grad)
+        backward_of_all([param, first], [grad, torch.ones(3)])
     state = acc.state_dict()
     acc.load_state_dict(state)
     for grad in grads[3:]:
-        backward(param, grad)
+        backward_of_all([param, first], [grad, torch.ones(3)])
     assert_fp32_sum(acc, param, grads)
 
 
@@ -195,10 +204,11 @@ def test_weights_with_their_channels_last(monkeypatch: pytest.MonkeyPatch, waits
     if waits:
         monkeypatch.setattr(waiting, "WAITING_DEVICE_TYPES", frozenset({"cpu", "cuda"}))
     param = torch.nn.Parameter(torch.zeros(4, 3, 2, 2, dtype=BF16).to(memory_format=torch.channels_last))
-    acc = accumkern.attach(sgd(param), "split24")
+    first = parameter(3)  # whose gradient comes first in a pass, and goes the long way
+    acc = accumkern.attach(sgd(param, first), "split24")
     grads = micro_gradients(20, 4, 3, 2, 2)
     for grad in grads:
-        backward(param, grad)
+        backward_of_all([param, first], [grad, torch.ones(3)])
     total, value = stored_sum("split24", grads)
     assert param.grad is not None
     assert param.grad.stride() == param.stride()
@@ -221,3 +231,41 @@ def test_the_extension_says_which_torch_it_cannot_read(monkeypatch: pytest.Monke
         with pytest.raises(RuntimeError, match="this torch"):
             _C.read_tensors_of(kind)
     _C.read_tensors_of(Tensor)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_second_gradient_that_goes_another_way_leaves_the_residual_to_count(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """What was prepared to start from the sum alone must not be used when there is a residual."""
+    param, first = parameter(100), parameter(3)  # the gradient that comes first in a pass goes the long way
+    acc = accumkern.attach(sgd(param, first), "split32")
+    grads = [grad * 2.0 ** (-n) for n, grad in enumerate(micro_gradients(6, 100))]
+
+    def backward_of_both(grad: Tensor) -> None:
+        backward_of_all([param, first], [grad, torch.ones(3)])
+
+    backward_of_both(grads[0])
+    fold = acc._fold
+    if fails:
+
+        def no_fold(*_: Any) -> Any:
+            def fail(*_: Any) -> bool:
+                raise MemoryError
+
+            return fail
+
+        kernels = fold.kernels_on(param.device)
+        with monkeypatch.context() as patch:
+            patch.setattr(fold, "kernels_on", lambda _: kernels._replace(fold_into=no_fold))
+            with pytest.raises(MemoryError):
+                backward_of_both(grads[1])
+    else:
+        fold.set_scale(torch.ones(()))  # which only lists take
+    backward_of_both(grads[1])
+    fold.set_scale(1.0)
+    for grad in grads[2:]:
+        backward_of_both(grad)
+    total, value = stored_sum("split32", grads)
+    assert_same_bits(param.grad, total)
+    assert_same_bits(acc.gradient(param), value)

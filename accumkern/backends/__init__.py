@@ -86,7 +86,7 @@ class Backend(NamedTuple):
     """A row of the table."""
 
     summary: str  # what it does, in a line
-    module: str  # whose functions named as in Kernels are its kernels
+    module: str  # whose functions named as in Kernels are its kernels; fold_into may be left out
     problem: Callable[[torch.device | None], str | None]  # why it cannot run on this machine, of several GPUs on one
     device_type: Callable[[], str | None]  # of the tensors that it takes; None for every one
     takes: str  # the same, in words

@@ -42,7 +42,7 @@ def extension_problem() -> str | None:
         versions = f"of version {_C.version}, the package of {__version__}"
         return f"the extension accumkern.backends._C is {versions}: install it again"
     try:
-        _C.read_tensors_of(torch.Tensor)
+        _C.read_tensors_of(torch.Tensor)  # from now on, where it can
     except RuntimeError as error:
         return f"the extension accumkern.backends._C cannot read tensors: {error}"
     return None
