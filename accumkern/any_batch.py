@@ -257,7 +257,8 @@ def _of(counts: _Counts, name: Any) -> float:
 
 def _attachments(attachment: Attachment, model: nn.Module | None) -> list[Attachment]:
     """Return what is attached to a model's parameters: of several optimizers, such as Muon and AdamW, all."""
-    owners = [] if model is None else [owner_of(param) for param in model.parameters()]
+    others = [] if model is None else [param for param in model.parameters() if param not in attachment.slots]
+    owners = [owner_of(param) for param in others]
     return list(dict.fromkeys([attachment, *(owner for owner in owners if isinstance(owner, Attachment))]))
 
 
