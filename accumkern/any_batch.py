@@ -121,7 +121,7 @@ def run(asked: Request, attachment: Attachment, model: nn.Module | None) -> tupl
                 return _window(asked, parts), found
         except BaseException as error:
             for each in attachments:
-                each.rooms.forget_window()
+                each.rooms.passes.drop()
             before.put_back()
             if not asked.may_halve or not is_out_of_memory(error):
                 raise

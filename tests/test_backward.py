@@ -13,6 +13,7 @@ import torch
 from gradients import assert_same_bits
 from scarce import Scarce
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F  # noqa: N812
 
 import accumkern
@@ -344,7 +345,17 @@ def test_what_waits_to_be_folded_does_not_count_twice(where: str, monkeypatch: p
     acc, batch = attached(model), batch_of(12)
     monkeypatch.setattr(waiting, "WAITING_DEVICE_TYPES", frozenset({"cpu"}))
     acc.micro_batch = 6
-    acc.backward(loss_of(model), batch)
+    arrived: list[Any] = []
+    held: list[int] = []
+
+    def loss_fn(part: Any) -> Tensor:
+        held.append(sum(not memory.expired() for memory in arrived))
+        return loss_of(model)(part)
+
+    model[3].weight.register_hook(lambda grad: arrived.append(StorageWeakRef(grad.untyped_storage())))
+    acc.backward(loss_fn, batch)
+    assert held[2] == 0  # as it begins again
+    model[3].weight._backward_hooks.popitem()
     found = bits(acc, model)
     model.zero_grad()
     acc.backward(loss_of(model), batch, 3)
