@@ -294,6 +294,8 @@ def _held(asked: Request, attachments: list[Attachment], params: list[Tensor], m
 
 def _free(params: list[Tensor]) -> None:
     """Let go of what the failed window has left behind."""
+    with torch.enable_grad():  # what waited in autograd's queue when a backward pass failed stays until the next one
+        torch.zeros((), requires_grad=True).backward()
     gc.collect()
     if any(param.device.type == "cuda" for param in params):
         torch.cuda.empty_cache()
