@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 from collections.abc import Callable
 from typing import Any
@@ -171,8 +172,9 @@ def test_means_over_tokens_are_weighed_by_tokens(micro_batch: int, kind: Any) ->
     assert len(model[2].seen) == {1: 4, 2: 2, 4: 2, 6: 1}[micro_batch] + 1  # parts that count nothing are left out
 
 
-@pytest.mark.parametrize("counts_each", [False, True])
-def test_several_losses_have_means_of_their_own(counts_each: bool) -> None:
+@pytest.mark.parametrize(("counts_each", "micro_batch"), [(False, 4), (True, 4), (True, 2)])
+def test_several_losses_have_means_of_their_own(counts_each: bool, micro_batch: int) -> None:
+    """Of the last part of two, no token counts: its mean over them is NaN."""
     model, batch = network(dtype=FP32), ragged()
 
     def loss_fn(part: Any) -> dict[str, Tensor]:
@@ -184,7 +186,7 @@ def test_several_losses_have_means_of_their_own(counts_each: bool) -> None:
     if not counts_each:  # then all parts have to count alike
         batch["mask"][:] = True
     acc = attached(model)
-    losses = acc.backward(loss_fn, batch, 4, count=count if counts_each else None)
+    losses = acc.backward(loss_fn, batch, micro_batch, count=count if counts_each else None)
     found = gradients(acc, model)
     model.zero_grad()
     whole = loss_fn(batch)
@@ -382,6 +384,26 @@ def test_nothing_of_the_failed_window_is_held(where: str) -> None:
     acc.backward(loss_fn, batch_of(8))
     assert len(memory) > 40
     assert held == [0] * (2 + 4)
+
+
+def test_circles_of_the_failed_window_are_collected() -> None:
+    memory: list[StorageWeakRef] = []
+    model = network(Scarce(4))
+    held: list[int] = []
+
+    def loss_fn(part: Any) -> Tensor:
+        held.append(sum(not reference.expired() for reference in memory))
+        circle: list[Any] = [torch.zeros(100)]
+        circle.append(circle)
+        memory.append(StorageWeakRef(circle[0].untyped_storage()))
+        return loss_of(model)(part)
+
+    gc.disable()
+    try:
+        attached(model).backward(loss_fn, batch_of(8))
+    finally:
+        gc.enable()
+    assert held == [0, 0, 1]  # a part that went through waits for Python's collector, as always
 
 
 # ---- a limit on the CPU ------------------------------------------------------------------------------------------
