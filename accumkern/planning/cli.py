@@ -25,6 +25,7 @@ from accumkern.planning.ranks import is_first
 from accumkern.planning.report import format_rate, format_useful, write_plan, write_sweep
 from accumkern.planning.sweep import sweep
 from accumkern.planning.sweep_result import Run, Sweep
+from accumkern.planning.token_budget import Schedule, format_tokens
 
 _OWN = ("command", "setup", "output", "json", "predict")  # options of the command line; the others are arguments
 _LEAST_WIDTH = 100  # where there is no terminal to fit into
@@ -141,7 +142,23 @@ def _plan_table(plan: Plan) -> RenderableType:
     lines += [_bullet(f"Warning: {warning}", "yellow") for warning in plan.warnings]
     if plan.attach_line is not None:
         lines.append(Text(f"\n{plan.attach_line}", style="bold"))
+    if plan.schedule is not None:
+        lines += [Text(), _table("when to raise the batch", _stage_rows(plan.schedule))]
+        lines.append(Text(plan.schedule.line, style="bold"))
     return Group(*lines)
+
+
+def _stage_rows(schedule: Schedule) -> list[dict[str, str]]:
+    return [
+        {
+            "from tokens": format_tokens(stage.from_tokens),
+            "from samples": f"{stage.from_samples:,}",
+            "accumulate": f"{stage.accumulation_steps:,}",
+            "effective batch": f"{stage.effective_batch:,}",
+            "learning rate": f"x {stage.lr_factor:.3g}",
+        }
+        for stage in schedule.stages
+    ]
 
 
 def _sweep_table(sweep: Sweep) -> RenderableType:
