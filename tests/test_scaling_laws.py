@@ -20,9 +20,9 @@ from accumkern.planning import scaling_laws
 from accumkern.planning import speed as speed_module
 from accumkern.planning.plan_result import Plan, explain
 from accumkern.planning.protocol import Setup
-from accumkern.planning.scaling_laws import POWER_LINES, STEP_LAW, BatchLaws, laws_of
+from accumkern.planning.scaling_laws import POWER_LINES, STEP_LAW, BatchLaws, format_count, laws_of
 from accumkern.planning.speed import Split
-from accumkern.planning.token_budget import format_tokens, law_reasons, parse_tokens, schedule_of
+from accumkern.planning.token_budget import law_reasons, parse_tokens, schedule_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "old_objects_aside")
 
@@ -114,12 +114,12 @@ def test_frozen_and_tied_weights_are_not_counted_twice() -> None:
     ("tokens", "parameters", "fitted", "problem"),
     [
         (10e9, 2e8, {POWER_LINES, STEP_LAW}, ""),
-        (100e9, 2e9, {POWER_LINES}, "2e+09 parameters without embeddings, and it was fitted on about 6e+07 to 1e+09"),
-        (10e9, 8e7, {STEP_LAW}, "8.01e+07 parameters, and it was fitted on about 1.11e+08 to 3.3e+09"),
-        (10e9, 9e8, {STEP_LAW}, "11.1 tokens per parameter, and it was fitted on about 20 to 1.28e+03"),
-        (1e9, 2e8, set(), "1e+09 tokens, and it was fitted on about 2e+09 to 1e+11"),
-        (200e9, 2e8, set(), "2e+11 tokens, and it was fitted on about 2e+09 to 1e+11"),
-        (10e9, 7e9, set(), "7e+09 parameters, and"),
+        (100e9, 2e9, {POWER_LINES}, "2B parameters without embeddings, and it was fitted on about 60M to 1B"),
+        (10e9, 8e7, {STEP_LAW}, "80.1M parameters, and it was fitted on about 111M to 3.3B"),
+        (10e9, 9e8, {STEP_LAW}, "11.1 tokens per parameter, and it was fitted on about 20 to 1,280"),
+        (1e9, 2e8, set(), "1B tokens, and it was fitted on about 2B to 100B"),
+        (200e9, 2e8, set(), "200B tokens, and it was fitted on about 2B to 100B"),
+        (10e9, 7e9, set(), "7B parameters, and"),
     ],
 )
 def test_a_run_outside_what_was_fitted_is_named(
@@ -175,8 +175,10 @@ def test_parse_tokens_refuses(text: Any, error: type[Exception]) -> None:
         parse_tokens(text)
 
 
-def test_format_tokens() -> None:
-    assert [format_tokens(x) for x in (3, 2500, 3.2e8, 10**10, 1.5e12)] == ["3", "2.5K", "320M", "10B", "1.5T"]
+def test_format_count() -> None:
+    assert [format_count(x) for x in (0.3, 9.99, 1963.4, 25000, 3.2e8, 10**10, 1.5e12)] == [
+        *("0.3", "9.99", "1,963", "25K", "320M", "10B", "1.5T")
+    ]
 
 
 # ---- the plan ----------------------------------------------------------------------------------------------------
@@ -204,14 +206,18 @@ def test_the_laws_leave_what_was_asked_for_and_runs_they_do_not_cover() -> None:
     assert asked.choice.effective_batch == 48
     assert asked.laws is not None
     assert asked.by_laws is None
-    assert "Token budget: for 10B tokens" in str(asked)
+    assert "Token budget: for 10B tokens and 202M parameters" in str(asked)
+    assert "Learning rate by Step Law: 0.0025" in str(asked)
+    assert "tokens) is best at 0.14, with the batch in tokens" in str(asked)
     without = predicted(tokens=None)
     assert without.laws is None
     assert "Token budget" not in str(without)
     outside = predicted(tokens="1B")
     assert outside.choice == without.choice
+    assert "Learning rate by Step Law" not in str(outside)
+    assert "Timescale of AdamW by Power Lines" not in str(outside)
     assert "They choose nothing here; take the number as an order of magnitude" in str(outside)
-    assert "Power Lines (arXiv 2505.13738) does not cover this run (1e+09 tokens, and" in str(outside)
+    assert "Power Lines (arXiv 2505.13738) does not cover this run (1B tokens, and" in str(outside)
 
 
 def test_a_measured_plan_listens_to_them_and_shows_the_noise_scale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,9 +241,9 @@ def test_a_measured_plan_listens_to_them_and_shows_the_noise_scale(monkeypatch: 
 @pytest.mark.parametrize(
     ("noise_scale", "said"),
     [
-        (15.0, "the laws' critical batch is 1.3e+02 times the noise scale. That is to be expected where"),
+        (15.0, "the laws' critical batch is 131 times the noise scale. That is to be expected where"),
         (1500.0, "agree on the critical batch within a factor of 2"),
-        (1e5, "the noise scale is 51 times the laws' critical batch. The windows were few"),
+        (1e5, "the noise scale is 50.9 times the laws' critical batch. The windows were few"),
         (math.inf, ""),
         (0.0, ""),
         (None, ""),
@@ -314,6 +320,7 @@ def test_stages_that_the_run_does_not_come_to_are_left_out() -> None:
     assert [stage.lr_factor for stage in schedule.stages] == [math.sqrt(0.5), 1]
     plan = predicted(effective_batch=8192, schedule=True)
     assert "The critical batch does not come to 8192 samples in this run" in str(plan)
+    assert "What the schedule would change" not in str(plan)
 
 
 def test_stages_that_begin_at_once_are_one() -> None:
@@ -341,6 +348,7 @@ def test_a_plan_has_a_schedule_in_words_and_as_a_line_that_runs() -> None:
     assert "far outside what it was fitted on (about 2B tokens and more, of whole runs)" in told
     assert "arXiv 2602.14208" in told
     assert plan.to_dict()["schedule"]["line"] == schedule.line
+    assert "What the schedule would change: little. It is over after 0.27% of the run, where the critical batch" in told
     assert explain(plan) == plan
 
 

@@ -30,6 +30,7 @@ from accumkern.planning.protocol import Setup
 
 _SEQUENCE = 2048  # tokens of a sequence in Power Lines
 POWER_LINES, STEP_LAW = "Power Lines (arXiv 2505.13738)", "Step Law (arXiv 2503.04715)"
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 #: Where the laws were fitted, about: outside, they choose nothing.
 TOKENS = 2e9, 1e11
 PARAMETERS = {POWER_LINES: (1.11e8, 3.3e9), STEP_LAW: (6e7, 1e9)}
@@ -64,6 +65,14 @@ def step_law_optimum(tokens: float) -> float:
 def step_law_learning_rate(tokens: float, parameters: float) -> float:
     """Return Step Law's peak learning rate at its optimal batch; ``parameters`` leaves embeddings out."""
     return float(1.79 * parameters**-0.713 * tokens**0.307)
+
+
+def format_count(number: float) -> str:
+    """Return a number of tokens, samples or parameters for people: ``"10B"``."""
+    for unit in ("T", "B", "M", "K"):
+        if number >= 10 * UNITS[unit] or (unit != "K" and number >= UNITS[unit]):
+            return f"{number / UNITS[unit]:.3g}{unit}"
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 @dataclass(frozen=True)
@@ -167,7 +176,7 @@ def _out_of_range(law: str, tokens: int, parameters: int) -> str | None:
     if law == POWER_LINES:
         found.append((tokens / parameters, "tokens per parameter", *TOKENS_PER_PARAMETER))
     problems = [
-        f"{number:.3g} {what}, and it was fitted on about {low:.3g} to {high:.3g}"
+        f"{format_count(number)} {what}, and it was fitted on about {format_count(low)} to {format_count(high)}"
         for number, what, low, high in found
         if not low <= number <= high
     ]

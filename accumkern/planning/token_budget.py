@@ -15,10 +15,17 @@ from fractions import Fraction
 from itertools import pairwise
 
 from accumkern.checks import integer, real
-from accumkern.planning.scaling_laws import TOKENS, BatchLaws, tokens_until_critical
+from accumkern.planning.scaling_laws import (
+    TOKENS,
+    UNITS,
+    BatchLaws,
+    LawBatch,
+    format_count,
+    tokens_until_critical,
+)
 from accumkern.planning.speed import Split
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_EARLY = 0.05  # of a run
 _DIFFERENT = 2  # times, from where noise scale and laws are said to disagree
 
 
@@ -35,20 +42,12 @@ def parse_tokens(tokens: int | float | str) -> int:
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,2})?)\s*([KMBTkmbt]?)\s*", tokens)
         if match is None:
             raise ValueError(f"tokens is {tokens!r}; {right}")
-        number = Fraction(match[1]) * _UNITS[match[2].upper()]
+        number = Fraction(match[1]) * UNITS[match[2].upper()]
     else:
         number = real("tokens", tokens, right)
     if not 1 <= number < 2**63 or number != int(number):
         raise ValueError(f"tokens is {tokens!r}; {right}")
     return integer("tokens", int(number), right, 1)
-
-
-def format_tokens(tokens: float) -> str:
-    """Return a number of tokens for people."""
-    for unit in ("T", "B", "M", "K"):
-        if tokens >= _UNITS[unit]:
-            return f"{tokens / _UNITS[unit]:.3g}{unit}"
-    return f"{tokens:.3g}"
 
 
 @dataclass(frozen=True)
@@ -132,48 +131,55 @@ def target_reason(laws: BatchLaws, batch: int) -> str:
     mean = "the geometric mean of " if len(fitted) > 1 else ""
     return (
         f"Effective batch: none was asked for. {batch} samples are the power of two per rank that is nearest to "
-        f"{laws.best_samples:.3g}, {mean}the optimal batch by {' and '.join(fitted)} for {format_tokens(laws.tokens)} "
-        "tokens. Laws of whole runs go before the noise scale of the beginning; the loss is flat around the optimum."
+        f"{format_count(laws.best_samples or 0)}, {mean}the optimal batch by {' and '.join(fitted)} for "
+        f"{format_count(laws.tokens)} tokens. Laws of whole runs go before the noise scale of the beginning; the loss "
+        "is flat around the optimum."
     )
 
 
 def law_reasons(laws: BatchLaws, batch: int, noise_scale: float | None) -> Iterator[str]:
     """Say what the laws make of a run and of a batch, and where the noise scale disagrees."""
-    optima = " and ".join(
-        f"{law.samples:.3g} samples ({format_tokens(law.tokens)} tokens) by {law.law}" for law in laws.optima
-    )
-    critical = laws.critical
+    optima = " and ".join(f"{_both(law)} by {law.law}" for law in laws.optima)
     yield (
-        f"Token budget: for {format_tokens(laws.tokens)} tokens and {laws.parameters:.3g} parameters the optimal batch "
-        f"is {optima}; the critical one is {critical.samples:.3g} samples ({format_tokens(critical.tokens)} tokens) by "
-        f"Power Lines. By that an effective batch of {batch} needs {1 + batch / critical.samples:.3g} times the tokens "
-        "of a very small one. The laws are of language models pretrained from scratch with AdamW."
+        f"Token budget: for {format_count(laws.tokens)} tokens and {format_count(laws.parameters)} parameters the "
+        f"optimal batch is {optima}; the critical one is {_both(laws.critical)} by Power Lines. By that an effective "
+        f"batch of {batch} needs {1 + batch / laws.critical.samples:.3g} times the tokens of a very small one. The "
+        "laws are of language models pretrained from scratch with AdamW."
     )
     problems = [f"{law.law} does not cover this run ({law.out_of_range})" for law in laws.optima if law.out_of_range]
     if problems:
         what = "It chooses nothing" if len(problems) == 1 else "They choose nothing"
         yield f"Outside what was fitted: {'; '.join(problems)}. {what} here; take the number as an order of magnitude."
-    if laws.best_samples is not None:
+    power_lines, step_law = (law.out_of_range is None for law in laws.optima)
+    if step_law:
+        yield f"Learning rate by Step Law: {laws.learning_rate:.2g}, at its own optimal batch."
+    if power_lines:
         yield (
-            f"Beside the batch: Step Law's learning rate is {laws.learning_rate:.2g}, at its own optimal batch. Power "
-            f"Lines' best timescale of AdamW, batch / (learning rate * weight decay * tokens), is {laws.timescale:.2g}."
+            "Timescale of AdamW by Power Lines: batch / (learning rate * weight decay * tokens) is best at "
+            f"{laws.timescale:.2g}, with the batch in tokens."
         )
     if noise_scale is None or not 0 < noise_scale < math.inf:
         return
-    ratio = critical.samples / noise_scale
+    ratio = laws.critical.samples / noise_scale
     if max(ratio, 1 / ratio) <= _DIFFERENT:
         yield f"Noise scale and laws agree on the critical batch within a factor of {_DIFFERENT}."
     elif ratio > 1:
         yield (
-            f"Noise scale and laws disagree: the laws' critical batch is {ratio:.2g} times the noise scale. That is "
-            "to be expected where the noise scale is of the beginning: all samples pull the weights the same way then, "
-            "so few of them show the gradient; it grows while a model trains, and the laws are of whole runs."
+            f"Noise scale and laws disagree: the laws' critical batch is {format_count(ratio)} times the noise scale. "
+            "That is to be expected where the noise scale is of the beginning: all samples pull the weights the same "
+            "way then, so few of them show the gradient. Measured directly, the critical batch is near zero at first, "
+            "rises fast and levels off (arXiv 2505.23971); the laws are of whole runs."
         )
     else:
         yield (
-            f"Noise scale and laws disagree: the noise scale is {1 / ratio:.2g} times the laws' critical batch. The "
-            "windows were few, or the samples are not those of language models in pretraining; a sweep can say."
+            f"Noise scale and laws disagree: the noise scale is {format_count(1 / ratio)} times the laws' critical "
+            "batch. The windows were few, or the samples are not those of language models in pretraining; a sweep can "
+            "say."
         )
+
+
+def _both(law: LawBatch) -> str:
+    return f"{format_count(law.samples)} samples ({format_count(law.tokens)} tokens)"
 
 
 def schedule_reasons(schedule: Schedule, laws: BatchLaws, batch: int) -> Iterator[str]:
@@ -187,7 +193,7 @@ def schedule_reasons(schedule: Schedule, laws: BatchLaws, batch: int) -> Iterato
         yield f"Schedule: none. {default}, and {why}."
         return
     stages = ", ".join(
-        f"{stage.effective_batch} from {format_tokens(stage.from_tokens)} tokens "
+        f"{stage.effective_batch} from {format_count(stage.from_tokens)} tokens "
         f"({100 * stage.from_tokens / laws.tokens:.2g}% of the run)"
         for stage in schedule.stages[1:]
     )
@@ -196,13 +202,20 @@ def schedule_reasons(schedule: Schedule, laws: BatchLaws, batch: int) -> Iterato
         f"learning rate of the last times the root of batch over last batch. {schedule.optimizer_steps:,} optimizer "
         f"steps, against {schedule.constant_steps:,} with the plan's batch throughout."
     )
+    end = schedule.stages[-1].from_tokens / laws.tokens
+    if end < _EARLY:
+        yield (
+            f"What the schedule would change: little. It is over after {100 * end:.2g}% of the run, where the critical "
+            f"batch passes {batch} samples. Schedules are for batches near {format_count(laws.critical.samples)}, "
+            "where that ends, such as many ranks need."
+        )
     if schedule.stages[-1].effective_batch < batch:
         yield f"The critical batch does not come to {batch} samples in this run: they are more than it can use well."
     beyond = [stage for stage in schedule.stages[1:] if stage.from_tokens < TOKENS[0]]
     if beyond or laws.critical.out_of_range:
         yield (
             "What the schedule rests on: Power Lines' critical batch, taken for the tokens seen so far, far outside "
-            f"what it was fitted on (about {format_tokens(TOKENS[0])} tokens and more, of whole runs)."
+            f"what it was fitted on (about {format_count(TOKENS[0])} tokens and more, of whole runs)."
         )
     yield (
         "Evidence for raising the batch: OLMo 1B reached a slightly better loss in 43% fewer steps when the batch was "
