@@ -108,6 +108,9 @@ def test_frozen_and_tied_weights_are_not_counted_twice() -> None:
     setup.model.layers[0].weight.requires_grad_(False)
     laws = laws_of(setup, 10**10)
     assert (laws.parameters, laws.other_parameters) == (2 * 100**2, 100**2)
+    tied.weight.requires_grad_(False)
+    laws = laws_of(setup, 10**10)
+    assert (laws.parameters, laws.other_parameters) == (100**2, 100**2)
 
 
 @pytest.mark.parametrize(
