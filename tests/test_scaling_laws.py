@@ -20,7 +20,7 @@ from accumkern.planning import scaling_laws
 from accumkern.planning import speed as speed_module
 from accumkern.planning.plan_result import Plan, explain
 from accumkern.planning.protocol import Setup
-from accumkern.planning.scaling_laws import POWER_LINES, STEP_LAW, BatchLaws, format_count, laws_of
+from accumkern.planning.scaling_laws import POWER_LINES, STEP_LAW, BatchLaws, format_count, law_batch, laws_of
 from accumkern.planning.speed import Split
 from accumkern.planning.token_budget import law_reasons, parse_tokens, schedule_of
 
@@ -133,7 +133,7 @@ def test_a_run_outside_what_was_fitted_is_named(
     assert any(problem in (law.out_of_range or "") for law in laws.optima)
     samples = [law.samples for law in laws.optima if law.law in fitted]
     if not samples:
-        assert laws.best_samples is laws.nearest_batch(4) is None
+        assert laws.best_samples is law_batch(laws, 4) is None
     else:
         assert laws.best_samples == pytest.approx(math.prod(samples) ** (1 / len(samples)))
 
@@ -150,7 +150,7 @@ def test_other_optimizers_are_not_the_laws() -> None:
 )
 def test_the_nearest_batch_is_a_power_of_two_per_rank(best: float | None, ranks: int, batch: int | None) -> None:
     laws = dataclasses.replace(laws_of(on_meta(2e8), 10**10), best_samples=best)
-    assert laws.nearest_batch(ranks) == batch
+    assert law_batch(laws, ranks) == batch
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_the_laws_choose_the_batch_where_they_were_fitted() -> None:
     assert plan.by_laws is plan.laws
     assert plan.laws.best_samples is not None
     assert 128 < plan.laws.best_samples < 256  # 207 and 145 samples of 2,048 tokens
-    assert plan.choice.effective_batch == plan.laws.nearest_batch(1) == 128
+    assert plan.choice.effective_batch == law_batch(plan.laws, 1) == 128
     assert (plan.target, plan.schedule) == (None, None)
     told = str(plan)
     assert "128 samples are the power of two per rank that is nearest to 173, the geometric mean of the optimal" in told

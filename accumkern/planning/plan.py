@@ -16,9 +16,9 @@ from accumkern.planning.precision import choose_buffer, choose_masters, masters_
 from accumkern.planning.predict import Prediction, PredictionError, fake_setup, predict_memory
 from accumkern.planning.protocol import Setup, SetupFunction, run_setup
 from accumkern.planning.ranks import Ranks
-from accumkern.planning.scaling_laws import BatchLaws, laws_of
+from accumkern.planning.scaling_laws import BatchLaws, law_batch, laws_of
 from accumkern.planning.speed import Split, knee, measure_speeds, sizes_to_time, split, split_by_size
-from accumkern.planning.token_budget import parse_tokens
+from accumkern.planning.token_budget import check_budget
 from accumkern.planning.trial import Preserved, Trial, find_fit, largest, verify
 from accumkern.torch_private import BatchNorm
 
@@ -78,11 +78,7 @@ def plan(
         with ranks.phase("arguments"):
             if effective_batch is not None:
                 effective_batch = _whole("effective_batch", effective_batch, 1)
-            tokens = None if tokens is None else parse_tokens(tokens)
-            if not isinstance(schedule, bool):
-                raise TypeError(f"schedule is a {type(schedule).__name__}; it must be True or False")
-            if schedule and tokens is None:
-                raise ValueError("schedule is True, and tokens is None; give the tokens of the run")
+            tokens = check_budget(tokens, schedule)
             largest_micro_batch = _whole("largest_micro_batch", largest_micro_batch, 1)
             noise_windows = _whole("noise_windows", noise_windows, 0)
             if 0 < noise_windows < 4:
@@ -174,7 +170,7 @@ def _measured_plan(
         return by_size[micro_batch].samples_per_second(accumulation_steps)
 
     with ranks.phase("the plan"):
-        batch = target or (None if laws is None else laws.nearest_batch(ranks.count))
+        batch = target or law_batch(laws, ranks.count)
         batch = batch or best_batch(ranks.count, sizes, rate, math.inf if noise is None else noise.noise_scale)
         way = ranks.gathered(split(batch, ranks.count, sizes, rate))[0]
         progress("the plan", f"micro-batch {way.micro_batch}, {way.accumulation_steps} accumulation steps")
@@ -258,7 +254,7 @@ def _predicted_plan(
             )
         most = largest(fits, at_most)
         laws = None if tokens is None else laws_of(setup, tokens)
-        way = split_by_size(target or (None if laws is None else laws.nearest_batch(1)) or most, 1, most)
+        way = split_by_size(target or law_batch(laws, 1) or most, 1, most)
         peak = predict(way.micro_batch, min(2, way.accumulation_steps)).memory.total
         return _plan_of(
             setup,

@@ -118,15 +118,16 @@ class BatchLaws:
     learning_rate: float
     timescale: float
 
-    def nearest_batch(self, ranks: int) -> int | None:
-        """Return the effective batch nearest to ``best_samples``, of powers of two per rank; None without it.
 
-        The nearest by ratio: the loss is flat around the optimum within a factor of two, and powers of two are divided
-        by the micro-batches that are timed.
-        """
-        if self.best_samples is None:
-            return None
-        return ranks * 2 ** max(0, round(math.log2(self.best_samples / ranks)))
+def law_batch(laws: BatchLaws | None, ranks: int) -> int | None:
+    """Return the effective batch that the laws choose, of powers of two per rank; None where they choose nothing.
+
+    The nearest by ratio: the loss is flat around the optimum within a factor of two, and powers of two are divided by
+    the micro-batches that are timed.
+    """
+    if laws is None or laws.best_samples is None:
+        return None
+    return int(ranks * 2 ** max(0, round(math.log2(laws.best_samples / ranks))))
 
 
 def laws_of(setup: Setup, tokens: int) -> BatchLaws:

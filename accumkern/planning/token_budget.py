@@ -50,6 +50,19 @@ def parse_tokens(tokens: int | float | str) -> int:
     return integer("tokens", int(number), right, 1)
 
 
+def check_budget(tokens: int | float | str | None, schedule: bool) -> int | None:
+    """Return the number of tokens, if there is one; a schedule needs it.
+
+    Raises:
+        TypeError, ValueError: either is wrong.
+    """
+    if not isinstance(schedule, bool):
+        raise TypeError(f"schedule is a {type(schedule).__name__}; it must be True or False")
+    if schedule and tokens is None:
+        raise ValueError("schedule is True, and tokens is None; give the tokens of the run")
+    return None if tokens is None else parse_tokens(tokens)
+
+
 @dataclass(frozen=True)
 class Stage:
     """A part of a run with one batch.
