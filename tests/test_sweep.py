@@ -21,8 +21,12 @@ from torch import Tensor, nn
 import accumkern
 from accumkern.__main__ import main
 from accumkern.planning import sweep as sweep_module
+from accumkern.planning import sweep_training
 from accumkern.planning.protocol import Setup
-from accumkern.planning.sweep_result import Point, Run, Sweep, write_json
+from accumkern.planning.sweep_result import Sweep
+from accumkern.planning.sweep_runs import Point, Run, write_json
+from accumkern.planning.sweep_settings import VALIDATION_SEED
+from accumkern.planning.sweep_training import seeded_setup
 
 pytestmark = pytest.mark.usefixtures("one_thread", "old_objects_aside")
 
@@ -82,20 +86,30 @@ def test_every_run_trains_with_as_many_samples(tmp_path: Path) -> None:
     assert {run.learning_rate for run in result.runs} == {0.05, 0.1, 0.2}
 
 
+def by_hand(function: Callable[[], Setup]) -> tuple[Setup, list[Any]]:
+    """Return a setup with seed 0 and a quarter of the base batch, and the validation batches."""
+    made = seeded_setup(function, VALIDATION_SEED)
+    validation = [made.make_batch(4) for _ in range(8)]
+    setup = seeded_setup(function, 0)
+    setup.optimizer.param_groups[0]["lr"] /= 2  # sqrt(4 / 16)
+    return setup, validation
+
+
 def test_a_run_is_what_training_by_hand_gives(tmp_path: Path) -> None:
     result = small(regression, tmp_path, base_batch=16)
-    torch.manual_seed(sweep_module.VALIDATION_SEED)
-    made = regression()
-    validation = [made.make_batch(4) for _ in range(8)]
-    torch.manual_seed(0)
-    setup = regression(0.05 / 2)  # sqrt(4 / 16)
+    setup, validation = by_hand(regression)
+    losses = []
     for step in range(16):
-        setup.loss(setup.model, setup.make_batch(4)).backward()
+        loss = setup.loss(setup.model, setup.make_batch(4))
+        losses.append(loss.item())
+        loss.backward()
         setup.optimizer.step()
         setup.optimizer.zero_grad()
         if (step + 1) % 4 == 0:
-            loss = sum(setup.loss(setup.model, batch).item() for batch in validation) / 8
-            assert result.runs[0].points[(step + 1) // 4].loss == pytest.approx(loss, rel=1e-6)
+            point = result.runs[0].points[(step + 1) // 4]
+            on_validation = sum(setup.loss(setup.model, batch).item() for batch in validation) / 8
+            assert point.loss == pytest.approx(on_validation, rel=1e-6)
+            assert point.training_loss == pytest.approx(sum(losses[-4:]) / 4, rel=1e-6)
 
 
 def short(**fields: Any) -> Setup:
@@ -124,12 +138,7 @@ def test_runs_step_master_weights(tmp_path: Path, master_weights: str | None) ->
     assert json.loads((tmp_path / "sweep.json").read_text())["master_weights"] == name
     text = " ".join(result.findings)
     assert (f"All runs stepped FP32 master weights: attach with master_weights={name!r}." in text) == (name is not None)
-    torch.manual_seed(sweep_module.VALIDATION_SEED)
-    made = short()
-    validation = [made.make_batch(4) for _ in range(8)]
-    torch.manual_seed(0)
-    setup = short()
-    setup.optimizer.param_groups[0]["lr"] /= 2  # sqrt(4 / 16)
+    setup, validation = by_hand(short)
     accumkern.attach(setup.optimizer, master_weights=name)  # one micro-batch is a window
     for _ in range(16):
         setup.loss(setup.model, setup.make_batch(4)).backward()
@@ -156,17 +165,23 @@ def test_why_there_are_no_master_weights_is_said(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_beta2_is_kept_in_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    original = sweep_module.train
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The settings of each optimizer that a run trains with."""
+    seen: list[dict[str, Any]] = []
+    original = sweep_training.train
 
     def training(setup: Setup, *rest: Any) -> Any:
-        seen.append(setup.optimizer.param_groups[0]["betas"])
+        seen.append(dict(setup.optimizer.param_groups[0]))
         return original(setup, *rest)
 
-    monkeypatch.setattr(sweep_module, "train", training)
+    monkeypatch.setattr(sweep_training, "train", training)
+    return seen
+
+
+def test_beta2_is_kept_in_samples(tmp_path: Path, groups: list[dict[str, Any]]) -> None:
     small(adam, tmp_path, base_batch=8)
-    assert seen == [(0.9, pytest.approx(0.99**0.5)), (0.9, pytest.approx(0.99**2))]
+    assert [group["betas"] for group in groups] == [(0.9, pytest.approx(0.99**0.5)), (0.9, pytest.approx(0.99**2))]
 
 
 def test_random_numbers_are_put_back(tmp_path: Path) -> None:
@@ -185,19 +200,72 @@ def test_what_fits_is_found_once_and_remembered(tmp_path: Path, monkeypatch: pyt
 def test_a_run_that_diverges_is_a_result(tmp_path: Path) -> None:
     def once() -> Sweep:
         return accumkern.sweep(
-            lambda: regression(0.12), [4, 32], 512, tmp_path, rules=["linear"], micro_batch=4, evaluations=8
+            lambda: regression(0.2), [4, 32], 1024, tmp_path, rules=["linear"], micro_batch=4, evaluations=16
         )
 
     result = once()
     assert [run.status for run in result.runs] == ["finished", "diverged"]
-    assert result.runs[1].steps < 16
+    assert 6 <= result.runs[1].steps < 32
+    losses = [point.training_loss or 0.0 for point in result.runs[1].points[1:]]
+    assert losses[-1] > 2 * losses[0]
     assert "Not finished: 32 (linear, seed 0): diverged after" in " ".join(result.findings)
     assert once() == result  # kept, not tried again
     infinite = small(lambda: regression(float("inf")), tmp_path / "infinite")
     assert {run.status for run in infinite.runs} == {"diverged"}
+    assert max(run.steps for run in infinite.runs) <= 4  # at the first evaluation that knows of it
     assert math.isnan(small(lambda: regression(float("inf")), tmp_path / "infinite").runs[0].points[-1].loss)
     assert not infinite.learnt
     json.dumps(infinite.to_dict(), allow_nan=False)
+
+
+class Lagging(nn.Module):
+    """A regression with statistics for evaluation mode that are wrong after the first step, and catch up slowly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 1, bias=False)
+        self.register_buffer("behind", torch.zeros(()))
+        self.steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return self.linear(x) + self.behind
+        self.steps += 1
+        self.behind.fill_(10 * 0.9**self.steps)
+        return self.linear(x)
+
+
+def lagging() -> Setup:
+    model = Lagging()
+    return regression()._replace(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.05))
+
+
+def test_evaluation_mode_that_lags_is_no_divergence(tmp_path: Path) -> None:
+    result = accumkern.sweep(lagging, [4], 256, tmp_path, micro_batch=4)
+    points = result.runs[0].points
+    assert sum(point.loss > 2 * points[0].loss for point in points) >= 3
+    assert result.runs[0].status == "finished"
+    assert points[-1].loss < 0.1 * points[0].loss
+    assert "In evaluation mode the loss of 4 (sqrt, seed 0) was for a time more than twice" in " ".join(result.findings)
+
+
+def test_a_loss_that_is_high_for_a_moment_is_no_divergence(tmp_path: Path) -> None:
+    made = 0
+
+    def setup() -> Setup:
+        one = regression(1e-4)
+
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            nonlocal made
+            made += model.training
+            return one.loss(model, batch) * (1000 if made % 8 in (0, 1) else 1)
+
+        return one._replace(loss=loss)
+
+    result = accumkern.sweep(setup, [4], 128, tmp_path, micro_batch=4, evaluations=32, validation_samples=8)
+    losses = [point.training_loss or 0 for point in result.runs[0].points]
+    assert max(losses) > 10 * result.runs[0].points[0].loss
+    assert result.runs[0].status == "finished"
 
 
 def test_a_run_out_of_memory_is_a_result(tmp_path: Path) -> None:
@@ -429,3 +497,127 @@ def test_batches_may_differ_in_their_number_of_tensors_where_validation_has_its_
 
     found = accumkern.sweep(setup, [4], 16, tmp_path, micro_batch=4, evaluations=2, validation_samples=8)
     assert [run.status for run in found.runs] == ["finished"]
+
+
+# ---- seeds -------------------------------------------------------------------------------------------------------
+
+
+def test_a_setup_may_seed_itself(tmp_path: Path) -> None:
+    def seeded() -> Setup:
+        torch.manual_seed(1337)
+        return regression()
+
+    result = small(seeded, tmp_path, seeds=[0, 1])
+    firsts = [run.points[0].loss for run in result.runs]
+    assert len(set(firsts)) == 1  # the same weights
+    assert result.runs[0].points != result.runs[2].points  # other batches
+    assert "The 2 seeds had the same initial weights (setup() makes no others)" in " ".join(result.findings)
+    assert "same initial weights" not in " ".join(small(regression, tmp_path / "other", seeds=[0, 1]).findings)
+
+
+@pytest.mark.parametrize("seeds_itself", [False, True])
+def test_a_generator_with_a_constant_seed_is_named(tmp_path: Path, seeds_itself: bool) -> None:
+    def setup() -> Setup:
+        if seeds_itself:
+            torch.manual_seed(1337)
+        generator = torch.Generator().manual_seed(torch.initial_seed() if seeds_itself else 0)
+        made = regression(make_batch=lambda size: (torch.randn(size, 8, generator=generator), torch.zeros(size)))
+        return made._replace(validation_batch=made.make_batch) if has_validation else made
+
+    has_validation = False
+    with pytest.raises(
+        ValueError, match=r"a generator that setup\(\) makes and seeds with a constant .* seed that gen"
+    ):
+        small(setup, tmp_path)
+    has_validation = True
+    assert small(setup, tmp_path).runs[0].status == "finished"
+    if seeds_itself:
+        with pytest.raises(ValueError, match=r"the weights are the same too, so each seed's run would be a copy"):
+            small(setup, tmp_path / "copies", seeds=[0, 1])
+    else:
+        small(setup, tmp_path / "weights", seeds=[0, 1])
+
+
+# ---- weight decay ------------------------------------------------------------------------------------------------
+
+
+def decaying(**settings: Any) -> Callable[[], Setup]:
+    def setup() -> Setup:
+        made = regression()
+        arguments = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1} | settings
+        return made._replace(optimizer=torch.optim.AdamW(made.model.parameters(), **arguments))
+
+    return setup
+
+
+def test_weight_decay_keeps_its_timescale(tmp_path: Path, groups: list[dict[str, Any]]) -> None:
+    rules = {"rules": ["none", "sqrt", "linear"], "weight_decay_rules": ["none", "timescale"]}
+    result = small(decaying(), tmp_path, seeds=[3], **rules)
+    found = [(run.effective_batch, run.rule, run.weight_decay_rule, run.weight_decay) for run in result.runs]
+    assert found == [
+        (4, "none", "none", 0.1),  # the base batch: all rules are one
+        (16, "none", "none", 0.1),
+        (16, "none", "timescale", pytest.approx(0.4)),
+        (16, "sqrt", "none", 0.1),
+        (16, "sqrt", "timescale", pytest.approx(0.2)),
+        (16, "linear", "none", 0.1),  # where both decay rules are one
+    ]
+    timescales = [4 / (0.01 * 0.1), *(16 / (group["lr"] * group["weight_decay"]) for group in groups[1:])]
+    scaled = [timescales[i] for i in (2, 4, 5)]
+    assert scaled == [pytest.approx(timescales[0])] * 3
+    assert timescales[1] == pytest.approx(4 * timescales[0])
+    assert result.runs[1].points[-1] != result.runs[2].points[-1]
+    names = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert {"batch-16_sqrt_seed-3.json", "batch-16_sqrt_timescale_seed-3.json"} < names
+    assert len(result.rows) == len(names) == 6
+    assert small(decaying(), tmp_path, seeds=[3], **rules) == result
+
+
+@pytest.mark.parametrize(
+    ("setup", "message"),
+    [
+        (decaying(weight_decay=0.0), "AdamW has no weight decay to scale; choose 'none'"),
+        (regression, "SGD has no weight decay to scale"),
+        (
+            lambda: regression()._replace(optimizer=torch.optim.SGD(regression().model.parameters())),
+            "are not the model's",
+        ),
+    ],
+)
+def test_weight_decay_that_is_not_there_is_not_scaled(tmp_path: Path, setup: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(setup, tmp_path, weight_decay_rules=["timescale"])
+    assert not (tmp_path / "sweep.json").exists()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD, torch.optim.NAdam])
+def test_weight_decay_in_the_gradient_is_not_scaled(tmp_path: Path, kind: Any, groups: list[dict[str, Any]]) -> None:
+    def setup() -> Setup:
+        made = regression()
+        return made._replace(optimizer=kind(made.model.parameters(), lr=0.01, weight_decay=0.1))
+
+    with pytest.raises(
+        ValueError, match=rf"has 'timescale', and {kind.__name__} adds its weight decay to the gradient"
+    ):
+        small(setup, tmp_path, weight_decay_rules=["none", "timescale"])
+    small(setup, tmp_path)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1]
+
+
+def test_optimizers_whose_decay_is_decoupled_are_known(tmp_path: Path, groups: list[dict[str, Any]]) -> None:
+    optimi = pytest.importorskip("optimi")
+    kinds = [
+        lambda params: torch.optim.NAdam(params, lr=0.01, weight_decay=0.1, decoupled_weight_decay=True),
+        lambda params: torch.optim.Adafactor(params, lr=0.01, weight_decay=0.1),
+        lambda params: optimi.Lion(params, lr=0.01, weight_decay=0.1),
+        lambda params: optimi.SGD(params, lr=0.01, weight_decay=0.1, decouple_wd=True),
+    ]
+    for i, kind in enumerate(kinds):
+        groups.clear()
+
+        def setup(kind: Any = kind) -> Setup:
+            made = regression()
+            return made._replace(optimizer=kind(made.model.parameters()))
+
+        small(setup, tmp_path / str(i), weight_decay_rules=["timescale"])
+        assert [group["weight_decay"] for group in groups] == [0.1, pytest.approx(0.2)]

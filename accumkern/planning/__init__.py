@@ -11,7 +11,11 @@ The road through the files, from the ground up; each imports only from those bef
     noise.py           what helps training: the gradient noise scale, and which effective batches it makes useful
     predict.py         what would fit elsewhere, on fake tensors
     plan_result.py     what plan() returns, and its reasons in words; plan.py: all of this, and the decision
-    sweep_result.py    what sweep() returns, and what follows; sweep.py: training at several effective batches
+    sweep_runs.py      a run of a sweep and its file; sweep_settings.py: what makes a sweep another one
+    critical_batch.py  the largest effective batch that loses nothing, from the runs of a sweep
+    sweep_result.py    what sweep() returns, and what follows
+    checkpoint.py      where training can begin; sweep_training.py: one run; sweep_jobs.py: several at once
+    sweep.py           training at several effective batches
     report.py          a folder of results: JSON, CSV, figures, and one page; report.html is its template
     cli.py             the two commands, in the terminal
 """
