@@ -167,6 +167,8 @@ class Sweep:
                 f"Nothing was learnt: no run brought the loss down {found}. Train with more samples, check the "
                 "learning rate and the loss, and let the base batch be the one that the learning rate was chosen for."
             ]
+        if self.target_loss is None:
+            return ["No run finished, so there is no loss to compare at: lower the learning rate, or name a target."]
         if not reached:
             return [
                 f"No effective batch reached the loss {self.target_loss:.4g} with every seed. Choose a higher target, "
@@ -195,8 +197,8 @@ class Sweep:
         if lagging and lagging[0].points[0].loss > 0:
             findings.append(
                 f"In evaluation mode the loss of {', '.join(map(_name, lagging))} was for a time more than twice that "
-                "at the beginning, while in training it was not: running statistics, such as BatchNorm's, lag behind "
-                "at first. The loss at the end counts, where they have caught up."
+                "at the beginning. That is no divergence, which the training loss decides: running statistics, such as "
+                "BatchNorm's, lag behind at first. The loss at the end counts, where they have caught up."
             )
         most = max((run.points[-1].samples for run in finished), default=0)
         short = {
