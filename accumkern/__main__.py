@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     base = "that the learning rate of the script or checkpoint is for (default: the smallest of --effective-batches)"
     sweep.add_argument("--base-batch", type=int, metavar="N", help=base)
-    sweep.add_argument("--from", dest="start", type=Path, metavar="CHECKPOINT", help="begin every run there")
+    sweep.add_argument(
+        "--from", dest="start", type=Path, metavar="CHECKPOINT", help="of model and optimizer, to begin every run with"
+    )
     sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, in N processes (default: 1)")
     sweep.add_argument("--micro-batch", type=int, metavar="N", help="the largest to use (default: what fits)")
     sweep.add_argument("--target-loss", type=float, metavar="X", help="to reach (default: what all runs reach)")

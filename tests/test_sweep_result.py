@@ -116,14 +116,14 @@ def test_the_critical_batch_is_the_largest_that_loses_nothing(seeds: int) -> Non
 
 
 def test_errors_of_seeds_are_those_of_student() -> None:
-    ends = {4: 1.0, 16: 1.3}
-    runs = [run(batch, [5.0, end + seed * 0.1], 1.0, seed=seed) for batch, end in ends.items() for seed in (0, 1)]
+    ends = {4: (1.0, 1.9), 16: (1.2, 2.2)}  # differences of 0.2 and 0.3
+    runs = [run(batch, [9.0, end], 1.0, seed=i) for batch, of_seeds in ends.items() for i, end in enumerate(of_seeds)]
     critical = sweep_of(runs).critical_batch
     assert critical is not None
-    variance = 0.1**2 / 2  # of two numbers 0.1 apart
-    assert critical.comparisons[1].error == pytest.approx(4.30 * math.sqrt(variance * (1 / 2 + 1 / 2)))
-    assert critical.comparisons[1].excess == pytest.approx(0.3)
-    assert critical.comparisons[1].verdict == "loses nothing"  # 0.3 of 0.304
+    standard_error = 0.05  # sqrt(0.1**2 / 2) / sqrt(2), of the mean of two numbers 0.1 apart
+    assert critical.comparisons[1].error == pytest.approx(12.71 * standard_error)
+    assert critical.comparisons[1].excess == pytest.approx(0.25)
+    assert critical.comparisons[1].verdict == "loses nothing"
 
 
 def test_the_end_is_that_of_a_line_at_equal_samples() -> None:

@@ -96,6 +96,21 @@ def test_states_of_a_checkpoint_stay_in_fp32_with_masters(tmp_path: Path, master
     assert found.data_ptr() != moments.data_ptr()
 
 
+def test_training_leaves_a_checkpoint_as_it_was(tmp_path: Path) -> None:
+    at = trained(adam)
+    torch.save({"model": at.model.state_dict(), "optimizer": at.optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+    checkpoint = Checkpoint(tmp_path / "checkpoint.pt")
+    for _ in range(2):
+        setup = adam()
+        checkpoint.load(setup)
+        assert torch.equal(setup.model.weight, at.model.weight)
+        assert setup.optimizer.param_groups[0]["lr"] == at.optimizer.param_groups[0]["lr"]
+        for name, value in at.optimizer.state[at.model.weight].items():  # type: ignore[index]
+            assert torch.equal(setup.optimizer.state[setup.model.weight][name], value)  # type: ignore[index]
+        setup.loss(setup.model, setup.make_batch(4)).backward()
+        setup.optimizer.step()
+
+
 def test_another_checkpoint_makes_another_sweep(tmp_path: Path) -> None:
     for name in "ab":
         at = trained(regression) if name == "a" else regression()

@@ -151,9 +151,9 @@ def _sweep_table(sweep: Sweep) -> RenderableType:
     rows = [
         {
             "batch": f"{row.effective_batch:,}",
-            "rule": row.rules,
+            "rule": row.rule,
             "learning rate": f"{row.learning_rate:.3g}",
-            **({"weight decay": f"{row.weight_decay:.3g}"} if scaled else {}),
+            **({"weight decay": f"{row.weight_decay:.3g} ({row.weight_decay_rule})"} if scaled else {}),
             "accumulate": f"{row.accumulation_steps:,}",
             "runs": f"{row.runs} ({row.failed})" if row.failed else f"{row.runs}",
             f"{'tokens' if tokens else 'samples'} to loss{target}": "not reached"

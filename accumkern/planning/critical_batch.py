@@ -113,17 +113,18 @@ def critical_batch(runs: Sequence[Run]) -> CriticalBatch | None:
         if run.status != "out of memory":
             groups.setdefault((run.effective_batch, run.planned.rules), []).append(run)
     at = min((run.points[-1].samples for run in runs if run.status == "finished"), default=0)
-    best: dict[int, tuple[float, str, list[_End]]] = {}
+    best: dict[int, tuple[float, str, dict[int, _End]]] = {}
     for (batch, rules), of_group in groups.items():
-        ends = [_end(run, at) for run in of_group] if all(run.status == "finished" for run in of_group) else []
-        loss = statistics.fmean(end.loss for end in ends) if ends else math.inf
+        is_complete = all(run.status == "finished" for run in of_group)
+        ends = {run.seed: _end(run, at) for run in of_group} if is_complete else {}
+        loss = statistics.fmean(end.loss for end in ends.values()) if ends else math.inf
         if batch not in best or loss < best[batch][0]:
             best[batch] = loss, rules, ends
     finite = sorted(batch for batch, (loss, _, _) in best.items() if math.isfinite(loss))
     if not finite or finite[0] == max(best):
         return None
     gain = _first_loss(runs) - min(loss for loss, _, _ in best.values())
-    pooled = _variance_over_seeds([ends for _, _, ends in best.values()])
+    over_seeds = _error_over_seeds([best[batch][2] for batch in finite])
     comparisons = []
     for batch, (loss, rules, ends) in sorted(best.items()):
         smaller = min((size for size in finite if size < batch), key=lambda size: best[size][0], default=None)
@@ -131,7 +132,9 @@ def critical_batch(runs: Sequence[Run]) -> CriticalBatch | None:
         if math.isinf(loss):
             made = Comparison(batch, rules, loss, math.inf, None, LOSES)
         elif smaller is not None:
-            excess, error = loss - best[smaller][0], _error(best[smaller][2], ends, pooled)
+            excess, error = loss - best[smaller][0], over_seeds
+            if error is None:
+                error = _error_of_evaluations([*best[smaller][2].values(), *ends.values()])
             made = Comparison(batch, rules, loss, excess, error, _verdict(excess, error, gain))
         comparisons.append(made)
     harmless = [one.effective_batch for one in comparisons if one.verdict == NOTHING]
@@ -174,20 +177,34 @@ def _end(run: Run, at: int) -> _End:
     return _End(intercept + slope * at, squares / freedom * leverage, freedom)
 
 
-def _variance_over_seeds(groups: Sequence[Sequence[_End]]) -> tuple[float, int]:
-    """Return the variance of one run's loss, over the seeds of all groups, and its degrees of freedom."""
-    freedom = sum(len(ends) - 1 for ends in groups if ends)
-    squares = sum(statistics.variance(end.loss for end in ends) * (len(ends) - 1) for ends in groups if len(ends) > 1)
-    return squares / max(1, freedom), freedom
+def _error_over_seeds(groups: Sequence[dict[int, _End]]) -> float | None:
+    """Return half of a 95% interval of the difference of two batches' mean losses; None with fewer than two seeds.
 
-
-def _error(one: Sequence[_End], other: Sequence[_End], pooled: tuple[float, int]) -> float | None:
-    """Return half of a 95% interval of the difference between two means over seeds; None where it is not known."""
-    variance, freedom = pooled
-    if freedom > 0:
-        variance *= 1 / len(one) + 1 / len(other)
-    elif one[0].freedom and other[0].freedom:
-        variance, freedom = one[0].variance + other[0].variance, one[0].freedom + other[0].freedom
-    else:
+    Batches share the initial weights and the samples of a seed, so what is common to all of them with that seed does
+    not count: the variance is that of a table of batches and seeds around the means of its rows and columns.
+    """
+    seeds = set.intersection(*map(set, groups))
+    freedom = (len(groups) - 1) * (len(seeds) - 1)
+    if freedom <= 0:
         return None
+    table = [[ends[seed].loss for seed in sorted(seeds)] for ends in groups]
+    of_rows, of_columns = (
+        [statistics.fmean(row) for row in table],
+        list(map(statistics.fmean, zip(*table, strict=True))),
+    )
+    mean = statistics.fmean(of_rows)
+    left = (
+        x - a - b + mean for row, a in zip(table, of_rows, strict=True) for x, b in zip(row, of_columns, strict=True)
+    )
+    return _interval(sum(rest**2 for rest in left) / freedom * 2 / len(seeds), freedom)
+
+
+def _error_of_evaluations(ends: Sequence[_End]) -> float | None:
+    """Return half of a 95% interval of the difference between two runs' losses, by the scatter of their evaluations."""
+    if not all(end.freedom for end in ends):
+        return None
+    return _interval(sum(end.variance for end in ends), sum(end.freedom for end in ends))
+
+
+def _interval(variance: float, freedom: int) -> float:
     return _STUDENT[min(freedom, len(_STUDENT)) - 1] * math.sqrt(variance)
