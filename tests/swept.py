@@ -47,6 +47,13 @@ def adam() -> Setup:
     return setup._replace(optimizer=torch.optim.Adam(setup.model.parameters(), lr=0.01, betas=(0.9, 0.99)))
 
 
+def decaying(**settings: Any) -> Setup:
+    """Return the regression with AdamW, whose weight decay is decoupled."""
+    made = regression()
+    arguments = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1} | settings
+    return made._replace(optimizer=torch.optim.AdamW(made.model.parameters(), **arguments))
+
+
 def short(**fields: Any) -> Setup:
     """Return the regression in bfloat16."""
     setup = regression()

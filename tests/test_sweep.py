@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from planned import old_objects_aside  # noqa: F401
-from swept import adam, regression, seen_groups, short, small  # noqa: F401
+from swept import adam, decaying, regression, seen_groups, short, small  # noqa: F401
 from torch import Tensor, nn
 
 import accumkern
@@ -373,18 +373,9 @@ def test_a_generator_with_a_constant_seed_is_named(tmp_path: Path, seeds_itself:
 # ---- weight decay ------------------------------------------------------------------------------------------------
 
 
-def decaying(**settings: Any) -> Callable[[], Setup]:
-    def setup() -> Setup:
-        made = regression()
-        arguments = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1} | settings
-        return made._replace(optimizer=torch.optim.AdamW(made.model.parameters(), **arguments))
-
-    return setup
-
-
 def test_weight_decay_keeps_its_timescale(tmp_path: Path, groups: list[dict[str, Any]]) -> None:
     rules = {"rules": ["none", "sqrt", "linear"], "weight_decay_rules": ["none", "timescale"]}
-    result = small(decaying(), tmp_path, seeds=[3], **rules)
+    result = small(decaying, tmp_path, seeds=[3], **rules)
     found = [(run.effective_batch, run.rule, run.weight_decay_rule, run.weight_decay) for run in result.runs]
     assert found == [
         (4, "none", "none", 0.1),  # the base batch: all rules are one
@@ -402,13 +393,13 @@ def test_weight_decay_keeps_its_timescale(tmp_path: Path, groups: list[dict[str,
     names = {path.name for path in (tmp_path / "runs").iterdir()}
     assert {"batch-16_sqrt_seed-3.json", "batch-16_sqrt_timescale_seed-3.json"} < names
     assert len(result.rows) == len(names) == 6
-    assert small(decaying(), tmp_path, seeds=[3], **rules) == result
+    assert small(decaying, tmp_path, seeds=[3], **rules) == result
 
 
 @pytest.mark.parametrize(
     ("setup", "message"),
     [
-        (decaying(weight_decay=0.0), "AdamW has no weight decay to scale; choose 'none'"),
+        (lambda: decaying(weight_decay=0.0), "AdamW has no weight decay to scale; choose 'none'"),
         (regression, "SGD has no weight decay to scale"),
         (
             lambda: regression()._replace(optimizer=torch.optim.SGD(regression().model.parameters())),

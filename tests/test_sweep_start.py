@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 from planned import old_objects_aside  # noqa: F401
-from swept import adam, regression, seen_groups, short, small  # noqa: F401
+from swept import adam, decaying, regression, seen_groups, short, small  # noqa: F401
 from torch import nn
 
+from accumkern.__main__ import main
 from accumkern.planning.checkpoint import Checkpoint
 from accumkern.planning.protocol import Setup
 from accumkern.planning.sweep_settings import VALIDATION_SEED
 from accumkern.planning.sweep_training import seeded_setup
 
 pytestmark = pytest.mark.usefixtures("one_thread", "old_objects_aside")
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def trained(function: Callable[[], Setup]) -> Setup:
@@ -150,3 +153,32 @@ def test_a_wrong_checkpoint_is_named(tmp_path: Path, saved: Any, error: type[Exc
     with pytest.raises(error, match=f"(?s)start is .*checkpoint.pt', .*{message}"):
         small(regression, tmp_path / "out", start=path)
     assert not (tmp_path / "out" / "sweep.json").exists()
+
+
+def test_the_command_shows_weight_decay_and_the_critical_batch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nfrom swept import decaying as setup\n")
+    at = trained(decaying)
+    torch.save({"model": at.model.state_dict(), "optimizer": at.optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+    command = ["sweep", f"{script}:setup", "--effective-batches", "4,16", "--samples", "128", "--micro-batch", "4"]
+    command += ["--weight-decay", "none,timescale", "--from", str(tmp_path / "checkpoint.pt")]
+    command += ["--validation-samples", "16", "--output", str(tmp_path / "out")]
+    assert main(command) == 0
+    out, told = capsys.readouterr()
+    assert "timescale" in out
+    assert "weight" in out
+    assert "batch 16, sqrt, weight decay timescale, seed 0: finished" in told
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<th>weight decay</th>" in page
+    assert "<td>0.2 (timescale)</td>" in page
+    assert "Critical batch from the checkpoint on: " in page
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["weight_decay_rule"] for row in results["rows"]] == ["none", "none", "timescale"]
+    assert results["start_sha256"] == hashlib.sha256((tmp_path / "checkpoint.pt").read_bytes()).hexdigest()
+    assert results["critical_batch"]["comparisons"][1]["rules"].startswith("sqrt")
+    assert "weight_decay_rule,weight_decay" in (tmp_path / "out" / "results.csv").read_text()
+    assert main([*command[:-1], str(tmp_path / "other"), "--from", str(tmp_path / "gone.pt")]) == 2
+    assert "gone.pt', and there is no such file" in capsys.readouterr().err

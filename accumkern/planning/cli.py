@@ -151,9 +151,9 @@ def _sweep_table(sweep: Sweep) -> RenderableType:
     rows = [
         {
             "batch": f"{row.effective_batch:,}",
-            "rule": row.rule,
+            "rule": f"{row.rule}, {row.weight_decay_rule}" if scaled else row.rule,
             "learning rate": f"{row.learning_rate:.3g}",
-            **({"weight decay": f"{row.weight_decay:.3g} ({row.weight_decay_rule})"} if scaled else {}),
+            **({"weight decay": f"{row.weight_decay:.3g}"} if scaled else {}),
             "accumulate": f"{row.accumulation_steps:,}",
             "runs": f"{row.runs} ({row.failed})" if row.failed else f"{row.runs}",
             f"{'tokens' if tokens else 'samples'} to loss{target}": "not reached"
@@ -171,7 +171,7 @@ def _sweep_table(sweep: Sweep) -> RenderableType:
 def _table(title: str, rows: list[dict[str, str]], chosen: int | None = None) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for column in rows[0]:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=column == "rule")
     for number, row in enumerate(rows):
         table.add_row(*row.values(), style="bold" if number == chosen else "")
     return table
