@@ -187,23 +187,31 @@ def test_evaluation_mode_that_lags_is_no_divergence(tmp_path: Path) -> None:
     assert "In evaluation mode the loss of 4 (sqrt, seed 0) was for a time more than twice" in " ".join(result.findings)
 
 
-def test_a_loss_that_is_high_for_a_moment_is_no_divergence(tmp_path: Path) -> None:
-    made = 0
-
+@pytest.mark.parametrize(
+    ("high", "status", "points"),
+    [
+        (lambda window: window % 4 == 0, "finished", 33),
+        (lambda window: window % 4 > 1, "finished", 33),  # twice in a row
+        (lambda window: window > 20, "diverged", 1 + 23),
+    ],
+    ids=["for a moment", "for two", "from then on"],
+)
+def test_a_loss_that_stays_high_is_divergence(
+    tmp_path: Path, high: Callable[[int], bool], status: str, points: int
+) -> None:
     def setup() -> Setup:
-        one = regression(1e-4)
+        one, window = regression(1e-6), 0
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
-            nonlocal made
-            made += model.training
-            return one.loss(model, batch) * (1000 if made % 8 in (0, 1) else 1)
+            nonlocal window
+            window += model.training
+            return one.loss(model, batch) * (1000 if high(window) and window > 8 and model.training else 1)
 
         return one._replace(loss=loss)
 
     result = accumkern.sweep(setup, [4], 128, tmp_path, micro_batch=4, evaluations=32, validation_samples=8)
-    losses = [point.training_loss or 0 for point in result.runs[0].points]
-    assert max(losses) > 10 * result.runs[0].points[0].loss
-    assert result.runs[0].status == "finished"
+    assert max(point.training_loss or 0 for point in result.runs[0].points) > 10 * result.runs[0].points[0].loss
+    assert (result.runs[0].status, len(result.runs[0].points)) == (status, points)
 
 
 def test_a_run_out_of_memory_is_a_result(tmp_path: Path) -> None:

@@ -181,4 +181,4 @@ def test_the_command_shows_weight_decay_and_the_critical_batch(
     assert results["critical_batch"]["comparisons"][1]["rules"].startswith("sqrt")
     assert "weight_decay_rule,weight_decay" in (tmp_path / "out" / "results.csv").read_text()
     assert main([*command[:-1], str(tmp_path / "other"), "--from", str(tmp_path / "gone.pt")]) == 2
-    assert "gone.pt', and there is no such file" in capsys.readouterr().err
+    assert "gone.pt', and there is no such file" in " ".join(capsys.readouterr().err.split())
