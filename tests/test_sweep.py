@@ -205,12 +205,12 @@ def test_a_loss_that_stays_high_is_divergence(
         def loss(model: nn.Module, batch: Any) -> Tensor:
             nonlocal window
             window += model.training
-            return one.loss(model, batch) * (1000 if high(window) and window > 8 and model.training else 1)
+            return 0 * one.loss(model, batch) + (3.0 if high(window) and window > 8 and model.training else 1.0)
 
         return one._replace(loss=loss)
 
     result = accumkern.sweep(setup, [4], 128, tmp_path, micro_batch=4, evaluations=32, validation_samples=8)
-    assert max(point.training_loss or 0 for point in result.runs[0].points) > 10 * result.runs[0].points[0].loss
+    assert max(point.training_loss or 0 for point in result.runs[0].points) == 3
     assert (result.runs[0].status, len(result.runs[0].points)) == (status, points)
 
 
