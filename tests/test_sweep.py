@@ -252,6 +252,8 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds another sweep: its evaluations is 4, now it is 5; choose another"):
         small(regression, tmp_path, evaluations=5)
     small(regression, tmp_path, target_loss=0.5)  # changes no run
+    with pytest.raises(ValueError, match=r"its learning_rate is 0\.05, now it is 0\.1; choose another"):
+        small(lambda: regression(0.1), tmp_path)
 
 
 def test_a_setup_that_ignores_seeds_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from accumkern.planning.protocol import Setup, SetupFunction, load_setup
 from accumkern.planning.ranks import Ranks
 from accumkern.planning.sweep_jobs import Work, portable, run_at_once, shares
 from accumkern.planning.sweep_result import Sweep
-from accumkern.planning.sweep_runs import Planned, Run, read_run, write_json
+from accumkern.planning.sweep_runs import Planned, Run, plain, read_run, write_json
 from accumkern.planning.sweep_settings import (
     RUNS,
     SETTINGS,
@@ -33,7 +33,7 @@ from accumkern.planning.sweep_settings import (
     planned_runs,
     source_hash,
 )
-from accumkern.planning.sweep_training import Runner, check_decay_rules, check_setup, seeded_setup
+from accumkern.planning.sweep_training import Runner, check_decay_rules, check_setup, seeded_setup, weight_decay_of
 from accumkern.planning.trial import Preserved, RandomState, find_fit
 
 Progress = Callable[[Run], None]
@@ -147,6 +147,7 @@ def sweep(
         settings |= {"buffer": choose_buffer(made, buffer), "master_weights": masters}
         settings |= {"script_sha256": source_hash(function)}
         settings |= {"start_sha256": None if checkpoint is None else checkpoint.sha256}
+        settings |= plain({"learning_rate": _learning_rate(made), "weight_decay": weight_decay_of(made)})
         folder = Path(folder).expanduser()
         settings["micro_batch"] = _claimed_micro_batch(folder, settings, made, limit)
         result = Sweep(
@@ -156,12 +157,14 @@ def sweep(
             base_batch=settings["base_batch"],
             master_weights=masters,
             master_problem=masters_problem(made) if masters is None else None,
-            learning_rate=float(made.optimizer.param_groups[0]["lr"]),
+            learning_rate=_learning_rate(made),
             start_sha256=settings["start_sha256"],
             same_weights=same_weights,
         )
         del made  # which takes memory of the device
         gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
         planned = planned_runs(settings)
         paths = {one: folder / RUNS / one.file_name for one in planned}
         runs = {one: read_run(path, one) for one, path in paths.items() if path.is_file()}
@@ -181,6 +184,10 @@ def sweep(
         return dataclasses.replace(result, runs=tuple(runs[one] for one in planned))
     finally:
         random_state.put_back()
+
+
+def _learning_rate(setup: Setup) -> float:
+    return float(setup.optimizer.param_groups[0]["lr"])
 
 
 def _claimed_micro_batch(folder: Path, settings: dict[str, Any], made: Setup, limit_bytes: int) -> int:
