@@ -252,8 +252,15 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds another sweep: its evaluations is 4, now it is 5; choose another"):
         small(regression, tmp_path, evaluations=5)
     small(regression, tmp_path, target_loss=0.5)  # changes no run
+    rate = 0.05
+
+    def of_the_environment() -> Setup:
+        return regression(rate)
+
+    small(of_the_environment, tmp_path / "other")
+    rate = 0.1
     with pytest.raises(ValueError, match=r"its learning_rate is 0\.05, now it is 0\.1; choose another"):
-        small(lambda: regression(0.1), tmp_path)
+        small(of_the_environment, tmp_path / "other")
 
 
 def test_a_setup_that_ignores_seeds_is_refused(tmp_path: Path) -> None:
