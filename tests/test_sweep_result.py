@@ -138,10 +138,15 @@ def test_the_end_is_that_of_a_line_at_equal_samples() -> None:
     ("runs", "effective_batch", "words"),
     [
         ([noisy(4, 1, 0.005), noisy(16, 1, 0.005)], 16, "and the largest that was compared, so the critical batch may"),
-        ([noisy(4, 1, 0.005), noisy(16, 2, 0.005)], None, "below 16, since every batch above 4 loses"),
-        ([noisy(4, 1, 0.5), noisy(16, 1, 0.5)], None, "undecidable, since no error is small against what training"),
+        ([noisy(4, 1, 0.005), noisy(16, 2, 0.005)], None, "below 16, since no batch above 4 loses nothing"),
+        ([noisy(4, 1, 0.5), noisy(16, 1, 0.5)], None, ": undecidable, since no error is known and less than a tenth"),
         ([run(4, [5.0, 1.0], 1.0), run(16, [5.0, 1.0], 1.0)], None, r"undecided \(\+0, error not known\)"),
         ([noisy(4, 1, 0.005), noisy(16, 1, 0.005, status="diverged")], None, r"16 \(sqrt\) diverged"),
+        (
+            [noisy(4, 1, 0.2), noisy(16, 1, 0.2), noisy(64, 4, 0.2)],
+            None,
+            ": below 64, and otherwise undecidable, since no error is known",
+        ),
         ([noisy(4, 2, 0.005), noisy(16, 1, 0.005)], 16, "16 does better than smaller ones shows that their learning"),
         (
             [noisy(4, 1, 0.005), noisy(16, 2, 0.005), noisy(16, 1, 0.005, rule="linear")],
@@ -149,7 +154,7 @@ def test_the_end_is_that_of_a_line_at_equal_samples() -> None:
             r"16 \(linear\) loses nothing",
         ),
     ],
-    ids=["all", "none", "noise", "unknown", "diverged", "better", "best rule"],
+    ids=["all", "none", "noise", "unknown", "diverged", "part", "better", "best rule"],
 )
 def test_what_the_critical_batch_says(runs: list[Run], effective_batch: int | None, words: str) -> None:
     result = sweep_of(runs, start_sha256="1234")

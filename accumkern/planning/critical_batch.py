@@ -77,10 +77,12 @@ class CriticalBatch:
             head = f"{self.effective_batch} is the largest effective batch that loses nothing"
             if self.effective_batch == larger[-1].effective_batch:
                 head += ", and the largest that was compared, so the critical batch may lie above"
-        elif all(one.verdict == LOSES for one in larger):
-            head = f"below {larger[0].effective_batch}, since every batch above {smallest.effective_batch} loses"
+        elif larger[0].verdict == LOSES:
+            head = f"below {larger[0].effective_batch}, since no batch above {smallest.effective_batch} loses nothing"
         else:
-            head = "undecidable, since no error is small against what training brought the loss down by"
+            losing = [one.effective_batch for one in larger if one.verdict == LOSES]
+            head = f"below {losing[0]}, and otherwise undecidable" if losing else "undecidable"
+            head += ", since no error is known and less than a tenth of what training brought the loss down by"
         if self.seeds > 1:
             source = f"errors are 95% intervals from {self.seeds} seeds"
         else:

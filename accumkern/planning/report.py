@@ -89,7 +89,10 @@ def write_page(folder: Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, or write it again") from error
 
 
 def _plan_rows(plan: dict[str, Any]) -> list[dict[str, Any]]:

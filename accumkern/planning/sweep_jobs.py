@@ -127,7 +127,7 @@ def _result(future: Future[Run], futures: dict[Future[Run], Planned], jobs: int)
             "script that calls sweep() must do so under if __name__ == '__main__'. Runs that had ended are kept"
         ) from error
     except Exception as error:
-        raise RuntimeError(f"the run of {futures[future].words} failed: {error}") from error
+        raise RuntimeError(f"the run of {futures[future].words} failed: {error}; jobs=1 shows where") from error
 
 
 def _is_trained(future: Future[Run]) -> bool:
