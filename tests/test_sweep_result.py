@@ -143,7 +143,7 @@ def test_the_end_is_that_of_a_line_at_equal_samples() -> None:
         ([run(4, [5.0, 1.0], 1.0), run(16, [5.0, 1.0], 1.0)], None, r"undecided \(\+0, error not known\)"),
         ([noisy(4, 1, 0.005), noisy(16, 1, 0.005, status="diverged")], None, r"16 \(sqrt\) diverged"),
         (
-            [noisy(4, 1, 0.2), noisy(16, 1, 0.2), noisy(64, 4, 0.2)],
+            [noisy(4, 1, 0.5), noisy(16, 1, 0.5), noisy(64, 4.5, 0.1)],
             None,
             ": below 64, and otherwise undecidable, since no error is known",
         ),
