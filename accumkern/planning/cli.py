@@ -25,7 +25,8 @@ from accumkern.planning.ranks import is_first
 from accumkern.planning.report import format_rate, format_useful, write_plan, write_sweep
 from accumkern.planning.scaling_laws import format_count
 from accumkern.planning.sweep import sweep
-from accumkern.planning.sweep_result import Run, Sweep
+from accumkern.planning.sweep_result import Sweep
+from accumkern.planning.sweep_runs import Run
 from accumkern.planning.token_budget import Schedule
 
 _OWN = ("command", "setup", "output", "json", "predict")  # options of the command line; the others are arguments
@@ -44,13 +45,12 @@ def run(args: argparse.Namespace) -> int:
             folder = folder.expanduser()
             folder.mkdir(parents=True, exist_ok=True)  # before hours of measuring
         with _Live(errors) as live:
-            setup = load_setup(args.setup)
             arguments = {name: value for name, value in vars(args).items() if name not in _OWN}
             result: Plan | Sweep
             if args.command == "plan":
-                result = plan(setup, **arguments, measure=not args.predict, progress=live.tell)
+                result = plan(load_setup(args.setup), **arguments, measure=not args.predict, progress=live.tell)
             else:
-                result = sweep(setup, **arguments, folder=folder, progress=live.tell_of_run)
+                result = sweep(args.setup, **arguments, folder=folder, progress=live.tell_of_run)
             if not is_first():
                 return 0
             page = None
@@ -108,8 +108,7 @@ class _Live(Progress):
     def tell_of_run(self, run: Run) -> None:
         """Show what came of a run of a sweep."""
         loss = f"loss {run.best_loss:.4g}" if run.points else "no loss"
-        stage = f"batch {run.effective_batch}, {run.rule}, seed {run.seed}"
-        self.tell(stage, f"{run.status}: {loss} in {run.seconds:.3g} s")
+        self.tell(run.planned.words, f"{run.status}: {loss} in {run.seconds:.3g} s")
 
     def finish(self) -> None:
         """Mark all stages as done."""
@@ -166,11 +165,13 @@ def _sweep_table(sweep: Sweep) -> RenderableType:
     """Return a row for each effective batch and rule, and the findings."""
     tokens = sweep.tokens_per_sample
     target = "" if sweep.target_loss is None else f" {sweep.target_loss:.4g}"
+    scaled = any(row.weight_decay_rule != "none" for row in sweep.rows)
     rows = [
         {
             "batch": f"{row.effective_batch:,}",
-            "rule": row.rule,
+            "rule": f"{row.rule}, {row.weight_decay_rule}" if scaled else row.rule,
             "learning rate": f"{row.learning_rate:.3g}",
+            **({"weight decay": f"{row.weight_decay:.3g}"} if scaled else {}),
             "accumulate": f"{row.accumulation_steps:,}",
             "runs": f"{row.runs} ({row.failed})" if row.failed else f"{row.runs}",
             f"{'tokens' if tokens else 'samples'} to loss{target}": "not reached"
@@ -188,7 +189,7 @@ def _sweep_table(sweep: Sweep) -> RenderableType:
 def _table(title: str, rows: list[dict[str, str]], chosen: int | None = None) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for column in rows[0]:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=column == "rule")
     for number, row in enumerate(rows):
         table.add_row(*row.values(), style="bold" if number == chosen else "")
     return table

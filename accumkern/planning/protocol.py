@@ -177,7 +177,8 @@ def make_batch(setup: Setup, size: int, kind: str = "make_batch") -> Any:
     function = getattr(setup, kind)
     if function is None:
         function, kind = setup.make_batch, "make_batch"
-    batch = _called(f"{kind}({size})", function, size)
+    hint = f"; of a data set with fewer than {size} samples, draw some twice, or ask for a smaller micro-batch"
+    batch = _called(f"{kind}({size})", function, size, hint=hint if size > 1 else "")
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     if not tensors:
         raise TypeError(f"{kind}({size}) of setup() returned a {type(batch).__name__} without a tensor in it")
@@ -185,7 +186,7 @@ def make_batch(setup: Setup, size: int, kind: str = "make_batch") -> Any:
     if not any(shape[:1] == (size,) for shape in shapes):
         raise ValueError(
             f"{kind}({size}) of setup() made tensors of shape {', '.join(map(str, shapes))}; the first dimension of "
-            f"one of them must be {size}"
+            f"one of them must be {size}{hint}"
         )
     return batch
 
@@ -211,13 +212,13 @@ def compute_loss(setup: Setup, batch: Any) -> Tensor:
     return loss
 
 
-def _called(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+def _called(name: str, function: Callable[..., Any], *arguments: Any, hint: str = "") -> Any:
     try:
         return function(*arguments)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise RuntimeError(f"{name} of setup() raised {describe(error)}") from error
+        raise RuntimeError(f"{name} of setup() raised {describe(error)}{hint}") from error
 
 
 _WANTED = "model, optimizer, make_batch and loss"

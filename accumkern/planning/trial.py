@@ -143,11 +143,16 @@ def accumulate(setup: Setup, batch: Any, micro_batches: int, accumulator: GradAc
 
 
 def train_window(
-    setup: Setup, batches: Iterable[Any], micro_batches: int, accumulator: GradAccumulator | None
+    setup: Setup,
+    batches: Iterable[Any],
+    micro_batches: int,
+    accumulator: GradAccumulator | None,
+    losses: list[Tensor] | None = None,
 ) -> tuple[list[float], float]:
     """Accumulate a window, step, and begin a new one; return the seconds of each micro-batch, and of the step.
 
-    Making the batches is not timed: a data loader does that while the model trains.
+    Making the batches is not timed: a data loader does that while the model trains. The micro-batches' losses are
+    appended to ``losses``, on the device.
 
     Raises:
         ValueError: no parameter of the optimizer got a gradient.
@@ -155,9 +160,11 @@ def train_window(
     seconds = []
     for batch in batches:
         begin = now(setup)
-        accumulate(setup, batch, micro_batches, accumulator)
+        loss = accumulate(setup, batch, micro_batches, accumulator)
         seconds.append(now(setup) - begin)
-        del batch  # before the next one is made
+        if losses is not None:
+            losses.append(loss)
+        del batch, loss  # before the next one is made
     if all(param.grad is None for group in setup.optimizer.param_groups for param in group["params"]):
         raise ValueError(
             "loss of setup() gives no parameter of the optimizer a gradient; compute it with the model that it is given"
