@@ -27,6 +27,7 @@ from accumkern.memory import storage_bytes
 from accumkern.noise_scale import Estimate
 from accumkern.planning import speed as speed_module
 from accumkern.planning import trial
+from accumkern.planning.fit import Fit, find_fit, largest
 from accumkern.planning.memory import (
     MemoryLimitError,
     MemoryMeter,
@@ -48,7 +49,7 @@ from accumkern.planning.protocol import (
     run_setup,
 )
 from accumkern.planning.speed import Speed, knee, measure_speed, split, split_by_size
-from accumkern.planning.trial import Fit, Preserved, find_fit, largest, train_window, try_windows
+from accumkern.planning.trial import Preserved, train_window, try_windows
 
 pytestmark = pytest.mark.usefixtures("one_thread", "old_objects_aside")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import weakref
 from collections.abc import Callable
+from datetime import datetime, timezone
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from accumkern.checks import integer, real
 from accumkern.torch_private import TorchDispatchMode, tree_leaves
+from accumkern.version import __version__
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -63,6 +66,16 @@ def format_bytes(size: float) -> str:
     return f"{size:.0f} B"
 
 
+def interpolated(peaks: dict[int, int], micro_batch: int) -> int:
+    """Return the peak of a micro-batch within those that are known: memory grows in a straight line."""
+    if micro_batch in peaks:
+        return peaks[micro_batch]
+    low = max(size for size in peaks if size < micro_batch)
+    high = min(size for size in peaks if size > micro_batch)
+    part = (micro_batch - low) / (high - low)
+    return round(peaks[low] + part * (peaks[high] - peaks[low]))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out, of a GPU or of the CPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -90,6 +103,23 @@ def available_bytes(device: torch.device) -> int:
     except OSError:
         return free
     return free if limit == "max" else min(free, int(limit) - int(used))
+
+
+def machine_of(device: torch.device | None) -> dict[str, str]:
+    """Return what a plan was made on, and when; None is no device."""
+    name = "none: predicted on fake tensors"
+    if device is not None:
+        name = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
+    return {
+        "device": name,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accumkern": __version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def held_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:

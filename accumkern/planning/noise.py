@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from accumkern.noise_scale import Estimate
 from accumkern.planning.precision import choose_buffer
 from accumkern.planning.protocol import make_batch
-from accumkern.planning.speed import Rate, Split, split
+from accumkern.planning.speed import Rate, Split, knee, split
 from accumkern.planning.trial import Preserved, accumulate
 from accumkern.wiring import attach
 
-_MICRO_BATCHES = 8
+WINDOW_MICRO_BATCHES = 8
 _RESAMPLES = 1000
 _TAIL = 0.1  # on both sides: an 80% interval
 # Of times to train, over the least:
@@ -54,6 +54,11 @@ class Noise:
     first_loss: float
     last_loss: float
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the windows showed both gradient and noise."""
+        return 0 < self.noise_scale < math.inf
+
 
 def measure_noise(preserved: Preserved, micro_batch: int, windows: int) -> Noise:
     """Train some windows of eight micro-batches, and estimate the noise scale from the second half, of all ranks.
@@ -70,13 +75,13 @@ def measure_noise(preserved: Preserved, micro_batch: int, windows: int) -> Noise
     losses: list[float] = []
     buffer = choose_buffer(setup, None) or "split24"
     with attach(setup.optimizer, buffer, master_weights=preserved.master_weights, stats=True) as accumulator:
-        accumulator.scale = 1 / _MICRO_BATCHES
+        accumulator.scale = 1 / WINDOW_MICRO_BATCHES
         for window in range(windows):
             of_window = [
-                accumulate(setup, make_batch(setup, micro_batch), _MICRO_BATCHES, accumulator)
-                for _ in range(_MICRO_BATCHES)
+                accumulate(setup, make_batch(setup, micro_batch), WINDOW_MICRO_BATCHES, accumulator)
+                for _ in range(WINDOW_MICRO_BATCHES)
             ]
-            losses.append(sum(loss.item() for loss in of_window) / _MICRO_BATCHES)
+            losses.append(sum(loss.item() for loss in of_window) / WINDOW_MICRO_BATCHES)
             estimates.append(accumulator.noise_scale().window)
             if not math.isfinite(losses[-1] + estimates[-1].trace + estimates[-1].squared_gradient):
                 raise RuntimeError(
@@ -94,7 +99,7 @@ def measure_noise(preserved: Preserved, micro_batch: int, windows: int) -> Noise
         low=low * micro_batch,
         high=high * micro_batch,
         windows=len(estimates),
-        batch=_MICRO_BATCHES * micro_batch,
+        batch=WINDOW_MICRO_BATCHES * micro_batch,
         first_loss=losses[0],
         last_loss=losses[-1],
     )
@@ -130,13 +135,13 @@ def steps_factor(batch: float, noise_scale: float) -> float:
 def useful_batches(ranks: int, sizes: Sequence[int], rate: Rate, noise_scales: Sequence[float]) -> tuple[float, float]:
     """Return the least and the largest effective batch whose time to train is within 10% of the best.
 
-    Looked at are powers of two times the ranks. With several noise scales, the range covers that of each. It has no
-    upper end, infinity, where the gradient was all noise.
+    Looked at are powers of two times the smallest micro-batch on each rank. With several noise scales, the range covers
+    that of each. It has no upper end, infinity, where the gradient was all noise.
     """
     low, high = math.inf, 0.0
     for noise_scale in noise_scales:
         if noise_scale == 0:
-            low, high = min(low, ranks), max(high, ranks)
+            low, high = min(low, ranks * min(sizes)), max(high, ranks * min(sizes))
             continue
         times = _times(ranks, sizes, rate, noise_scale)
         useful = [batch for batch, time in times.items() if time <= _USEFUL * min(times.values())]
@@ -145,16 +150,24 @@ def useful_batches(ranks: int, sizes: Sequence[int], rate: Rate, noise_scales: S
 
 
 def best_batch(ranks: int, sizes: Sequence[int], rate: Rate, noise_scale: float) -> int:
-    """Return the smallest effective batch whose time to train is within 5% of the best, of powers of two per rank."""
-    if noise_scale == 0:
-        return ranks
+    """Return the smallest effective batch whose time to train is within 5% of the best, of those looked at."""
     times = _times(ranks, sizes, rate, noise_scale)
     return next(batch for batch, time in times.items() if time * _SAME_TIME <= min(times.values()))
 
 
+def best_way(ranks: int, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> Split:
+    """Return how to train where no effective batch was asked for: by the noise scale, if there is one to go by.
+
+    Or else it is one micro-batch on each rank, at the knee.
+    """
+    if noise is None or not noise.is_known:
+        return Split(ranks, knee(sizes, rate), 1)
+    return split(best_batch(ranks, sizes, rate, noise.noise_scale), ranks, sizes, rate)
+
+
 def accumulation_pays(way: Split, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> bool | None:
     """Return whether training takes less time than with the best effective batch of one micro-batch; None: unknown."""
-    if noise is None or way.accumulation_steps == 1 or noise.noise_scale == 0:
+    if noise is None or way.accumulation_steps == 1 or not noise.is_known:
         return None
     alone = min(_time(Split(way.ranks, size, 1), rate, noise.noise_scale) for size in sizes)
     return _time(way, rate, noise.noise_scale) <= _SAME_TIME * alone
@@ -180,11 +193,12 @@ class Batch:
 
 
 def costs(way: Split, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> tuple[Batch, ...]:
-    """Return what powers of two per rank cost, up to well beyond the chosen batch and the noise scale."""
-    if noise is None or noise.noise_scale in (0, math.inf):
+    """Return what effective batches cost, each twice the one before it, up to well beyond chosen and noise scale."""
+    if noise is None or not noise.is_known:
         return ()
     most = _SHOWN * max(way.effective_batch, noise.noise_scale)
-    batches = [way.ranks * 2**i for i in range(64) if i < 4 or way.ranks * 2**i <= most]
+    least = way.ranks * min(sizes)
+    batches = [least * 2**i for i in range(64) if i < 4 or least * 2**i <= most]
     ways = [split(batch, way.ranks, sizes, rate) for batch in batches]
     columns = []
     for noise_scale in (noise.noise_scale, noise.low, noise.high):
@@ -194,8 +208,9 @@ def costs(way: Split, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> 
 
 
 def _times(ranks: int, sizes: Sequence[int], rate: Rate, noise_scale: float) -> dict[int, float]:
-    """Return the times to train with effective batches of powers of two per rank, from small to large."""
-    batches = [ranks * 2**i for i in range(int(math.log2(_MOST_BATCH / ranks)))]
+    """Return the times to train with effective batches, each twice the one before it, from small to large."""
+    least = ranks * min(sizes)
+    batches = [least * 2**i for i in range(int(math.log2(_MOST_BATCH / least)))]
     return {batch: _time(split(batch, ranks, sizes, rate), rate, noise_scale) for batch in batches}
 
 

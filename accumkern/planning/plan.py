@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from typing import Any
 
-import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from accumkern.checks import integer
-from accumkern.planning.memory import available_bytes, check_margin, format_bytes, parse_bytes
-from accumkern.planning.noise import accumulation_pays, best_batch, costs, measure_noise, useful_batches
+from accumkern.planning.busy import busy_warnings, load
+from accumkern.planning.fit import find_fit, largest, verify
+from accumkern.planning.memory import available_bytes, check_margin, format_bytes, interpolated, machine_of, parse_bytes
+from accumkern.planning.noise import (
+    WINDOW_MICRO_BATCHES,
+    accumulation_pays,
+    best_way,
+    costs,
+    measure_noise,
+    useful_batches,
+)
 from accumkern.planning.plan_result import Choice, Plan, explain
 from accumkern.planning.precision import choose_buffer, choose_masters, masters_problem, step_bytes, with_masters
 from accumkern.planning.predict import Prediction, PredictionError, fake_setup, predict_memory
 from accumkern.planning.protocol import Setup, SetupFunction, run_setup
 from accumkern.planning.ranks import Ranks
 from accumkern.planning.speed import Split, knee, measure_speeds, sizes_to_time, split, split_by_size
-from accumkern.planning.trial import Preserved, Trial, find_fit, largest, verify
+from accumkern.planning.trial import Preserved, Trial
 from accumkern.torch_private import BatchNorm
-from accumkern.version import __version__
 
 _RANKS = (1, 2, 4, 8)
 _NOISE_MICRO_BATCH = 4
+_MOST_EFFECTIVE_BATCH = 2**31
+_MOST_MICRO_BATCH = 2**20
+_MOST_NOISE_WINDOWS = 10_000
 
 Progress = Callable[[str, str], None]  # of (what is being done, what came of it)
 
@@ -74,9 +82,12 @@ def plan(
     with Ranks() as ranks:
         with ranks.phase("arguments"):
             if effective_batch is not None:
-                effective_batch = _whole("effective_batch", effective_batch, 1)
-            largest_micro_batch = _whole("largest_micro_batch", largest_micro_batch, 1)
-            noise_windows = _whole("noise_windows", noise_windows, 0)
+                why = "more samples in one step than anything was trained with"
+                effective_batch = _whole("effective_batch", effective_batch, 1, _MOST_EFFECTIVE_BATCH, why)
+            why = "what runs at once does not get faster beyond"
+            largest_micro_batch = _whole("largest_micro_batch", largest_micro_batch, 1, _MOST_MICRO_BATCH, why)
+            why = f"each trains {WINDOW_MICRO_BATCHES} micro-batches, and {_MOST_NOISE_WINDOWS} are a training"
+            noise_windows = _whole("noise_windows", noise_windows, 0, _MOST_NOISE_WINDOWS, why)
             if 0 < noise_windows < 4:
                 raise ValueError(
                     f"noise_windows is {noise_windows}; it must be at least 4, or 0 to leave the noise scale out"
@@ -126,27 +137,30 @@ def _measured_plan(
     progress: Progress,
 ) -> Plan:
     setup, ranks = preserved.setup, preserved.ranks
-    allowed = int(limit * (1 - margin))
+    allowed, load_before = int(limit * (1 - margin)), load()
 
     def tell(trial: Trial) -> None:
-        outcome = "fits" if trial.fits else "does not fit"
-        progress("what fits", f"micro-batch {trial.micro_batch}: {format_bytes(trial.peak_bytes)}, {outcome}")
+        outcome = f"{format_bytes(trial.peak_bytes)}, {'fits' if trial.fits else 'does not fit'}"
+        progress("what fits", f"micro-batch {trial.micro_batch}: {trial.problem or outcome}")
 
     with ranks.phase("what fits"):
         fit = find_fit(preserved, allowed, at_most, tell)
     with ranks.phase("what is fast"):
+        shares = [] if target is None else [max(1, round(target / n)) for n in (ranks.count, *_RANKS)]
         speeds = measure_speeds(
             preserved,
-            sizes_to_time(fit.micro_batch, None if target is None else target // ranks.count),
+            sizes_to_time(fit.micro_batch, shares, fit.smallest),
             lambda speed: progress(
                 "what is fast", f"micro-batch {speed.micro_batch}: {speed.limit_per_second:.4g} samples per second"
             ),
+            needed=shares,
         )
     noise = None
     if noise_windows:
         with ranks.phase("what helps training"):
             progress("what helps training", f"gradient noise over {noise_windows} windows")
-            noise = measure_noise(preserved, min(fit.micro_batch, _NOISE_MICRO_BATCH), noise_windows)
+            size = min(fit.micro_batch, max(fit.smallest, _NOISE_MICRO_BATCH))
+            noise = measure_noise(preserved, size, noise_windows)
             progress("what helps training", f"gradient noise scale {noise.noise_scale:.3g} samples")
     peaks = {trial.micro_batch: trial.peak_bytes for trial in fit.trials if trial.fits}
     powers = [size for size in sorted(peaks) if size & (size - 1) == 0 or size == max(peaks)]
@@ -156,12 +170,14 @@ def _measured_plan(
     by_size = {speed.micro_batch: speed for speed in speeds}
     sizes = list(by_size)
 
-    def rate(micro_batch: int, accumulation_steps: int) -> float:
+    def rate(micro_batch: int, accumulation_steps: float) -> float:
         return by_size[micro_batch].samples_per_second(accumulation_steps)
 
+    def way_on(n: int, batch: int | None) -> Split:
+        return best_way(n, sizes, rate, noise) if batch is None else split(batch, n, sizes, rate)
+
     with ranks.phase("the plan"):
-        batch = target or best_batch(ranks.count, sizes, rate, math.inf if noise is None else noise.noise_scale)
-        way = ranks.gathered(split(batch, ranks.count, sizes, rate))[0]
+        way = ranks.gathered(way_on(ranks.count, target))[0]
         progress("the plan", f"micro-batch {way.micro_batch}, {way.accumulation_steps} accumulation steps")
         verified = verify(preserved, way.micro_batch, way.accumulation_steps, allowed)
         if not verified.fits:
@@ -181,7 +197,7 @@ def _measured_plan(
     return _plan_of(
         setup,
         way,
-        lambda n: split(way.effective_batch, n, sizes, rate),
+        lambda n: way_on(n, None if target is None else way.effective_batch),
         peaks,
         prospects,
         target=target,
@@ -196,10 +212,11 @@ def _measured_plan(
         predictions=predictions,
         prediction_problem=problem,
         speeds=tuple(speeds),
-        knee=knee(speeds).micro_batch,
+        knee=knee(sizes, rate),
         noise=noise,
         batches=costs(way, sizes, rate, noise),
-        machine=_machine(setup.device),
+        machine=machine_of(setup.device),
+        warnings=busy_warnings(setup.device, speeds, load_before),
     )
 
 
@@ -245,7 +262,7 @@ def _predicted_plan(
         return _plan_of(
             setup,
             way,
-            lambda n: split_by_size(way.effective_batch, n, most),
+            lambda n: Split(n, most, 1) if target is None else split_by_size(way.effective_batch, n, most),
             {size: prediction.memory.total for size, prediction in found.items()} | {way.micro_batch: peak},
             lambda way: (None, None, None),
             target=target,
@@ -256,7 +273,7 @@ def _predicted_plan(
             largest_micro_batch=most,
             is_limited_by_memory=most < at_most,
             predictions=tuple(found[size] for size in sorted(found)),
-            machine=_machine(None),
+            machine=machine_of(None),
         )
 
 
@@ -266,6 +283,7 @@ def _plan_of(
     way_on: Callable[[int], Split],
     peaks: dict[int, int],
     prospects: Callable[[Split], tuple[float | None, float | None, float | None]],
+    warnings: Sequence[str] = (),
     **known: Any,
 ) -> Plan:
     """Return a plan with its reasons; ``prospects`` gives samples per second of a way, and its useful batches."""
@@ -273,7 +291,7 @@ def _plan_of(
 
     def choice(of: Split) -> Choice:
         buckets = gradient_bytes if of.ranks > way.ranks == 1 else 0  # of DistributedDataParallel
-        memory = _interpolated(peaks, of.micro_batch) + buckets
+        memory = interpolated(peaks, of.micro_batch) + buckets
         return Choice(of.ranks, of.micro_batch, of.accumulation_steps, of.effective_batch, memory, *prospects(of))
 
     return explain(
@@ -284,7 +302,7 @@ def _plan_of(
             master_problem=masters_problem(setup) if known["master_weights"] is None else None,
             bfloat16_numel=sum(param.numel() for param in with_masters(setup)),
             step_bytes=step_bytes(setup),
-            warnings=_warnings(setup, way.micro_batch),
+            warnings=(*_warnings(setup, way.micro_batch), *warnings),
             tokens_per_sample=setup.tokens_per_sample,
             gradient_bytes=gradient_bytes,
             adam="betas" in setup.optimizer.param_groups[0],
@@ -308,16 +326,6 @@ def _predictions(
     return predictions, None
 
 
-def _interpolated(peaks: dict[int, int], micro_batch: int) -> int:
-    """Return the peak of a size: memory grows in a straight line between those that are known."""
-    if micro_batch in peaks:
-        return peaks[micro_batch]
-    low = max(size for size in peaks if size < micro_batch)
-    high = min(size for size in peaks if size > micro_batch)
-    part = (micro_batch - low) / (high - low)
-    return round(peaks[low] + part * (peaks[high] - peaks[low]))
-
-
 def _warnings(setup: Setup, micro_batch: int) -> tuple[str, ...]:
     names = [name for name, module in setup.model.named_modules() if isinstance(module, BatchNorm) and module.training]
     if not names:
@@ -330,21 +338,9 @@ def _warnings(setup: Setup, micro_batch: int) -> tuple[str, ...]:
     )
 
 
-def _machine(device: torch.device | None) -> dict[str, str]:
-    name = "none: predicted on fake tensors"
-    if device is not None:
-        name = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        )
-    return {
-        "device": name,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "accumkern": __version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _whole(name: str, number: int, least: int) -> int:
-    return integer(name, number, f"it must be an int of at least {least}", least)
+def _whole(name: str, number: int, least: int, most: int, why: str) -> int:
+    right = f"it must be an int of at least {least}"
+    number = integer(name, number, right, least)
+    if number > most:
+        raise ValueError(f"{name} is {number}; {right}, and of at most {most}: {why}")
+    return number

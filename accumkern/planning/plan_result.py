@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from accumkern.planning.fit import Fit
 from accumkern.planning.memory import format_bytes
 from accumkern.planning.noise import Batch, Noise, samples_factor, steps_factor
 from accumkern.planning.predict import Prediction
 from accumkern.planning.speed import Speed
-from accumkern.planning.trial import Fit
 
 _MASTER_BYTES = {"split24": 1, "split32": 2}  # per parameter, of a residual
 _FEW_MICRO_BATCHES = 8  # the gain of FP32 accumulation may be invisible up to here
@@ -162,12 +162,20 @@ def _memory(plan: Plan) -> Iterator[str]:
     allowed = format_bytes(plan.memory_limit_bytes * (1 - plan.margin))
     limit = f"{allowed} ({format_bytes(plan.memory_limit_bytes)} less a margin of {plan.margin:.0%})"
     how = "fits" if plan.fit is not None else "is predicted to fit"
-    size = plan.largest_micro_batch
+    size, data_problem = plan.largest_micro_batch, None if plan.fit is None else plan.fit.data_problem
     if plan.is_limited_by_memory:
         what = f"a micro-batch of up to {size} samples"
     else:
-        what = f"memory is not the limit. A micro-batch of {size} samples, the largest that was to be tried,"
+        largest = "the largest that was to be tried" if data_problem is None else "the largest that could be made"
+        what = f"memory is not the limit. A micro-batch of {size} samples, {largest},"
     yield f"What fits: {what} {how} into {limit}."
+    if data_problem is not None:
+        yield f"Data: it is the limit, because of {size + 1} samples there is no batch ({data_problem})."
+    if plan.fit is not None and plan.fit.smallest_problem is not None:
+        yield (
+            f"Smallest micro-batch: {plan.fit.smallest} samples. With one less the script raises an error "
+            f"({plan.fit.smallest_problem})."
+        )
     if plan.fit is not None:
         yield (
             f"Expected memory: a peak of {format_bytes(plan.choice.memory_bytes)}, measured over several windows with "
@@ -192,22 +200,51 @@ def _speed(plan: Plan) -> list[str]:
     at_knee = next(speed for speed in plan.speeds if speed.micro_batch == plan.knee)
     return [
         f"What is fast: {at_knee.limit_per_second:.3g} samples per second with a micro-batch of {plan.knee}, the "
-        f"smallest within 5% of the best ({best.limit_per_second:.3g} with {best.micro_batch}). Beyond it, more memory "
-        "buys little."
+        f"smallest within 5% of the best ({best.limit_per_second:.3g} with {best.micro_batch}), steps left out. Beyond "
+        f"it, more memory buys little. The plan takes {_beside_knee(plan, best)}."
     ]
+
+
+def _beside_knee(plan: Plan, best: Speed) -> str:
+    """Return the plan's micro-batch, and why it is not the knee where it is another."""
+    choice, knee = plan.choice, plan.knee or 0
+    own = next(speed for speed in plan.speeds if speed.micro_batch == choice.micro_batch)
+    is_alone = choice.accumulation_steps == 1
+    if choice.micro_batch == knee:
+        return "that micro-batch"
+    if choice.micro_batch > knee:
+        why = "needs no accumulation" if is_alone else f"is the next that makes {choice.effective_batch}"
+        return f"{choice.micro_batch}, which {why}"
+    slower = f"{choice.micro_batch}, at {own.limit_per_second / best.limit_per_second:.0%} of the best speed, because"
+    if is_alone:
+        return f"{slower} an effective batch of {choice.effective_batch} has no more samples for each rank"
+    return f"{slower} no micro-batch from {knee} on makes an effective batch of {choice.effective_batch}"
 
 
 def _target(plan: Plan) -> list[str]:
     choice = plan.choice
     if plan.target is None:
-        if plan.noise is None:
-            return ["Effective batch: none was asked for, so this is one micro-batch, without accumulation."]
-        return [
+        if plan.noise is None or not plan.noise.is_known:
+            which = "the largest that fits" if plan.knee is None else "the smallest that is fast"
+            return [
+                "Effective batch: none was asked for, and no noise scale is known to choose it by, so this is one "
+                f"micro-batch on each rank, {which}, without accumulation."
+            ]
+        reason = (
             f"Effective batch: none was asked for. {choice.effective_batch} samples train in about the least time that "
-            "speed and noise allow, by the model below."
-        ]
+            "speed and noise allow, by the model below"
+        )
+        if plan.knee is not None and choice.micro_batch < plan.knee:
+            reason += ": a larger batch trains more samples per second, but needs still more of them"
+        return [reason + "."]
     if choice.effective_batch == plan.target:
         return [f"Effective batch: the {plan.target} that was asked for is kept exactly."]
+    smallest = min((speed.micro_batch for speed in plan.speeds), default=1)
+    if choice.accumulation_steps == 1 and plan.target < choice.effective_batch == choice.ranks * smallest:
+        return [
+            f"Effective batch: {choice.effective_batch}, more than the {plan.target} that was asked for, because each "
+            f"of {_count(choice.ranks)} trains {choice.micro_batch} at least."
+        ]
     return [
         f"Effective batch: {choice.effective_batch}, the nearest to the {plan.target} that was asked for. No "
         f"micro-batch on {_count(choice.ranks)} divides {plan.target} at a good speed; if it has to be exact, take a "
@@ -331,8 +368,16 @@ def _masters(plan: Plan) -> list[str]:
 def _ranks(plan: Plan) -> list[str]:
     if not plan.gradient_bytes:
         return []
+    batch = plan.choice.effective_batch
+    others = [f"{of.effective_batch} on {of.ranks}" for of in plan.by_ranks if of.effective_batch != batch]
+    if not others:
+        what = "each accumulates less for the same effective batch"
+    elif plan.target is None:
+        what = "the effective batch is chosen for each number of ranks in the same way"
+    else:
+        what = f"each accumulates less for the same effective batch, or for the nearest ({', '.join(others)})"
     return [
-        "More ranks: each accumulates less for the same effective batch. Speeds leave out the reduction of "
+        f"More ranks: {what}. Speeds leave out the reduction of "
         f"{format_bytes(plan.gradient_bytes)} of gradients per step, and memory on several ranks has that much for the "
         "buckets of DistributedDataParallel, where the model was not wrapped yet."
     ]

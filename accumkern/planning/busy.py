@@ -1,0 +1,50 @@
+"""Whether others used the machine while speed was measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from accumkern.planning.speed import Speed
+
+_BUSY_LOAD = 1.5  # processes that want to run, per core
+_UNEVEN = 2.0  # the time of one micro-batch in ten, over the median
+_STARVED = 0.7  # of a core
+
+
+def load() -> tuple[float, int]:
+    """Return how many processes wanted to run in the last minute, on average, and how many cores there are."""
+    return os.getloadavg()[0], os.cpu_count() or 1
+
+
+def busy_warnings(device: torch.device, speeds: Sequence[Speed], load_before: tuple[float, int]) -> list[str]:
+    """Return a warning where others seem to have used the device while ``speeds`` were measured, with what was seen.
+
+    On a GPU it is only that times of equal micro-batches differ; on the CPU also that the process had less than a core,
+    or that the load was high before anything was measured.
+    """
+    seen = []
+    uneven = max(speeds, key=lambda speed: speed.spread)
+    if uneven.spread > _UNEVEN:
+        seen.append(
+            f"of equal micro-batches of {uneven.micro_batch}, one in ten took {uneven.spread:.2g} times the median or "
+            "more"
+        )
+    if device.type == "cpu":
+        processes, cores = load_before
+        starved = min(speeds, key=lambda speed: speed.cpu_seconds)
+        if starved.cpu_seconds < _STARVED:
+            seen.append(
+                f"with micro-batches of {starved.micro_batch} this process had {starved.cpu_seconds:.2g} of a core "
+                "(unless the loss waits for something, such as a disk)"
+            )
+        if processes > _BUSY_LOAD * cores:
+            seen.append(f"the load before was {processes:.3g} processes on {cores} {'core' if cores == 1 else 'cores'}")
+    if not seen:
+        return []
+    return [
+        f"the machine seems to have been busy with other things while speed was measured: {'; '.join(seen)}. Speeds, "
+        "and what was chosen by them, may be far off; plan again when it is idle"
+    ]
