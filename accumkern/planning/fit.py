@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from accumkern.memory import storage_bytes
@@ -115,6 +115,17 @@ def find_fit(
         smallest_problem,
         data_problem,
     )
+
+
+def fit_reasons(fit: Fit) -> Iterator[str]:
+    """Yield in words what else than memory limits micro-batches."""
+    if fit.data_problem is not None:
+        yield f"Data: it is the limit. {fit.data_problem}."
+    if fit.smallest_problem is not None:
+        yield (
+            f"Smallest micro-batch: {fit.smallest} samples. With one less the script raises an error "
+            f"({fit.smallest_problem})."
+        )
 
 
 def _samples(count: int) -> str:

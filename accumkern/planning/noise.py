@@ -55,9 +55,10 @@ class Noise:
     last_loss: float
 
     @property
-    def is_known(self) -> bool:
-        """Whether the windows showed both gradient and noise."""
-        return 0 < self.noise_scale < math.inf
+    def basis(self) -> float | None:
+        """What to choose by: the noise scale, or its interval's lower end where it is infinite; None: they say nothing."""
+        known = [value for value in (self.noise_scale, self.low) if 0 < value < math.inf]
+        return known[0] if known else None
 
 
 def measure_noise(preserved: Preserved, micro_batch: int, windows: int) -> Noise:
@@ -160,17 +161,17 @@ def best_way(ranks: int, sizes: Sequence[int], rate: Rate, noise: Noise | None) 
 
     Or else it is one micro-batch on each rank, at the knee.
     """
-    if noise is None or not noise.is_known:
+    if noise is None or noise.basis is None:
         return Split(ranks, knee(sizes, rate), 1)
-    return split(best_batch(ranks, sizes, rate, noise.noise_scale), ranks, sizes, rate)
+    return split(best_batch(ranks, sizes, rate, noise.basis), ranks, sizes, rate)
 
 
 def accumulation_pays(way: Split, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> bool | None:
     """Return whether training takes less time than with the best effective batch of one micro-batch; None: unknown."""
-    if noise is None or way.accumulation_steps == 1 or not noise.is_known:
+    if noise is None or noise.basis is None or way.accumulation_steps == 1:
         return None
-    alone = min(_time(Split(way.ranks, size, 1), rate, noise.noise_scale) for size in sizes)
-    return _time(way, rate, noise.noise_scale) <= _SAME_TIME * alone
+    alone = min(_time(Split(way.ranks, size, 1), rate, noise.basis) for size in sizes)
+    return _time(way, rate, noise.basis) <= _SAME_TIME * alone
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class Batch:
 
 def costs(way: Split, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> tuple[Batch, ...]:
     """Return what effective batches cost, each twice the one before it, up to well beyond chosen and noise scale."""
-    if noise is None or not noise.is_known:
+    if noise is None or noise.noise_scale in (0, math.inf):
         return ()
     most = _SHOWN * max(way.effective_batch, noise.noise_scale)
     least = way.ranks * min(sizes)

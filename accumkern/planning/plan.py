@@ -82,9 +82,9 @@ def plan(
     with Ranks() as ranks:
         with ranks.phase("arguments"):
             if effective_batch is not None:
-                why = "more samples in one step than anything was trained with"
+                why = "more samples are a training, and not a step of it"
                 effective_batch = _whole("effective_batch", effective_batch, 1, _MOST_EFFECTIVE_BATCH, why)
-            why = "what runs at once does not get faster beyond"
+            why = "nothing gets faster by running more at once"
             largest_micro_batch = _whole("largest_micro_batch", largest_micro_batch, 1, _MOST_MICRO_BATCH, why)
             why = f"each trains {WINDOW_MICRO_BATCHES} micro-batches, and {_MOST_NOISE_WINDOWS} are a training"
             noise_windows = _whole("noise_windows", noise_windows, 0, _MOST_NOISE_WINDOWS, why)
@@ -190,7 +190,7 @@ def _measured_plan(
 
     def prospects(way: Split) -> tuple[float, float | None, float | None]:
         speed = way.samples_per_second(rate)
-        if noise is None:
+        if noise is None or noise.basis is None:
             return speed, None, None
         return speed, *useful_batches(way.ranks, sizes, rate, (noise.low, noise.noise_scale, noise.high))
 

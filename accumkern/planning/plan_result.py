@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from accumkern.planning.fit import Fit
+from accumkern.planning.fit import Fit, fit_reasons
 from accumkern.planning.memory import format_bytes
 from accumkern.planning.noise import Batch, Noise, samples_factor, steps_factor
 from accumkern.planning.predict import Prediction
-from accumkern.planning.speed import Speed
+from accumkern.planning.speed import Speed, Split, accumulation_reason, fast_reason
 
 _MASTER_BYTES = {"split24": 1, "split32": 2}  # per parameter, of a residual
 _FEW_MICRO_BATCHES = 8  # the gain of FP32 accumulation may be invisible up to here
@@ -162,21 +162,16 @@ def _memory(plan: Plan) -> Iterator[str]:
     allowed = format_bytes(plan.memory_limit_bytes * (1 - plan.margin))
     limit = f"{allowed} ({format_bytes(plan.memory_limit_bytes)} less a margin of {plan.margin:.0%})"
     how = "fits" if plan.fit is not None else "is predicted to fit"
-    size, data_problem = plan.largest_micro_batch, None if plan.fit is None else plan.fit.data_problem
+    size = plan.largest_micro_batch
     if plan.is_limited_by_memory:
         what = f"a micro-batch of up to {size} samples"
     else:
-        largest = "the largest that was to be tried" if data_problem is None else "the largest that could be made"
+        is_of_data = plan.fit is not None and plan.fit.data_problem is not None
+        largest = "the largest that there is data for" if is_of_data else "the largest that was to be tried"
         what = f"memory is not the limit. A micro-batch of {size} samples, {largest},"
     yield f"What fits: {what} {how} into {limit}."
-    if data_problem is not None:
-        yield f"Data: it is the limit, because of {size + 1} samples there is no batch ({data_problem})."
-    if plan.fit is not None and plan.fit.smallest_problem is not None:
-        yield (
-            f"Smallest micro-batch: {plan.fit.smallest} samples. With one less the script raises an error "
-            f"({plan.fit.smallest_problem})."
-        )
     if plan.fit is not None:
+        yield from fit_reasons(plan.fit)
         yield (
             f"Expected memory: a peak of {format_bytes(plan.choice.memory_bytes)}, measured over several windows with "
             f"micro-batches of {plan.choice.micro_batch}."
@@ -196,35 +191,13 @@ def _speed(plan: Plan) -> list[str]:
             "What is fast: not measured. Micro-batches of half the largest that fits or more are taken to be as fast; "
             "measure on the device."
         ]
-    best = max(plan.speeds, key=lambda speed: speed.limit_per_second)
-    at_knee = next(speed for speed in plan.speeds if speed.micro_batch == plan.knee)
-    return [
-        f"What is fast: {at_knee.limit_per_second:.3g} samples per second with a micro-batch of {plan.knee}, the "
-        f"smallest within 5% of the best ({best.limit_per_second:.3g} with {best.micro_batch}), steps left out. Beyond "
-        f"it, more memory buys little. The plan takes {_beside_knee(plan, best)}."
-    ]
-
-
-def _beside_knee(plan: Plan, best: Speed) -> str:
-    """Return the plan's micro-batch, and why it is not the knee where it is another."""
-    choice, knee = plan.choice, plan.knee or 0
-    own = next(speed for speed in plan.speeds if speed.micro_batch == choice.micro_batch)
-    is_alone = choice.accumulation_steps == 1
-    if choice.micro_batch == knee:
-        return "that micro-batch"
-    if choice.micro_batch > knee:
-        why = "needs no accumulation" if is_alone else f"is the next that makes {choice.effective_batch}"
-        return f"{choice.micro_batch}, which {why}"
-    slower = f"{choice.micro_batch}, at {own.limit_per_second / best.limit_per_second:.0%} of the best speed, because"
-    if is_alone:
-        return f"{slower} an effective batch of {choice.effective_batch} has no more samples for each rank"
-    return f"{slower} no micro-batch from {knee} on makes an effective batch of {choice.effective_batch}"
+    return [fast_reason(_way(plan), plan.speeds, plan.knee)]
 
 
 def _target(plan: Plan) -> list[str]:
     choice = plan.choice
     if plan.target is None:
-        if plan.noise is None or not plan.noise.is_known:
+        if plan.noise is None or plan.noise.basis is None:
             which = "the largest that fits" if plan.knee is None else "the smallest that is fast"
             return [
                 "Effective batch: none was asked for, and no noise scale is known to choose it by, so this is one "
@@ -254,32 +227,23 @@ def _target(plan: Plan) -> list[str]:
 
 
 def _accumulation(plan: Plan) -> list[str]:
-    choice = plan.choice
-    if not plan.speeds or choice.accumulation_steps == 1:
+    if not plan.speeds or plan.choice.accumulation_steps == 1:
         return []
-    own = next(speed for speed in plan.speeds if speed.micro_batch == choice.micro_batch)
-    window = own.window_seconds(choice.accumulation_steps)
-    reason = (
-        f"Cost of accumulation: a window of {choice.accumulation_steps} micro-batches takes {window:.3g} s, of which "
-        f"the optimizer's step is {100 * own.step_seconds / window:.1f}%"
-    )
-    largest = plan.speeds[-1]
-    if largest.micro_batch != choice.micro_batch:
-        per_rank = choice.micro_batch * choice.accumulation_steps
-        other = largest.window_seconds(1) * per_rank / largest.micro_batch
-        reason += f"; in micro-batches of {largest.micro_batch} the same samples would take about {other:.3g} s"
-    return [reason + "."]
+    return [accumulation_reason(_way(plan), plan.speeds)]
 
 
 def _noise(plan: Plan) -> list[str]:
     if plan.noise is None:
         return ["What helps training: the gradient noise scale was not measured."]
     noise, batch = plan.noise, plan.choice.effective_batch
-    if math.isinf(noise.noise_scale) or noise.noise_scale == 0:
+    if noise.noise_scale in (0, math.inf):
         what = "only noise" if noise.noise_scale else "no noise"
+        least = (
+            "" if noise.basis is None else f": a noise scale of {noise.basis:.3g} samples or more (90%), to go by here"
+        )
         return [
-            f"What helps training: {noise.windows} windows of {noise.batch} samples showed {what}; measure over more "
-            "windows (noise_windows), or with a larger largest_micro_batch."
+            f"What helps training: {noise.windows} windows of {noise.batch} samples showed {what}{least}; measure over "
+            "more windows (noise_windows), or with a larger largest_micro_batch."
         ]
     high = "unbounded" if math.isinf(noise.high) else f"{noise.high:.3g}"
     reasons = [
@@ -381,6 +345,10 @@ def _ranks(plan: Plan) -> list[str]:
         f"{format_bytes(plan.gradient_bytes)} of gradients per step, and memory on several ranks has that much for the "
         "buckets of DistributedDataParallel, where the model was not wrapped yet."
     ]
+
+
+def _way(plan: Plan) -> Split:
+    return Split(plan.choice.ranks, plan.choice.micro_batch, plan.choice.accumulation_steps)
 
 
 def _count(ranks: int) -> str:

@@ -219,3 +219,41 @@ def split_by_size(target: int, ranks: int, largest: int) -> Split:
 def _ways(target: int, ranks: int, sizes: Sequence[int]) -> list[Split]:
     """Return the split with each micro-batch that comes nearest to an effective batch."""
     return [Split(ranks, size, max(1, round(target / ranks / size))) for size in sizes]
+
+
+def fast_reason(way: Split, speeds: Sequence[Speed], knee: int) -> str:
+    """Return in words what is fast, and why a way's micro-batch is not the knee where it is another."""
+    by_size = {speed.micro_batch: speed.limit_per_second for speed in speeds}
+    best = max(by_size, key=lambda size: by_size[size])
+    is_alone = way.accumulation_steps == 1
+    if way.micro_batch == knee:
+        taken = "that micro-batch"
+    elif way.micro_batch > knee:
+        why = "needs no accumulation" if is_alone else f"is the next that makes {way.effective_batch}"
+        taken = f"{way.micro_batch}, which {why}"
+    else:
+        why = f"no micro-batch from {knee} on makes an effective batch of {way.effective_batch}"
+        if is_alone:
+            why = f"an effective batch of {way.effective_batch} has no more samples for each rank"
+        taken = f"{way.micro_batch}, at {by_size[way.micro_batch] / by_size[best]:.0%} of the best speed, because {why}"
+    return (
+        f"What is fast: {by_size[knee]:.3g} samples per second with a micro-batch of {knee}, the smallest within 5% of "
+        f"the best ({by_size[best]:.3g} with {best}), without the time of steps. Beyond it, more memory buys little. "
+        f"The plan takes {taken}."
+    )
+
+
+def accumulation_reason(way: Split, speeds: Sequence[Speed]) -> str:
+    """Return in words what accumulation costs."""
+    own = next(speed for speed in speeds if speed.micro_batch == way.micro_batch)
+    window = own.window_seconds(way.accumulation_steps)
+    reason = (
+        f"Cost of accumulation: a window of {way.accumulation_steps} micro-batches takes {window:.3g} s, of which "
+        f"the optimizer's step is {100 * own.step_seconds / window:.1f}%"
+    )
+    largest = speeds[-1]
+    if largest.micro_batch != way.micro_batch:
+        per_rank = way.micro_batch * way.accumulation_steps
+        other = largest.window_seconds(1) * per_rank / largest.micro_batch
+        reason += f"; in micro-batches of {largest.micro_batch} the same samples would take about {other:.3g} s"
+    return reason + "."

@@ -272,7 +272,9 @@ def try_windows(
                     raise
                 failure = error
         preserved.rewind()
-    own = None if failure is None else describe(failure)
+    own = None
+    if failure is not None:
+        own = str(failure) if is_making else describe(failure.__cause__ or failure)
     outcomes = preserved.ranks.gathered((fits and meter.peak_bytes <= limit_bytes, meter.peak_bytes, own))
     all_fit, peaks, problems = zip(*outcomes, strict=True)
     if failure is not None and not is_making and any(problem != own for problem in problems):
