@@ -56,7 +56,7 @@ class Noise:
 
     @property
     def basis(self) -> float | None:
-        """What to choose by: the noise scale, or its interval's lower end where it is infinite; None: they say nothing."""
+        """The noise scale to choose by: its interval's lower end where it is infinite, None where both say nothing."""
         known = [value for value in (self.noise_scale, self.low) if 0 < value < math.inf]
         return known[0] if known else None
 

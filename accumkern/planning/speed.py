@@ -183,8 +183,8 @@ def split(target: int, ranks: int, sizes: Sequence[int], rate: Rate) -> Split:
     """Return how to make an effective batch of ``target`` samples, exactly if that is not much slower than nearly.
 
     Where the exact ways have less than 80% of the speed of one within 10% of the target, or there is none, it is the
-    nearest. Of several it is one whose micro-batch is about as fast as any (:func:`as_fast`), or else one within 5% of
-    the fastest: the one without accumulation if it is among them, or else the one with the smallest micro-batch.
+    nearest. Of several it is one whose micro-batch is about as fast as any (:func:`as_fast`): the one without
+    accumulation if it is among them, or else the one with the smallest micro-batch. If none is, it is the fastest.
 
     Args:
         target: the effective batch, over all ranks.
@@ -192,16 +192,14 @@ def split(target: int, ranks: int, sizes: Sequence[int], rate: Rate) -> Split:
         sizes: micro-batches to choose from.
         rate: samples per second of a rank.
     """
-    ways = _ways(target, ranks, sizes)
-    speeds = {way: way.samples_per_second(rate) for way in ways if abs(way.effective_batch - target) <= _NEAR * target}
-    if not speeds:  # fewer samples than ranks
-        return Split(ranks, min(sizes), 1)
-    good = [way for way in speeds if speeds[way] >= _MUCH_SLOWER * max(speeds.values())]
-    distance = min(abs(way.effective_batch - target) for way in good)
-    nearest = [way for way in speeds if abs(way.effective_batch - target) == distance]
-    fast, best = as_fast(sizes, rate), max(speeds[way] for way in nearest)
-    choices = [way for way in nearest if way.micro_batch in fast]
-    choices = choices or [way for way in nearest if speeds[way] >= _SAME_SPEED * best]
+    speeds = {way: way.samples_per_second(rate) for way in _ways(target, ranks, sizes)}
+    distances = {way: abs(way.effective_batch - target) for way in speeds}
+    near = [way for way in speeds if distances[way] <= max(_NEAR * target, min(distances.values()))]
+    best = max(speeds[way] for way in near)
+    distance = min(distances[way] for way in near if speeds[way] >= _MUCH_SLOWER * best)
+    nearest = [way for way in near if distances[way] == distance]
+    fast = as_fast(sizes, rate)
+    choices = [way for way in nearest if way.micro_batch in fast] or [max(nearest, key=lambda way: speeds[way])]
     return min(choices, key=lambda way: (way.accumulation_steps > 1, way.micro_batch))
 
 
