@@ -49,7 +49,7 @@ CPU = torch.device("cpu")
 KB = 1000
 
 
-# ---- memory ------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_held_memory_counts_every_piece_once() -> None:
     assert storage_bytes(held_tensors(both, setup.optimizer)) == params + 2 * 16 * 64
 
 
-# ---- everything put back -----------------------------------------------------------------------------------------
+# ---- everything put back -------------------------------------------------------------------------------------------
 
 
 def adagrad() -> Setup:
@@ -248,7 +248,7 @@ def test_what_was_cut_off_is_there_after_a_plan(measure: bool) -> None:
             assert all(torch.equal(accumulator.master_weight(p), w) for p, w in zip(of_plan, weights, strict=True))
 
 
-# ---- what fits ---------------------------------------------------------------------------------------------------
+# ---- what fits -----------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 300), st.integers(1, 300))
@@ -383,3 +383,156 @@ def test_the_longest_batch_is_what_is_tried() -> None:
     setup = hungry()._replace(make_batch=lambda size: torch.ones(size, 1))
     tall = setup._replace(longest_batch=lambda size: torch.ones(size, 25 * KB))
     assert fit_of(setup, 10**9, at_most=1).verified.peak_bytes < fit_of(tall, 10**9, at_most=1).verified.peak_bytes
+
+
+# ---- the smallest that trains, and data that ends ------------------------------------------------------------------
+
+
+def batch_norm() -> Setup:
+    """Return a model whose BatchNorm has one value per channel and sample, as a ResNet's has on small images."""
+    model = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    return Setup(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda size: torch.randn(size, 16),
+        lambda model, batch: model(batch).square().mean(),
+    )
+
+
+def needs(least: int, tried: list[int] | None = None) -> Setup:
+    """Return a setup that fewer samples than ``least`` do not train."""
+    setup = hungry()
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        if tried is not None:
+            tried.append(batch.shape[0])
+        if batch.shape[0] < least:
+            raise ZeroDivisionError(f"not of {batch.shape[0]}")
+        return setup.loss(model, batch)
+
+    return setup._replace(loss=loss)
+
+
+def test_where_one_sample_is_too_few_for_batchnorm_nothing_smaller_than_two_is_tried() -> None:
+    sizes = set()
+
+    def setup() -> Setup:
+        made = batch_norm()
+
+        def loss(model: nn.Module, batch: Tensor) -> Tensor:
+            sizes.add(batch.shape[0])
+            return made.loss(model, batch)
+
+        return made._replace(loss=loss)
+
+    plan = accumkern.plan(setup, effective_batch=16, largest_micro_batch=6, noise_windows=4)
+    assert plan.fit is not None
+    assert (plan.fit.smallest, plan.fit.micro_batch) == (2, 6)
+    assert min(speed.micro_batch for speed in plan.speeds) == 2
+    assert all(choice.micro_batch >= 2 for choice in plan.by_ranks)
+    assert plan.prediction_problem is None
+    assert "Smallest micro-batch: 2 samples. With one less the script raises an error (ValueError: Expected" in str(
+        plan
+    )
+    assert sizes >= {1, 2, 4, 6}
+
+
+@pytest.mark.parametrize(("least", "at_most"), [(2, 2), (3, 7), (8, 64)])
+def test_the_smallest_that_trains_is_found(least: int, at_most: int) -> None:
+    found = fit_of(needs(least), 10**9, at_most)
+    assert (found.smallest, found.micro_batch, found.is_limited_by_memory) == (least, at_most, False)
+    assert found.smallest_problem == f"ZeroDivisionError: not of {least - 1}"
+    assert min(trial.micro_batch for trial in found.trials) == least
+    assert all(trial.problem is None for trial in found.trials)
+
+
+@pytest.mark.parametrize(("least", "at_most", "last"), [(9, 64, 8), (3, 2, 2)], ids=["never", "not up to the target"])
+def test_an_error_of_every_size_is_raised_as_that_of_one_sample(least: int, at_most: int, last: int) -> None:
+    tried: list[int] = []
+    with pytest.raises(RuntimeError, match=r"loss of setup\(\) raised ZeroDivisionError: not of 1$") as raised:
+        fit_of(needs(least, tried), 10**9, at_most)
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+    assert tried == [*range(1, last + 1), 1]
+
+
+def test_an_error_of_larger_sizes_alone_is_raised_at_once() -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        if batch.shape[0] == 4:
+            raise ZeroDivisionError("of four")
+        return model(batch)
+
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: of four"):
+        fit_of(hungry(loss), 10**9)
+
+
+def test_the_smallest_that_trains_may_not_fit() -> None:
+    with pytest.raises(
+        RuntimeError, match="no micro-batch fits: 3 samples, the fewest that train, need more than 800 kB"
+    ):
+        fit_of(needs(3), 800 * KB)
+
+
+def sampled(size: int) -> Tensor:
+    return torch.stack(random.sample(list(torch.ones(13, 16)), size))
+
+
+def indexed(size: int) -> Tensor:
+    return torch.stack([torch.ones(13, 16)[i] for i in range(size)])
+
+
+def cut(size: int) -> Tensor:
+    return torch.ones(13, 16)[:size]
+
+
+def loaded(size: int) -> Tensor:
+    return next(iter(torch.utils.data.DataLoader(torch.ones(13, 16), batch_size=size, drop_last=True)))
+
+
+@pytest.mark.parametrize("at_most", [13, 14, 64])
+@pytest.mark.parametrize(
+    ("maker", "problem"),
+    [
+        (sampled, "make_batch(14) of setup() raised ValueError: Sample larger than population"),
+        (indexed, "make_batch(14) of setup() raised IndexError"),
+        (
+            cut,
+            "make_batch(14) of setup() made tensors of shape (13, 16); the first dimension of one of them must be 14",
+        ),
+        (loaded, "make_batch(14) of setup() raised StopIteration"),
+    ],
+    ids=["random.sample", "index", "slice", "DataLoader"],
+)
+def test_the_data_may_be_the_limit(maker: Callable[[int], Tensor], problem: str, at_most: int) -> None:
+    setup = mlp(torch.float32)._replace(make_batch=maker)
+    found = fit_of(setup, 10**9, at_most)
+    assert (found.micro_batch, found.is_limited_by_memory) == (13, False)
+    if at_most == 13:
+        assert found.data_problem is None
+    else:
+        assert str(found.data_problem).startswith(problem)
+        assert "let make_batch draw with replacement, or give a smaller largest_micro_batch" in str(found.data_problem)
+
+
+def test_a_plan_says_that_the_data_is_the_limit() -> None:
+    plan = accumkern.plan(lambda: mlp(torch.float32)._replace(make_batch=sampled), effective_batch=52, noise_windows=0)
+    assert plan.largest_micro_batch == 13
+    assert "memory is not the limit. A micro-batch of 13 samples, the largest that there is data for, fits" in str(plan)
+    assert "Data: it is the limit. make_batch(14) of setup() raised ValueError: Sample larger than" in str(plan)
+
+
+def test_memory_counts_before_data() -> None:
+    found = fit_of(hungry()._replace(make_batch=lambda size: torch.randn(min(size, 20), 25000)), 4000 * KB)
+    assert found.micro_batch < 13
+    assert (found.is_limited_by_memory, found.data_problem) == (True, None)
+
+
+def test_data_that_comes_to_an_end_is_named() -> None:
+    left = 100
+
+    def make(size: int) -> Tensor:
+        nonlocal left
+        left -= size
+        return torch.ones(size if left >= 0 else 0, 16)
+
+    with pytest.raises(ValueError, match=r"or they have come to an end, let make_batch draw with replacement"):
+        accumkern.plan(lambda: mlp(torch.float32)._replace(make_batch=make), effective_batch=4, noise_windows=8)
