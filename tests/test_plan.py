@@ -66,6 +66,11 @@ def frozen() -> Setup:
     return setup
 
 
+def needing_a_closure() -> Setup:
+    setup = mlp()
+    return setup._replace(optimizer=torch.optim.LBFGS(setup.model.parameters()))
+
+
 @pytest.mark.parametrize(
     ("returned", "error", "message"),
     [
@@ -80,6 +85,11 @@ def frozen() -> Setup:
         (lambda: changed(optimizer=0.1), TypeError, "optimizer of setup() is a float"),
         (lambda: changed(make_batch=torch.zeros(3)), TypeError, "make_batch of setup() is a Tensor"),
         (lambda: changed(loss=None), TypeError, "loss of setup() is a NoneType; it must be a function"),
+        (
+            needing_a_closure,
+            TypeError,
+            "optimizer of setup() is a LBFGS, whose step() needs closure; memory and",
+        ),
         (lambda: changed(longest_batch=3), TypeError, "longest_batch of setup() is a int"),
         (lambda: changed(tokens_per_sample="64"), TypeError, "tokens_per_sample of setup() is a str"),
         (lambda: changed(tokens_per_sample=-1), ValueError, "tokens_per_sample of setup() is -1"),
@@ -378,10 +388,14 @@ def test_masters_follow_the_dtypes(dtypes: list[torch.dtype], asked: str | None,
     assert choose_masters(setup, asked) is None  # what is frozen is not stepped
 
 
-def test_a_plan_of_a_gpt() -> None:
+def test_a_plan_of_a_gpt(clock: Clock) -> None:
     told = []
     plan = accumkern.plan(
-        gpt, effective_batch=24, memory="4 MB", noise_windows=8, progress=lambda stage, detail: told.append(stage)
+        lambda: clock.pass_with(gpt()),
+        effective_batch=24,
+        memory="4 MB",
+        noise_windows=8,
+        progress=lambda stage, detail: told.append(stage),
     )
     choice = plan.choice
     assert choice.micro_batch * choice.accumulation_steps == choice.effective_batch == 24
@@ -465,12 +479,12 @@ def test_all_that_is_measured_steps_what_will_be_stepped(master_weights: str | N
     assert stages["the plan"] == {(dtype, is_attached)}
 
 
-def test_batchnorm_gets_a_warning() -> None:
-    plan = accumkern.plan(conv, effective_batch=8, largest_micro_batch=2, noise_windows=0)
+def test_batchnorm_gets_a_warning(clock: Clock) -> None:
+    plan = accumkern.plan(lambda: clock.pass_with(conv()), effective_batch=8, largest_micro_batch=2, noise_windows=0)
     assert len(plan.warnings) == 1
     assert "BatchNorm (layers.1)" in plan.warnings[0]
-    assert "statistics are those of a micro-batch of" in plan.warnings[0]
-    assert not accumkern.plan(mlp, effective_batch=1, noise_windows=0).warnings
+    assert "statistics are those of a micro-batch of 2" in plan.warnings[0]
+    assert not accumkern.plan(lambda: clock.pass_with(mlp()), effective_batch=1, noise_windows=0).warnings
 
 
 @pytest.mark.parametrize(
@@ -486,6 +500,13 @@ def test_batchnorm_gets_a_warning() -> None:
         ({"master_weights": True}, TypeError, "master_weights is a bool; it must be one of auto, split24, split32"),
         ({"noise_windows": 2}, ValueError, "noise_windows is 2; it must be at least 4, or 0"),
         ({"largest_micro_batch": -1}, ValueError, "largest_micro_batch is -1"),
+        (
+            {"effective_batch": 10**10},
+            ValueError,
+            "effective_batch is 10000000000; it must be an int of at least 1, a",
+        ),
+        ({"largest_micro_batch": 10**10}, ValueError, "and of at most 1048576: nothing gets faster by running more at"),
+        ({"noise_windows": 10**10}, ValueError, "at most 10000: each trains 8 micro-batches, and 10000 are a training"),
         ({"memory": "1 kB"}, ValueError, "less than what the model and its optimizer hold already"),
     ],
 )

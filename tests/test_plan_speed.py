@@ -1,6 +1,11 @@
 """What is fast, what helps training, and whether the machine was busy."""
 
+import itertools
 import math
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,17 +23,16 @@ from torch import Tensor, nn
 
 import accumkern
 from accumkern.noise_scale import Estimate
+from accumkern.planning.busy import busy_warnings
 from accumkern.planning.noise import interval, measure_noise, samples_factor, steps_factor
-from accumkern.planning.protocol import (
-    Setup,
-)
-from accumkern.planning.speed import measure_speed
+from accumkern.planning.protocol import Setup
+from accumkern.planning.speed import Speed, measure_speed, measure_speeds, sizes_to_time
 from accumkern.planning.trial import Preserved
 
 pytestmark = pytest.mark.usefixtures("one_thread", "old_objects_aside", "short_timings")
 
 
-# ---- what is fast, what helps training ---------------------------------------------------------------------------
+# ---- what is fast, what helps training -----------------------------------------------------------------------------
 
 
 def test_speed_is_measured_and_nothing_is_left() -> None:
@@ -87,3 +91,106 @@ def test_the_factors_of_the_paper() -> None:
     assert samples_factor(5, 0) == math.inf
     # (samples / least - 1) (steps / least - 1) = 1, equation 2.11
     assert (samples_factor(7, 30) - 1) * (steps_factor(7, 30) - 1) == pytest.approx(1)
+
+
+# ---- a busy machine ------------------------------------------------------------------------------------------------
+
+
+def speeds_of(setup: Setup, sizes: list[int], needed: list[int] | None = None) -> list[Speed]:
+    with Preserved(setup) as preserved:
+        return measure_speeds(preserved, sizes, lambda speed: None, needed or [])
+
+
+def bursts(until: dict[int, int], factor: float = 40.0) -> Callable[[int], float]:
+    """Return how much longer a micro-batch takes: ``factor`` for the first so many of a size."""
+    left = dict(until)
+
+    def of(size: int) -> float:
+        left[size] = left.get(size, 0) - 1
+        return factor if left[size] >= 0 else 1.0
+
+    return of
+
+
+def idle(size: int) -> float:
+    return 0.005 + 0.001 * size
+
+
+def test_sizes_are_timed_until_nothing_is_gained_and_what_is_needed_always(clock: Clock) -> None:
+    sizes = sizes_to_time(48, [48, 24, 12, 100], 2)
+    assert sizes == [2, 4, 8, 12, 16, 24, 32, 48]
+    assert sizes_to_time(6, []) == [1, 2, 4, 6]
+    assert sizes_to_time(20, [30]) == [1, 2, 4, 6, 8, 10, 15, 16, 20]  # 6, 10 and 15 divide it
+    clock.factor = lambda size: size / idle(size)  # a second for each sample, whatever the size
+    assert [speed.micro_batch for speed in speeds_of(clock.pass_with(mlp()), sizes, [24, 48])] == [2, 4, 8, 24, 48]
+
+
+@pytest.mark.parametrize("size", [2, 8, 16], ids=["at first", "in the middle", "at last"])
+def test_a_size_that_stands_out_is_timed_again(clock: Clock, size: int) -> None:
+    clock.factor = bursts({size: 6})  # all that is timed at first
+    speeds = speeds_of(clock.pass_with(mlp()), [1, 2, 4, 8, 16])
+    assert [speed.micro_batch for speed in speeds] == [1, 2, 4, 8, 16]
+    assert [speed.seconds for speed in speeds] == pytest.approx([idle(speed.micro_batch) for speed in speeds])
+
+
+def test_where_windows_differ_more_are_timed(clock: Clock) -> None:
+    setup = clock.pass_with(mlp())
+
+    def timed() -> tuple[Speed, int]:
+        losses = 0
+
+        def loss(model: nn.Module, batch: Tensor) -> Tensor:
+            nonlocal losses
+            losses += 1
+            return setup.loss(model, batch)
+
+        with Preserved(setup) as preserved:
+            preserved.setup = setup._replace(loss=loss)
+            return measure_speed(preserved, 4), losses
+
+    speed, losses = timed()
+    assert (speed.spread, losses) == (pytest.approx(1.0), 2 * 3)  # one window to warm up, and two
+    clock.factor = bursts({4: 5}, 10.0)  # all of the first, three of four after it
+    speed, losses = timed()
+    assert losses > 2 * 3
+    assert speed.spread > 2
+    assert speed.seconds == pytest.approx(idle(4))  # the median is of those that were not disturbed
+
+
+def test_an_idle_machine_gets_no_warning_and_a_busy_one_is_told_what_was_seen(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warnings() -> tuple[str, ...]:
+        return accumkern.plan(
+            lambda: clock.pass_with(mlp()), effective_batch=4, noise_windows=0, largest_micro_batch=4
+        ).warnings
+
+    assert warnings() == ()
+    clock.cores = 0.25
+    (warning,) = warnings()
+    assert warning.startswith("the machine seems to have been busy with other things while speed was measured: with mi")
+    assert "this process had 0.25 of a core (unless the loss waits for something, such as a disk)" in warning
+    clock.cores = 4.0
+    assert warnings() == ()
+    monkeypatch.setattr(os, "getloadavg", lambda: (9.5, 1.0, 1.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    (warning,) = warnings()
+    assert "the load before was 9.5 processes on 2 cores" in warning
+    monkeypatch.setattr(os, "getloadavg", lambda: (2.5, 9.0, 9.0))
+    assert warnings() == ()
+    calls = itertools.count()
+    clock.factor = lambda size: 30.0 if next(calls) % 4 == 0 else 1.0
+    (warning,) = warnings()
+    assert "took 30 times as long as others (unless samples differ in length: see longest_batch)" in warning
+
+
+def test_on_a_gpu_only_uneven_times_count() -> None:
+    calm, starved, uneven = Speed(1, 1.0, 1.0), Speed(2, 1.0, 1.0, 1.1, 0.01), Speed(4, 1.0, 1.0, 3.0, 0.01)
+    cpu, load = mlp(), (99.0, 2)
+    gpu: Any = SimpleNamespace(device=torch.device("cuda"), longest_batch=None)
+    assert busy_warnings(gpu, [calm, starved], load) == []
+    (warning,) = busy_warnings(gpu, [calm, starved, uneven], load)
+    assert "measured: some micro-batches of 4 took 3 times as long as others (unless samples differ in" in warning
+    assert busy_warnings(cpu._replace(longest_batch=cpu.make_batch), [uneven], (0.0, 2))[0].count("took") == 0
+    assert len(busy_warnings(cpu, [calm, starved], (0.0, 2))) == 1
+    assert busy_warnings(cpu, [calm], (0.0, 2)) == []

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import torch
-
-from accumkern.planning.speed import Speed
+from accumkern.planning.protocol import Setup
+from accumkern.planning.speed import UNEVEN, Speed
 
 _BUSY_LOAD = 1.5  # processes that want to run, per core
-_UNEVEN = 2.0  # the time of one micro-batch in ten, over the median
 _STARVED = 0.7  # of a core
 
 
@@ -19,20 +17,20 @@ def load() -> tuple[float, int]:
     return os.getloadavg()[0], os.cpu_count() or 1
 
 
-def busy_warnings(device: torch.device, speeds: Sequence[Speed], load_before: tuple[float, int]) -> list[str]:
+def busy_warnings(setup: Setup, speeds: Sequence[Speed], load_before: tuple[float, int]) -> list[str]:
     """Return a warning where others seem to have used the device while ``speeds`` were measured, with what was seen.
 
-    On a GPU it is only that times of equal micro-batches differ; on the CPU also that the process had less than a core,
-    or that the load was high before anything was measured.
+    On a GPU it is only that times of equal micro-batches differ, where the setup does not say that samples do; on the
+    CPU also that the process had less than a core, or that the load was high before anything was measured.
     """
     seen = []
     uneven = max(speeds, key=lambda speed: speed.spread)
-    if uneven.spread > _UNEVEN:
+    if uneven.spread > UNEVEN and setup.longest_batch is None:
         seen.append(
-            f"of equal micro-batches of {uneven.micro_batch}, one in ten took {uneven.spread:.2g} times the median or "
-            "more"
+            f"some micro-batches of {uneven.micro_batch} took {uneven.spread:.2g} times as long as others (unless "
+            "samples differ in length: see longest_batch)"
         )
-    if device.type == "cpu":
+    if setup.device.type == "cpu":
         processes, cores = load_before
         starved = min(speeds, key=lambda speed: speed.cpu_seconds)
         if starved.cpu_seconds < _STARVED:

@@ -216,7 +216,7 @@ def _measured_plan(
         noise=noise,
         batches=costs(way, sizes, rate, noise),
         machine=machine_of(setup.device),
-        warnings=busy_warnings(setup.device, speeds, load_before),
+        warnings=busy_warnings(setup, speeds, load_before),
     )
 
 

@@ -15,7 +15,7 @@ LEAST_SECONDS = 0.25  # to time a size for
 _MICRO_BATCHES = 2  # in a window
 _LEAST_WINDOWS = 2
 _MOST_WINDOWS = 25
-_UNEVEN = 2.0  # over the median, of one micro-batch in ten: others use the machine
+UNEVEN = 2.0  # times, of equal micro-batches: others use the machine
 _LONGER = 4  # is then timed
 _STANDS_OUT = 1.25  # over the time of a larger micro-batch, or of a smaller one for as many samples: is timed again
 _GAIN = 1.02  # below it, a larger micro-batch brings nothing
@@ -34,7 +34,7 @@ class Speed:
         micro_batch: samples in it.
         seconds: median of forward, backward and accumulation of one micro-batch that is there already.
         step_seconds: median of the optimizer's step, with ``zero_grad``.
-        spread: of the micro-batches, the one that nine in ten are faster than, over the median.
+        spread: of the micro-batches, the time that nine in ten are within, over that of one in ten.
         cpu_seconds: of the process, per second that was timed: how many cores it had.
     """
 
@@ -77,7 +77,7 @@ def measure_speed(preserved: Preserved, micro_batch: int) -> Speed:
                 continue
             times += seconds
             step_times.append(step_seconds)
-            longer = _LONGER if _spread(times) > _UNEVEN else 1
+            longer = _LONGER if _spread(times) > UNEVEN else 1
             is_enough = len(step_times) >= longer * _LEAST_WINDOWS and sum(times) >= longer * LEAST_SECONDS
             if all(ranks.gathered(is_enough)):
                 break
@@ -94,8 +94,9 @@ def measure_speed(preserved: Preserved, micro_batch: int) -> Speed:
 
 
 def _spread(times: Sequence[float]) -> float:
-    """Return the time that nine in ten are not above, over the median."""
-    return sorted(times)[math.ceil(0.9 * len(times)) - 1] / statistics.median(times)
+    """Return the time that nine in ten are within, over that which one in ten is within."""
+    most, least = (sorted(times)[math.ceil(part * len(times)) - 1] for part in (0.9, 0.1))
+    return most / least
 
 
 def sizes_to_time(most: int, batches: Sequence[int], least: int = 1) -> list[int]:
