@@ -60,19 +60,25 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self.seconds, self.of_step, self.cores = 0.0, 0.005, 1.0
+        self.seconds, self.cpu_seconds = 0.0, 0.0
+        self.of_step, self.cores = 0.005, 1.0
         self.factor: Callable[[int], float] = lambda size: 1.0
+
+    def take(self, seconds: float) -> None:
+        """Let time pass."""
+        self.seconds += seconds
+        self.cpu_seconds += self.cores * seconds
 
     def pass_with(self, setup: Setup) -> Setup:
         """Let time pass in a setup's losses and steps."""
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
             size = tree_leaves(batch)[0].shape[0]
-            self.seconds += (0.005 + 0.001 * size) * self.factor(size)
+            self.take((0.005 + 0.001 * size) * self.factor(size))
             return setup.loss(model, batch)
 
         def step(*_: Any) -> None:
-            self.seconds += self.of_step
+            self.take(self.of_step)
 
         setup.optimizer.register_step_post_hook(step)
         return setup._replace(loss=loss)
@@ -83,7 +89,7 @@ def clock_of_the_test(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Tell time by a clock of the test's, on a machine that is idle."""
     made = Clock()
     monkeypatch.setattr(trial, "now", lambda setup: made.seconds)
-    monkeypatch.setattr(trial, "cpu_now", lambda: made.cores * made.seconds)
+    monkeypatch.setattr(trial, "cpu_now", lambda: made.cpu_seconds)
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     return made
 

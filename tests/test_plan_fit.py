@@ -536,3 +536,9 @@ def test_data_that_comes_to_an_end_is_named() -> None:
 
     with pytest.raises(ValueError, match=r"or they have come to an end, let make_batch draw with replacement"):
         accumkern.plan(lambda: mlp(torch.float32)._replace(make_batch=make), effective_batch=4, noise_windows=8)
+
+
+def test_the_noise_scale_is_not_measured_with_fewer_than_train() -> None:
+    plan = accumkern.plan(lambda: needs(6), effective_batch=12, largest_micro_batch=6, noise_windows=4)
+    assert plan.noise is not None
+    assert plan.noise.batch == 8 * 6

@@ -125,7 +125,7 @@ def test_sizes_are_timed_until_nothing_is_gained_and_what_is_needed_always(clock
     assert [speed.micro_batch for speed in speeds_of(clock.pass_with(mlp()), sizes, [24, 48])] == [2, 4, 8, 24, 48]
 
 
-@pytest.mark.parametrize("size", [2, 8, 16], ids=["at first", "in the middle", "at last"])
+@pytest.mark.parametrize("size", [1, 8, 16], ids=["at first", "in the middle", "at last"])
 def test_a_size_that_stands_out_is_timed_again(clock: Clock, size: int) -> None:
     clock.factor = bursts({size: 6})  # all that is timed at first
     speeds = speeds_of(clock.pass_with(mlp()), [1, 2, 4, 8, 16])
@@ -155,6 +155,18 @@ def test_where_windows_differ_more_are_timed(clock: Clock) -> None:
     assert losses > 2 * 3
     assert speed.spread > 2
     assert speed.seconds == pytest.approx(idle(4))  # the median is of those that were not disturbed
+
+
+def test_what_a_first_window_waits_for_is_not_counted(clock: Clock) -> None:
+    setup = clock.pass_with(mlp())
+    losses = itertools.count()
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        clock.cores = 0.0 if next(losses) < 2 else 1.0
+        return setup.loss(model, batch)
+
+    with Preserved(setup._replace(loss=loss)) as preserved:
+        assert measure_speed(preserved, 4).cpu_seconds == pytest.approx(1.0)
 
 
 def test_an_idle_machine_gets_no_warning_and_a_busy_one_is_told_what_was_seen(

@@ -71,9 +71,9 @@ def measure_speed(preserved: Preserved, micro_batch: int) -> Speed:
     with accumulation(setup, preserved.buffer, _MICRO_BATCHES, preserved.master_weights) as accumulator:
         for window in range(1 + _MOST_WINDOWS):
             batches = (make_batch(setup, micro_batch) for _ in range(_MICRO_BATCHES))
-            seconds, step_seconds = train_window(setup, batches, _MICRO_BATCHES, accumulator, watch)
+            counted = None if window == 0 else watch
+            seconds, step_seconds = train_window(setup, batches, _MICRO_BATCHES, accumulator, counted)
             if window == 0:
-                watch = Stopwatch()
                 continue
             times += seconds
             step_times.append(step_seconds)
