@@ -168,6 +168,23 @@ def test_wrong_losses_are_named(loss: Any, error: type[Exception], message: str)
     assert message in str(raised.value)
 
 
+def test_a_step_that_raises_is_named() -> None:
+    class Sharp(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            assert closure is not None, "it requires a closure"
+            return super().step(closure)
+
+    def setup() -> Setup:
+        made = mlp(torch.float32)
+        return made._replace(optimizer=Sharp(made.model.parameters(), lr=0.1))
+
+    with pytest.raises(
+        RuntimeError, match=r"step\(\) of the optimizer of setup\(\) raised AssertionError: it req"
+    ) as raised:
+        accumkern.plan(setup, effective_batch=2)
+    assert str(raised.value).endswith("; it is called without arguments")
+
+
 def test_a_loss_without_the_model_is_named() -> None:
     with pytest.raises(ValueError, match=r"loss of setup\(\) gives no parameter of the optimizer a gradient"):
         accumkern.plan(lambda: changed(loss=lambda model, batch: torch.zeros((), requires_grad=True)))

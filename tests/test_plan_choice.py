@@ -188,6 +188,13 @@ def test_nothing_smaller_than_what_trains_is_useful() -> None:
     assert [batch.effective_batch for batch in costs(way, sizes, saturating, noise(1e-9))] == [2, 4, 8, 16]
 
 
+def test_what_is_looked_at_has_an_end() -> None:
+    way, sizes = Split(1, 2, 1), [2, 4, 8]
+    assert len(costs(way, sizes, saturating, noise(1e300))) == 64
+    assert useful_batches(1, sizes, saturating, [1e300])[1] == math.inf
+    assert best_batch(1, sizes, saturating, 1e300) < 2**24
+
+
 # ---- what the plan takes, and what it says -------------------------------------------------------------------------
 
 
@@ -248,7 +255,9 @@ def test_a_small_noise_scale_is_given_as_the_reason(clock: Clock, monkeypatch: p
     plan = accumkern.plan(lambda: clock.pass_with(mlp()), largest_micro_batch=6)
     assert rows(plan) == [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1)]
     assert (plan.choice.useful_low, plan.knee) == (1, 6)
-    assert "1 samples train in about the least time that speed and noise allow, by the model below: a l" in str(plan)
+    assert "One of 1 trains in about the least time that speed and noise allow, by the model below: a larger" in str(
+        plan
+    )
     assert "at 31% of the best speed, because an effective batch of 1 has no more samples for each rank" in str(plan)
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from accumkern.noise_scale import Estimate
 from accumkern.planning.precision import choose_buffer
-from accumkern.planning.protocol import make_batch
+from accumkern.planning.protocol import make_batch, step
 from accumkern.planning.speed import Rate, Split, knee, split
 from accumkern.planning.trial import Preserved, accumulate
 from accumkern.wiring import attach
@@ -90,7 +90,7 @@ def measure_noise(preserved: Preserved, micro_batch: int, windows: int) -> Noise
                     f"{losses[-1]:.3g}, and the loss or a gradient was not finite; lower the learning rate, check the "
                     "loss, or leave the noise scale out (noise_windows=0)"
                 )
-            setup.optimizer.step()
+            step(setup)
             setup.optimizer.zero_grad()
     preserved.rewind()
     estimates = [estimate for of_rank in preserved.ranks.gathered(estimates[windows // 2 :]) for estimate in of_rank]
@@ -218,3 +218,24 @@ def _times(ranks: int, sizes: Sequence[int], rate: Rate, noise_scale: float) -> 
 def _time(way: Split, rate: Rate, noise_scale: float) -> float:
     """Return the time to train: the samples needed, over the samples per second. Only ratios of it mean something."""
     return samples_factor(way.effective_batch, noise_scale) / way.samples_per_second(rate)
+
+
+def noise_reason(noise: Noise, batch: int) -> str:
+    """Return in words what the noise scale is, and what an effective batch costs by it."""
+    if noise.noise_scale in (0, math.inf):
+        what = "only noise" if noise.noise_scale else "no noise"
+        least = (
+            "" if noise.basis is None else f": a noise scale of {noise.basis:.3g} samples or more (90%), to go by here"
+        )
+        return (
+            f"What helps training: {noise.windows} windows of {noise.batch} samples showed {what}{least}; measure over "
+            "more windows (noise_windows), or with a larger largest_micro_batch."
+        )
+    high = "unbounded" if math.isinf(noise.high) else f"{noise.high:.3g}"
+    return (
+        f"What helps training: the gradient noise scale is {noise.noise_scale:.3g} samples (80% interval "
+        f"{noise.low:.3g} to {high}, from {noise.windows} windows, where the loss was about {noise.last_loss:.3g}). By "
+        f"its model an effective batch of {batch} needs {samples_factor(batch, noise.noise_scale):.2g} times as many "
+        f"samples as the smallest batches and {steps_factor(batch, noise.noise_scale):.2g} times as many steps as the "
+        "largest."
+    )

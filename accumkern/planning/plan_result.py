@@ -11,7 +11,7 @@ from typing import Any
 
 from accumkern.planning.fit import Fit, fit_reasons
 from accumkern.planning.memory import format_bytes
-from accumkern.planning.noise import Batch, Noise, samples_factor, steps_factor
+from accumkern.planning.noise import Batch, Noise, noise_reason
 from accumkern.planning.predict import Prediction
 from accumkern.planning.speed import Speed, Split, accumulation_reason, fast_reason
 
@@ -173,7 +173,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     if plan.fit is not None:
         yield from fit_reasons(plan.fit)
         yield (
-            f"Expected memory: a peak of {format_bytes(plan.choice.memory_bytes)}, measured over several windows with "
+            f"Expected memory: a peak of {format_bytes(plan.choice.memory_bytes)}, measured while it trained with "
             f"micro-batches of {plan.choice.micro_batch}."
         )
     if plan.prediction_error is not None:
@@ -204,7 +204,7 @@ def _target(plan: Plan) -> list[str]:
                 f"micro-batch on each rank, {which}, without accumulation."
             ]
         reason = (
-            f"Effective batch: none was asked for. {choice.effective_batch} samples train in about the least time that "
+            f"Effective batch: none was asked for. One of {choice.effective_batch} trains in about the least time that "
             "speed and noise allow, by the model below"
         )
         if plan.knee is not None and choice.micro_batch < plan.knee:
@@ -235,23 +235,9 @@ def _accumulation(plan: Plan) -> list[str]:
 def _noise(plan: Plan) -> list[str]:
     if plan.noise is None:
         return ["What helps training: the gradient noise scale was not measured."]
-    noise, batch = plan.noise, plan.choice.effective_batch
-    if noise.noise_scale in (0, math.inf):
-        what = "only noise" if noise.noise_scale else "no noise"
-        least = (
-            "" if noise.basis is None else f": a noise scale of {noise.basis:.3g} samples or more (90%), to go by here"
-        )
-        return [
-            f"What helps training: {noise.windows} windows of {noise.batch} samples showed {what}{least}; measure over "
-            "more windows (noise_windows), or with a larger largest_micro_batch."
-        ]
-    high = "unbounded" if math.isinf(noise.high) else f"{noise.high:.3g}"
-    reasons = [
-        f"What helps training: the gradient noise scale is {noise.noise_scale:.3g} samples (80% interval "
-        f"{noise.low:.3g} to {high}, from {noise.windows} windows, where the loss was about {noise.last_loss:.3g}). By "
-        f"its model an effective batch of {batch} needs {samples_factor(batch, noise.noise_scale):.2g} times the "
-        f"fewest samples and {steps_factor(batch, noise.noise_scale):.2g} times the fewest steps.",
-    ]
+    reasons = [noise_reason(plan.noise, plan.choice.effective_batch)]
+    if plan.noise.noise_scale in (0, math.inf):
+        return reasons
     low, most = plan.choice.useful_low, plan.choice.useful_high
     if low is not None and most is not None:
         upper = "no upper end in sight" if math.isinf(most) else f"to {most:.0f}"

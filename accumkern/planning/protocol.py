@@ -232,6 +232,15 @@ def compute_loss(setup: Setup, batch: Any) -> Tensor:
     return loss
 
 
+def step(setup: Setup) -> None:
+    """Step the setup's optimizer.
+
+    Raises:
+        RuntimeError: it raised an error of its own; running out of memory is passed on as it is.
+    """
+    _called("step() of the optimizer", setup.optimizer.step, advice="; it is called without arguments")
+
+
 def _called(name: str, function: Callable[..., Any], *arguments: Any, advice: str = "") -> Any:
     try:
         return function(*arguments)

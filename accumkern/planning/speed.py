@@ -237,8 +237,8 @@ def fast_reason(way: Split, speeds: Sequence[Speed], knee: int) -> str:
         taken = f"{way.micro_batch}, at {by_size[way.micro_batch] / by_size[best]:.0%} of the best speed, because {why}"
     return (
         f"What is fast: {by_size[knee]:.3g} samples per second with a micro-batch of {knee}, the smallest within 5% of "
-        f"the best ({by_size[best]:.3g} with {best}), without the time of steps. Beyond it, more memory buys little. "
-        f"The plan takes {taken}."
+        f"the best ({by_size[best]:.3g} with {best}), without the optimizer's step. Beyond it, more memory buys little."
+        f" The plan takes {taken}."
     )
 
 
@@ -247,8 +247,8 @@ def accumulation_reason(way: Split, speeds: Sequence[Speed]) -> str:
     own = next(speed for speed in speeds if speed.micro_batch == way.micro_batch)
     window = own.window_seconds(way.accumulation_steps)
     reason = (
-        f"Cost of accumulation: a window of {way.accumulation_steps} micro-batches takes {window:.3g} s, of which "
-        f"the optimizer's step is {100 * own.step_seconds / window:.1f}%"
+        f"Cost of accumulation: {way.accumulation_steps} micro-batches and a step take {window:.3g} s, of which "
+        f"the step is {100 * own.step_seconds / window:.1f}%"
     )
     largest = speeds[-1]
     if largest.micro_batch != way.micro_batch:

@@ -22,7 +22,7 @@ from accumkern.casting import set_cut_off_aside
 from accumkern.memory import storage_bytes
 from accumkern.planning.memory import MemoryMeter, held_tensors, is_out_of_memory
 from accumkern.planning.precision import accumulation
-from accumkern.planning.protocol import Setup, compute_loss, describe, make_batch
+from accumkern.planning.protocol import Setup, compute_loss, describe, make_batch, step
 from accumkern.planning.ranks import Ranks
 from accumkern.torch_private import tree_flatten, tree_unflatten
 
@@ -202,7 +202,7 @@ def train_window(
             "loss of setup() gives no parameter of the optimizer a gradient; compute it with the model that it is given"
         )
     watch.start(setup)
-    setup.optimizer.step()
+    step(setup)
     setup.optimizer.zero_grad()
     return seconds, watch.stop(setup)
 
