@@ -20,7 +20,7 @@ from torch import nn
 
 import accumkern
 from accumkern.planning import plan as plan_module
-from accumkern.planning.noise import Noise, best_batch, best_way, costs, useful_batches
+from accumkern.planning.noise import Noise, accumulation_pays, best_way, costs, useful_batches
 from accumkern.planning.plan_result import Plan
 from accumkern.planning.protocol import Setup
 from accumkern.planning.speed import Speed, Split, as_fast, fast_reason, knee, split, split_by_size
@@ -114,7 +114,7 @@ def test_a_slow_step_does_not_make_small_micro_batches_fast() -> None:
         (Split(1, 48, 2), "The plan takes 48, which is the next that makes 96."),
         (
             Split(2, 16, 1),
-            "16, at 96% of the best speed, because an effective batch of 32 has no more samples for each",
+            "16, at 95.6% of the best speed, because an effective batch of 32 has no more samples for each",
         ),
         (Split(1, 16, 3), "because no micro-batch from 32 on makes an effective batch of 48."),
     ],
@@ -148,9 +148,6 @@ def test_useful_batches_follow_the_noise_scale_and_the_ranks() -> None:
     assert useful_batches(1, sizes, saturating, [1000.0, 100000.0])[1] > high
     assert math.isinf(useful_batches(1, sizes, saturating, [1000.0, math.inf])[1])
     assert useful_batches(2, sizes, saturating, [0.0]) == (2, 2)
-    assert best_batch(1, sizes, saturating, 1e-9) == 1
-    assert best_batch(1, sizes, saturating, 0.0) == 1
-    assert best_batch(1, sizes, saturating, 4.0) < best_batch(1, sizes, saturating, 400.0)
 
 
 def noise(noise_scale: float, low: float = 0.0) -> Noise:
@@ -179,11 +176,29 @@ def test_without_a_target_the_noise_scale_decides_or_it_is_one_micro_batch_at_th
             assert (found.micro_batch, found.accumulation_steps) == way
 
 
+@pytest.mark.parametrize("noise_scale", [0.1, 3.0, 10.0, 30.0, 100.0, 300.0, 1e4])
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+@pytest.mark.parametrize("step_seconds", [0.0, 0.01, 1.0])
+def test_what_is_chosen_is_useful_and_accumulates_only_where_that_pays(
+    step_seconds: float, ranks: int, noise_scale: float
+) -> None:
+    def rate(micro_batch: int, accumulation_steps: float) -> float:
+        return Speed(micro_batch, 0.001 + 0.001 * micro_batch, step_seconds).samples_per_second(accumulation_steps)
+
+    sizes = [2, 4, 5, 8, 16, 20]
+    of = noise(noise_scale)
+    way = best_way(ranks, sizes, rate, of)
+    assert accumulation_pays(way, sizes, rate, of) is (True if way.accumulation_steps > 1 else None)
+    low, high = useful_batches(ranks, sizes, rate, [noise_scale])
+    assert low <= way.effective_batch <= high
+    assert low < high or noise_scale < 100
+
+
 def test_nothing_smaller_than_what_trains_is_useful() -> None:
     sizes = [2, 4, 8]
     assert useful_batches(4, sizes, saturating, [0.0]) == (8, 8)
     assert useful_batches(1, sizes, saturating, [1e-9])[0] == 2
-    assert best_batch(4, sizes, saturating, 1e-9) == 8
+    assert best_way(4, sizes, saturating, noise(1e-9)) == Split(4, 2, 1)
     way = Split(1, 2, 1)
     assert [batch.effective_batch for batch in costs(way, sizes, saturating, noise(1e-9))] == [2, 4, 8, 16]
 
@@ -192,7 +207,7 @@ def test_what_is_looked_at_has_an_end() -> None:
     way, sizes = Split(1, 2, 1), [2, 4, 8]
     assert len(costs(way, sizes, saturating, noise(1e300))) == 64
     assert useful_batches(1, sizes, saturating, [1e300])[1] == math.inf
-    assert best_batch(1, sizes, saturating, 1e300) < 2**24
+    assert best_way(1, sizes, saturating, noise(1e300)).effective_batch < 2**24
 
 
 # ---- what the plan takes, and what it says -------------------------------------------------------------------------
@@ -258,7 +273,7 @@ def test_a_small_noise_scale_is_given_as_the_reason(clock: Clock, monkeypatch: p
     assert "One of 1 trains in about the least time that speed and noise allow, by the model below: a larger" in str(
         plan
     )
-    assert "at 31% of the best speed, because an effective batch of 1 has no more samples for each rank" in str(plan)
+    assert "at 30.6% of the best speed, because an effective batch of 1 has no more samples for each rank" in str(plan)
 
 
 def test_accumulation_that_is_not_worth_it_is_called_so(clock: Clock) -> None:

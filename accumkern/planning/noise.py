@@ -136,34 +136,37 @@ def steps_factor(batch: float, noise_scale: float) -> float:
 def useful_batches(ranks: int, sizes: Sequence[int], rate: Rate, noise_scales: Sequence[float]) -> tuple[float, float]:
     """Return the least and the largest effective batch whose time to train is within 10% of the best.
 
-    Looked at are powers of two times the smallest micro-batch on each rank. With several noise scales, the range covers
-    that of each. It has no upper end, infinity, where the gradient was all noise.
+    With several noise scales, the range covers that of each. It has no upper end, infinity, where the gradient was all
+    noise.
     """
     low, high = math.inf, 0.0
+    ways = _ways(ranks, sizes, rate)
     for noise_scale in noise_scales:
         if noise_scale == 0:
             low, high = min(low, ranks * min(sizes)), max(high, ranks * min(sizes))
             continue
-        times = _times(ranks, sizes, rate, noise_scale)
-        useful = [batch for batch, time in times.items() if time <= _USEFUL * min(times.values())]
-        low, high = min(low, useful[0]), max(high, math.inf if useful[-1] == max(times) else useful[-1])
+        times = {way: _time(way, rate, noise_scale) for way in ways}
+        useful = [way for way in ways if times[way] <= _USEFUL * min(times.values())]
+        low = min(low, useful[0].effective_batch)
+        high = max(high, math.inf if useful[-1] is ways[-1] else useful[-1].effective_batch)
     return low, high
-
-
-def best_batch(ranks: int, sizes: Sequence[int], rate: Rate, noise_scale: float) -> int:
-    """Return the smallest effective batch whose time to train is within 5% of the best, of those looked at."""
-    times = _times(ranks, sizes, rate, noise_scale)
-    return next(batch for batch, time in times.items() if time * _SAME_TIME <= min(times.values()))
 
 
 def best_way(ranks: int, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> Split:
     """Return how to train where no effective batch was asked for: by the noise scale, if there is one to go by.
 
-    Or else it is one micro-batch on each rank, at the knee.
+    It is the smallest effective batch whose time to train is within 5% of the best; of one micro-batch, unless
+    accumulation brings 5%. Without a noise scale it is one micro-batch on each rank, at the knee.
     """
     if noise is None or noise.basis is None:
         return Split(ranks, knee(sizes, rate), 1)
-    return split(best_batch(ranks, sizes, rate, noise.basis), ranks, sizes, rate)
+    times = {way: _time(way, rate, noise.basis) for way in _ways(ranks, sizes, rate)}
+    best = min(times.values())
+    alone = {way: times[way] for way in times if way.accumulation_steps == 1}
+    least = min(alone.values())
+    if best > _SAME_TIME * least:
+        return next(way for way in alone if _SAME_TIME * alone[way] <= least)
+    return next(way for way in times if times[way] <= min(best / _SAME_TIME, _SAME_TIME * least))
 
 
 def accumulation_pays(way: Split, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> bool | None:
@@ -205,14 +208,19 @@ def costs(way: Split, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> 
     for noise_scale in (noise.noise_scale, noise.low, noise.high):
         times = [_time(way, rate, noise_scale) for way in ways]
         columns.append([time / min(times) for time in times])
-    return tuple(map(Batch, batches, [way.samples_per_second(rate) for way in ways], *columns))
+    speeds = [way.samples_per_second(rate) for way in ways]
+    return tuple(map(Batch, [way.effective_batch for way in ways], speeds, *columns))
 
 
-def _times(ranks: int, sizes: Sequence[int], rate: Rate, noise_scale: float) -> dict[int, float]:
-    """Return the times to train with effective batches, each twice the one before it, from small to large."""
+def _ways(ranks: int, sizes: Sequence[int], rate: Rate) -> list[Split]:
+    """Return the ways to train that are looked at, from small effective batches to large.
+
+    They are each micro-batch alone, and the smallest of them times 1, 2, 3, 4, 6, 8, 12 and so on, on each rank.
+    """
     least = ranks * min(sizes)
-    batches = [least * 2**i for i in range(int(math.log2(_MOST_BATCH / least)))]
-    return {batch: _time(split(batch, ranks, sizes, rate), rate, noise_scale) for batch in batches}
+    batches = [least * part * 2**i for i in range(int(math.log2(_MOST_BATCH / least))) for part in (1, 3)]
+    ways = {split(batch, ranks, sizes, rate) for batch in batches} | {Split(ranks, size, 1) for size in sizes}
+    return sorted(ways, key=lambda way: (way.effective_batch, way.accumulation_steps))
 
 
 def _time(way: Split, rate: Rate, noise_scale: float) -> float:

@@ -234,12 +234,18 @@ def fast_reason(way: Split, speeds: Sequence[Speed], knee: int) -> str:
         why = f"no micro-batch from {knee} on makes an effective batch of {way.effective_batch}"
         if is_alone:
             why = f"an effective batch of {way.effective_batch} has no more samples for each rank"
-        taken = f"{way.micro_batch}, at {by_size[way.micro_batch] / by_size[best]:.0%} of the best speed, because {why}"
+        taken = f"{way.micro_batch}, at {by_size[way.micro_batch] / by_size[best]:.1%} of the best speed, because {why}"
+    what = f"{_per_second(by_size[knee])} with a micro-batch of {knee}"
+    if knee == max(by_size):
+        return f"What is fast: {what}, the largest; none that is smaller is within 5% of it. The plan takes {taken}."
     return (
-        f"What is fast: {by_size[knee]:.3g} samples per second with a micro-batch of {knee}, the smallest within 5% of "
-        f"the best ({by_size[best]:.3g} with {best}), without the optimizer's step. Beyond it, more memory buys little."
-        f" The plan takes {taken}."
+        f"What is fast: {what}, the smallest within 5% of the best ({_per_second(by_size[best])} with {best}), without "
+        f"the optimizer's step. Beyond it, more memory buys little. The plan takes {taken}."
     )
+
+
+def _per_second(rate: float) -> str:
+    return f"{rate:,.0f} samples per second" if rate >= 100 else f"{rate:.3g} samples per second"
 
 
 def accumulation_reason(way: Split, speeds: Sequence[Speed]) -> str:
