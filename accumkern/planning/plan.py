@@ -141,7 +141,9 @@ def _measured_plan(
 
     def tell(trial: Trial) -> None:
         outcome = f"{format_bytes(trial.peak_bytes)}, {'fits' if trial.fits else 'does not fit'}"
-        progress("what fits", f"micro-batch {trial.micro_batch}: {trial.problem or outcome}")
+        if trial.problem is not None:
+            outcome = trial.problem.partition(";")[0]  # what follows is advice
+        progress("what fits", f"micro-batch {trial.micro_batch}: {outcome}")
 
     with ranks.phase("what fits"):
         fit = find_fit(preserved, allowed, at_most, tell)
@@ -178,7 +180,7 @@ def _measured_plan(
 
     with ranks.phase("the plan"):
         way = ranks.gathered(way_on(ranks.count, target))[0]
-        progress("the plan", f"micro-batch {way.micro_batch}, {way.accumulation_steps} accumulation steps")
+        progress("the plan", f"micro-batch {way.micro_batch}, accumulation steps {way.accumulation_steps}")
         verified = verify(preserved, way.micro_batch, way.accumulation_steps, allowed)
         if not verified.fits:
             raise RuntimeError(
