@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import accumkern
 from accumkern.noise_scale import Estimate
-from accumkern.planning.busy import busy_warnings
+from accumkern.planning.caveats import busy_warnings
 from accumkern.planning.noise import interval, measure_noise, samples_factor, steps_factor
 from accumkern.planning.protocol import Setup
 from accumkern.planning.speed import Speed, measure_speed, measure_speeds, sizes_to_time

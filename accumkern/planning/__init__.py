@@ -9,8 +9,8 @@ The road through the files, from the ground up; each imports only from those bef
     trial.py           windows trained before everything is put back
     fit.py             what fits: the smallest micro-batch that trains, and the largest
     speed.py           what is fast, and how to split an effective batch by it
-    busy.py            whether others used the machine meanwhile
     noise.py           what helps training: the gradient noise scale, and which effective batches it makes useful
+    options.py         how large the options may be; caveats.py: what a plan warns of
     predict.py         what would fit elsewhere, on fake tensors
     plan_result.py     what plan() returns, and its reasons in words; plan.py: all of this, and the decision
     sweep_result.py    what sweep() returns, and what follows; sweep.py: training at several effective batches

@@ -8,18 +8,17 @@ from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
-from accumkern.checks import integer
-from accumkern.planning.busy import busy_warnings, load
+from accumkern.planning.caveats import batch_norm_warnings, busy_warnings, load
 from accumkern.planning.fit import find_fit, largest, verify
 from accumkern.planning.memory import available_bytes, check_margin, format_bytes, interpolated, machine_of, parse_bytes
 from accumkern.planning.noise import (
-    WINDOW_MICRO_BATCHES,
     accumulation_pays,
     best_way,
     costs,
     measure_noise,
     useful_batches,
 )
+from accumkern.planning.options import check_sizes
 from accumkern.planning.plan_result import Choice, Plan, explain
 from accumkern.planning.precision import choose_buffer, choose_masters, masters_problem, step_bytes, with_masters
 from accumkern.planning.predict import Prediction, PredictionError, fake_setup, predict_memory
@@ -27,13 +26,9 @@ from accumkern.planning.protocol import Setup, SetupFunction, run_setup
 from accumkern.planning.ranks import Ranks
 from accumkern.planning.speed import Split, knee, measure_speeds, sizes_to_time, split, split_by_size
 from accumkern.planning.trial import Preserved, Trial
-from accumkern.torch_private import BatchNorm
 
 _RANKS = (1, 2, 4, 8)
 _NOISE_MICRO_BATCH = 4
-_MOST_EFFECTIVE_BATCH = 2**31
-_MOST_MICRO_BATCH = 2**20
-_MOST_NOISE_WINDOWS = 10_000
 
 Progress = Callable[[str, str], None]  # of (what is being done, what came of it)
 
@@ -67,8 +62,8 @@ def plan(
         buffer: of :func:`accumkern.attach`; None chooses by the parameters' dtype.
         master_weights: of :func:`accumkern.attach`; ``"auto"`` is ``"split32"`` where the optimizer has bfloat16
             parameters and can be stepped on FP32 ones, or else None.
-        largest_micro_batch: not to be exceeded, if memory allows more.
-        noise_windows: windows to train for the noise scale, 4 or more, or 0 to leave it out.
+        largest_micro_batch: not to be exceeded, if memory allows more; 2^20 at most.
+        noise_windows: windows to train for the noise scale, 4 to 10,000, or 0 to leave it out.
         measure: False predicts what fits on fake tensors, and uses neither the device nor its memory.
         progress: is called with what is being done and with what came of it.
 
@@ -81,17 +76,9 @@ def plan(
     """
     with Ranks() as ranks:
         with ranks.phase("arguments"):
-            if effective_batch is not None:
-                why = "more samples are a training, and not a step of it"
-                effective_batch = _whole("effective_batch", effective_batch, 1, _MOST_EFFECTIVE_BATCH, why)
-            why = "nothing gets faster by running more at once"
-            largest_micro_batch = _whole("largest_micro_batch", largest_micro_batch, 1, _MOST_MICRO_BATCH, why)
-            why = f"each trains {WINDOW_MICRO_BATCHES} micro-batches, and {_MOST_NOISE_WINDOWS} are a training"
-            noise_windows = _whole("noise_windows", noise_windows, 0, _MOST_NOISE_WINDOWS, why)
-            if 0 < noise_windows < 4:
-                raise ValueError(
-                    f"noise_windows is {noise_windows}; it must be at least 4, or 0 to leave the noise scale out"
-                )
+            effective_batch, largest_micro_batch, noise_windows = check_sizes(
+                effective_batch, largest_micro_batch, noise_windows
+            )
             margin = check_margin(margin)
             limit = None if memory is None else parse_bytes(memory)
             if limit is None and not measure:
@@ -304,7 +291,7 @@ def _plan_of(
             master_problem=masters_problem(setup) if known["master_weights"] is None else None,
             bfloat16_numel=sum(param.numel() for param in with_masters(setup)),
             step_bytes=step_bytes(setup),
-            warnings=(*_warnings(setup, way.micro_batch), *warnings),
+            warnings=(*batch_norm_warnings(setup, way.micro_batch), *warnings),
             tokens_per_sample=setup.tokens_per_sample,
             gradient_bytes=gradient_bytes,
             adam="betas" in setup.optimizer.param_groups[0],
@@ -326,23 +313,3 @@ def _predictions(
         return (), str(error)
     progress("what would fit elsewhere", f"{format_bytes(predictions[-1].memory.total)} predicted for {sizes[-1]}")
     return predictions, None
-
-
-def _warnings(setup: Setup, micro_batch: int) -> tuple[str, ...]:
-    names = [name for name, module in setup.model.named_modules() if isinstance(module, BatchNorm) and module.training]
-    if not names:
-        return ()
-    return (
-        f"the model has BatchNorm ({names[0] or 'the model itself'}{' and others' if len(names) > 1 else ''}): its "
-        f"statistics are those of a micro-batch of {micro_batch}, not of the effective batch, however many are "
-        "accumulated; keep the micro-batch that it was tuned for, or use GroupNorm or LayerNorm, or SyncBatchNorm over "
-        "ranks",
-    )
-
-
-def _whole(name: str, number: int, least: int, most: int, why: str) -> int:
-    right = f"it must be an int of at least {least}"
-    number = integer(name, number, right, least)
-    if number > most:
-        raise ValueError(f"{name} is {number}; {right}, and of at most {most}: {why}")
-    return number

@@ -1,4 +1,4 @@
-"""Whether others used the machine while speed was measured."""
+"""What a plan warns of: a machine that others used while it was measured, and BatchNorm."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from accumkern.planning.protocol import Setup
 from accumkern.planning.speed import UNEVEN, Speed
+from accumkern.torch_private import BatchNorm
 
 _BUSY_LOAD = 1.5  # processes that want to run, per core
 _STARVED = 0.7  # of a core
@@ -45,4 +46,17 @@ def busy_warnings(setup: Setup, speeds: Sequence[Speed], load_before: tuple[floa
     return [
         f"the machine seems to have been busy with other things while speed was measured: {'; '.join(seen)}. Speeds, "
         "and what was chosen by them, may be far off; plan again when it is idle"
+    ]
+
+
+def batch_norm_warnings(setup: Setup, micro_batch: int) -> list[str]:
+    """Return a warning where the model has BatchNorm in training mode: its statistics are those of a micro-batch."""
+    names = [name for name, module in setup.model.named_modules() if isinstance(module, BatchNorm) and module.training]
+    if not names:
+        return []
+    return [
+        f"the model has BatchNorm ({names[0] or 'the model itself'}{' and others' if len(names) > 1 else ''}): its "
+        f"statistics are those of a micro-batch of {micro_batch}, not of the effective batch, however many are "
+        "accumulated; keep the micro-batch that it was tuned for, or use GroupNorm or LayerNorm, or SyncBatchNorm over "
+        "ranks"
     ]
