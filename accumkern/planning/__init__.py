@@ -6,9 +6,11 @@ The road through the files, from the ground up; each imports only from those bef
     protocol.py        what a script's setup() provides, and the checks of it
     precision.py       what FP32 it trains in: buffer and master weights, and attach() with them
     ranks.py           what data-parallel ranks agree on
-    trial.py           windows trained before everything is put back; what fits
+    trial.py           windows trained before everything is put back
+    fit.py             what fits: the smallest micro-batch that trains, and the largest
     speed.py           what is fast, and how to split an effective batch by it
     noise.py           what helps training: the gradient noise scale, and which effective batches it makes useful
+    options.py         how large the options may be; caveats.py: what a plan warns of
     predict.py         what would fit elsewhere, on fake tensors
     scaling_laws.py    what published laws say of the batch for a budget of tokens
     token_budget.py    the laws in words, and when to raise the batch during a run

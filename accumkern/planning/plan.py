@@ -8,9 +8,11 @@ from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
-from accumkern.checks import integer
+from accumkern.planning.caveats import batch_norm_warnings, busy_warnings, load
+from accumkern.planning.fit import find_fit, largest, verify
 from accumkern.planning.memory import available_bytes, check_margin, format_bytes, interpolated, machine_of, parse_bytes
-from accumkern.planning.noise import accumulation_pays, best_batch, costs, measure_noise, useful_batches
+from accumkern.planning.noise import accumulation_pays, best_way, costs, measure_noise, useful_batches
+from accumkern.planning.options import check_sizes
 from accumkern.planning.plan_result import Choice, Plan, explain, with_schedule
 from accumkern.planning.precision import choose_buffer, choose_masters, masters_problem, step_bytes, with_masters
 from accumkern.planning.predict import Prediction, PredictionError, fake_setup, predict_memory
@@ -19,8 +21,7 @@ from accumkern.planning.ranks import Ranks
 from accumkern.planning.scaling_laws import BatchLaws, law_batch, laws_of
 from accumkern.planning.speed import Split, knee, measure_speeds, sizes_to_time, split, split_by_size
 from accumkern.planning.token_budget import check_budget
-from accumkern.planning.trial import Preserved, Trial, find_fit, largest, verify
-from accumkern.torch_private import BatchNorm
+from accumkern.planning.trial import Preserved, Trial
 
 _RANKS = (1, 2, 4, 8)
 _NOISE_MICRO_BATCH = 4
@@ -62,8 +63,8 @@ def plan(
         buffer: of :func:`accumkern.attach`; None chooses by the parameters' dtype.
         master_weights: of :func:`accumkern.attach`; ``"auto"`` is ``"split32"`` where the optimizer has bfloat16
             parameters and can be stepped on FP32 ones, or else None.
-        largest_micro_batch: not to be exceeded, if memory allows more.
-        noise_windows: windows to train for the noise scale, 4 or more, or 0 to leave it out.
+        largest_micro_batch: not to be exceeded, if memory allows more; 2^20 at most.
+        noise_windows: windows to train for the noise scale, 4 to 10,000, or 0 to leave it out.
         measure: False predicts what fits on fake tensors, and uses neither the device nor its memory.
         progress: is called with what is being done and with what came of it.
 
@@ -76,15 +77,10 @@ def plan(
     """
     with Ranks() as ranks:
         with ranks.phase("arguments"):
-            if effective_batch is not None:
-                effective_batch = _whole("effective_batch", effective_batch, 1)
+            effective_batch, largest_micro_batch, noise_windows = check_sizes(
+                effective_batch, largest_micro_batch, noise_windows
+            )
             tokens = check_budget(tokens, schedule)
-            largest_micro_batch = _whole("largest_micro_batch", largest_micro_batch, 1)
-            noise_windows = _whole("noise_windows", noise_windows, 0)
-            if 0 < noise_windows < 4:
-                raise ValueError(
-                    f"noise_windows is {noise_windows}; it must be at least 4, or 0 to leave the noise scale out"
-                )
             margin = check_margin(margin)
             limit = None if memory is None else parse_bytes(memory)
             if limit is None and not measure:
@@ -136,27 +132,32 @@ def _measured_plan(
     progress: Progress,
 ) -> Plan:
     setup, ranks = preserved.setup, preserved.ranks
-    allowed = int(limit * (1 - margin))
+    allowed, load_before = int(limit * (1 - margin)), load()
 
     def tell(trial: Trial) -> None:
-        outcome = "fits" if trial.fits else "does not fit"
-        progress("what fits", f"micro-batch {trial.micro_batch}: {format_bytes(trial.peak_bytes)}, {outcome}")
+        outcome = f"{format_bytes(trial.peak_bytes)}, {'fits' if trial.fits else 'does not fit'}"
+        if trial.problem is not None:
+            outcome = trial.problem.partition(";")[0]  # what follows is advice
+        progress("what fits", f"micro-batch {trial.micro_batch}: {outcome}")
 
     with ranks.phase("what fits"):
         fit = find_fit(preserved, allowed, at_most, tell)
     with ranks.phase("what is fast"):
+        shares = [] if target is None else [max(1, round(target / n)) for n in (ranks.count, *_RANKS)]
         speeds = measure_speeds(
             preserved,
-            sizes_to_time(fit.micro_batch, None if target is None else target // ranks.count),
+            sizes_to_time(fit.micro_batch, shares, fit.smallest),
             lambda speed: progress(
                 "what is fast", f"micro-batch {speed.micro_batch}: {speed.limit_per_second:.4g} samples per second"
             ),
+            needed=shares,
         )
     noise = None
     if noise_windows:
         with ranks.phase("what helps training"):
             progress("what helps training", f"gradient noise over {noise_windows} windows")
-            noise = measure_noise(preserved, min(fit.micro_batch, _NOISE_MICRO_BATCH), noise_windows)
+            size = min(fit.micro_batch, max(fit.smallest, _NOISE_MICRO_BATCH))
+            noise = measure_noise(preserved, size, noise_windows)
             progress("what helps training", f"gradient noise scale {noise.noise_scale:.3g} samples")
     peaks = {trial.micro_batch: trial.peak_bytes for trial in fit.trials if trial.fits}
     powers = [size for size in sorted(peaks) if size & (size - 1) == 0 or size == max(peaks)]
@@ -166,14 +167,16 @@ def _measured_plan(
     by_size = {speed.micro_batch: speed for speed in speeds}
     sizes = list(by_size)
 
-    def rate(micro_batch: int, accumulation_steps: int) -> float:
+    def rate(micro_batch: int, accumulation_steps: float) -> float:
         return by_size[micro_batch].samples_per_second(accumulation_steps)
 
+    def way_on(n: int, batch: int | None) -> Split:
+        batch = batch or law_batch(laws, n)
+        return best_way(n, sizes, rate, noise) if batch is None else split(batch, n, sizes, rate)
+
     with ranks.phase("the plan"):
-        batch = target or law_batch(laws, ranks.count)
-        batch = batch or best_batch(ranks.count, sizes, rate, math.inf if noise is None else noise.noise_scale)
-        way = ranks.gathered(split(batch, ranks.count, sizes, rate))[0]
-        progress("the plan", f"micro-batch {way.micro_batch}, {way.accumulation_steps} accumulation steps")
+        way = ranks.gathered(way_on(ranks.count, target))[0]
+        progress("the plan", f"micro-batch {way.micro_batch}, accumulation steps {way.accumulation_steps}")
         verified = verify(preserved, way.micro_batch, way.accumulation_steps, allowed)
         if not verified.fits:
             raise RuntimeError(
@@ -185,14 +188,14 @@ def _measured_plan(
 
     def prospects(way: Split) -> tuple[float, float | None, float | None]:
         speed = way.samples_per_second(rate)
-        if noise is None:
+        if noise is None or noise.basis is None:
             return speed, None, None
         return speed, *useful_batches(way.ranks, sizes, rate, (noise.low, noise.noise_scale, noise.high))
 
     return _plan_of(
         setup,
         way,
-        lambda n: split(way.effective_batch, n, sizes, rate),
+        lambda n: way_on(n, None if target is None else way.effective_batch),
         peaks,
         prospects,
         target=target,
@@ -208,10 +211,11 @@ def _measured_plan(
         predictions=predictions,
         prediction_problem=problem,
         speeds=tuple(speeds),
-        knee=knee(speeds).micro_batch,
+        knee=knee(sizes, rate),
         noise=noise,
         batches=costs(way, sizes, rate, noise),
         machine=machine_of(setup.device),
+        warnings=busy_warnings(setup, speeds, load_before),
     )
 
 
@@ -254,12 +258,15 @@ def _predicted_plan(
             )
         most = largest(fits, at_most)
         laws = None if tokens is None else laws_of(setup, tokens)
-        way = split_by_size(target or law_batch(laws, 1) or most, 1, most)
+        batch = target or law_batch(laws, 1)
+        way = split_by_size(batch or most, 1, most)
         peak = predict(way.micro_batch, min(2, way.accumulation_steps)).memory.total
         return _plan_of(
             setup,
             way,
-            lambda n: split_by_size(way.effective_batch, n, most),
+            lambda n: (
+                Split(n, most, 1) if batch is None else split_by_size(target or law_batch(laws, n) or batch, n, most)
+            ),
             {size: prediction.memory.total for size, prediction in found.items()} | {way.micro_batch: peak},
             lambda way: (None, None, None),
             target=target,
@@ -281,6 +288,7 @@ def _plan_of(
     way_on: Callable[[int], Split],
     peaks: dict[int, int],
     prospects: Callable[[Split], tuple[float | None, float | None, float | None]],
+    warnings: Sequence[str] = (),
     **known: Any,
 ) -> Plan:
     """Return a plan with its reasons; ``prospects`` gives samples per second of a way, and its useful batches."""
@@ -299,7 +307,7 @@ def _plan_of(
             master_problem=masters_problem(setup) if known["master_weights"] is None else None,
             bfloat16_numel=sum(param.numel() for param in with_masters(setup)),
             step_bytes=step_bytes(setup),
-            warnings=_warnings(setup, way.micro_batch),
+            warnings=(*batch_norm_warnings(setup, way.micro_batch), *warnings),
             tokens_per_sample=setup.tokens_per_sample,
             gradient_bytes=gradient_bytes,
             adam="betas" in setup.optimizer.param_groups[0],
@@ -321,19 +329,3 @@ def _predictions(
         return (), str(error)
     progress("what would fit elsewhere", f"{format_bytes(predictions[-1].memory.total)} predicted for {sizes[-1]}")
     return predictions, None
-
-
-def _warnings(setup: Setup, micro_batch: int) -> tuple[str, ...]:
-    names = [name for name, module in setup.model.named_modules() if isinstance(module, BatchNorm) and module.training]
-    if not names:
-        return ()
-    return (
-        f"the model has BatchNorm ({names[0] or 'the model itself'}{' and others' if len(names) > 1 else ''}): its "
-        f"statistics are those of a micro-batch of {micro_batch}, not of the effective batch, however many are "
-        "accumulated; keep the micro-batch that it was tuned for, or use GroupNorm or LayerNorm, or SyncBatchNorm over "
-        "ranks",
-    )
-
-
-def _whole(name: str, number: int, least: int) -> int:
-    return integer(name, number, f"it must be an int of at least {least}", least)

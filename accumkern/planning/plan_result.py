@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from accumkern.planning.fit import Fit, fit_reasons
 from accumkern.planning.memory import format_bytes
-from accumkern.planning.noise import Batch, Noise, samples_factor, steps_factor
+from accumkern.planning.noise import Batch, Noise, noise_reason
 from accumkern.planning.precision import buffer_reason, masters_reason
 from accumkern.planning.predict import Prediction
 from accumkern.planning.scaling_laws import BatchLaws
-from accumkern.planning.speed import Speed, Split
+from accumkern.planning.speed import Speed, Split, accumulation_reason, fast_reason
 from accumkern.planning.token_budget import Schedule, law_reasons, schedule_of, schedule_reasons, target_reason
-from accumkern.planning.trial import Fit
 
 
 @dataclass(frozen=True)
@@ -182,11 +182,14 @@ def _memory(plan: Plan) -> Iterator[str]:
     if plan.is_limited_by_memory:
         what = f"a micro-batch of up to {size} samples"
     else:
-        what = f"memory is not the limit. A micro-batch of {size} samples, the largest that was to be tried,"
+        is_of_data = plan.fit is not None and plan.fit.data_problem is not None
+        largest = "the largest that there is data for" if is_of_data else "the largest that was to be tried"
+        what = f"memory is not the limit. A micro-batch of {size} samples, {largest},"
     yield f"What fits: {what} {how} into {limit}."
     if plan.fit is not None:
+        yield from fit_reasons(plan.fit)
         yield (
-            f"Expected memory: a peak of {format_bytes(plan.choice.memory_bytes)}, measured over several windows with "
+            f"Expected memory: a peak of {format_bytes(plan.choice.memory_bytes)}, measured while it trained with "
             f"micro-batches of {plan.choice.micro_batch}."
         )
     if plan.prediction_error is not None:
@@ -204,13 +207,7 @@ def _speed(plan: Plan) -> list[str]:
             "What is fast: not measured. Micro-batches of half the largest that fits or more are taken to be as fast; "
             "measure on the device."
         ]
-    best = max(plan.speeds, key=lambda speed: speed.limit_per_second)
-    at_knee = next(speed for speed in plan.speeds if speed.micro_batch == plan.knee)
-    return [
-        f"What is fast: {at_knee.limit_per_second:.3g} samples per second with a micro-batch of {plan.knee}, the "
-        f"smallest within 5% of the best ({best.limit_per_second:.3g} with {best.micro_batch}). Beyond it, more memory "
-        "buys little."
-    ]
+    return [fast_reason(_way(plan), plan.speeds, plan.knee)]
 
 
 def _target(plan: Plan) -> list[str]:
@@ -218,14 +215,27 @@ def _target(plan: Plan) -> list[str]:
     if plan.target is None:
         if plan.by_laws is not None:
             return [target_reason(plan.by_laws, choice.effective_batch)]
-        if plan.noise is None:
-            return ["Effective batch: none was asked for, so this is one micro-batch, without accumulation."]
-        return [
-            f"Effective batch: none was asked for. {choice.effective_batch} samples train in about the least time that "
-            "speed and noise allow, by the model below."
-        ]
+        if plan.noise is None or plan.noise.basis is None:
+            which = "the largest that fits" if plan.knee is None else "the smallest that is fast"
+            return [
+                "Effective batch: none was asked for, and no noise scale is known to choose it by, so this is one "
+                f"micro-batch on each rank, {which}, without accumulation."
+            ]
+        reason = (
+            f"Effective batch: none was asked for. One of {choice.effective_batch} trains in about the least time that "
+            "speed and noise allow, by the model below"
+        )
+        if plan.knee is not None and choice.micro_batch < plan.knee:
+            reason += ": a larger batch trains more samples per second, but needs still more of them"
+        return [reason + "."]
     if choice.effective_batch == plan.target:
         return [f"Effective batch: the {plan.target} that was asked for is kept exactly."]
+    smallest = min((speed.micro_batch for speed in plan.speeds), default=1)
+    if choice.accumulation_steps == 1 and plan.target < choice.effective_batch == choice.ranks * smallest:
+        return [
+            f"Effective batch: {choice.effective_batch}, more than the {plan.target} that was asked for, because each "
+            f"of {_count(choice.ranks)} trains {choice.micro_batch} at least."
+        ]
     return [
         f"Effective batch: {choice.effective_batch}, the nearest to the {plan.target} that was asked for. No "
         f"micro-batch on {_count(choice.ranks)} divides {plan.target} at a good speed; if it has to be exact, take a "
@@ -235,40 +245,17 @@ def _target(plan: Plan) -> list[str]:
 
 
 def _accumulation(plan: Plan) -> list[str]:
-    choice = plan.choice
-    if not plan.speeds or choice.accumulation_steps == 1:
+    if not plan.speeds or plan.choice.accumulation_steps == 1:
         return []
-    own = next(speed for speed in plan.speeds if speed.micro_batch == choice.micro_batch)
-    window = own.window_seconds(choice.accumulation_steps)
-    reason = (
-        f"Cost of accumulation: a window of {choice.accumulation_steps} micro-batches takes {window:.3g} s, of which "
-        f"the optimizer's step is {100 * own.step_seconds / window:.1f}%"
-    )
-    largest = plan.speeds[-1]
-    if largest.micro_batch != choice.micro_batch:
-        per_rank = choice.micro_batch * choice.accumulation_steps
-        other = largest.window_seconds(1) * per_rank / largest.micro_batch
-        reason += f"; in micro-batches of {largest.micro_batch} the same samples would take about {other:.3g} s"
-    return [reason + "."]
+    return [accumulation_reason(_way(plan), plan.speeds)]
 
 
 def _noise(plan: Plan) -> list[str]:
     if plan.noise is None:
         return ["What helps training: the gradient noise scale was not measured."]
-    noise, batch = plan.noise, plan.choice.effective_batch
-    if math.isinf(noise.noise_scale) or noise.noise_scale == 0:
-        what = "only noise" if noise.noise_scale else "no noise"
-        return [
-            f"What helps training: {noise.windows} windows of {noise.batch} samples showed {what}; measure over more "
-            "windows (noise_windows), or with a larger largest_micro_batch."
-        ]
-    high = "unbounded" if math.isinf(noise.high) else f"{noise.high:.3g}"
-    reasons = [
-        f"What helps training: the gradient noise scale is {noise.noise_scale:.3g} samples (80% interval "
-        f"{noise.low:.3g} to {high}, from {noise.windows} windows, where the loss was about {noise.last_loss:.3g}). By "
-        f"its model an effective batch of {batch} needs {samples_factor(batch, noise.noise_scale):.2g} times the "
-        f"fewest samples and {steps_factor(batch, noise.noise_scale):.2g} times the fewest steps.",
-    ]
+    reasons = [noise_reason(plan.noise, plan.choice.effective_batch)]
+    if plan.noise.noise_scale in (0, math.inf):
+        return reasons
     low, most = plan.choice.useful_low, plan.choice.useful_high
     if low is not None and most is not None:
         upper = "no upper end in sight" if math.isinf(most) else f"to {most:.0f}"
@@ -333,11 +320,23 @@ def _masters(plan: Plan) -> list[str]:
 def _ranks(plan: Plan) -> list[str]:
     if not plan.gradient_bytes:
         return []
+    batch = plan.choice.effective_batch
+    others = [f"{of.effective_batch} on {of.ranks}" for of in plan.by_ranks if of.effective_batch != batch]
+    if not others:
+        what = "each accumulates less for the same effective batch"
+    elif plan.target is None:
+        what = "the effective batch is chosen for each number of ranks in the same way"
+    else:
+        what = f"each accumulates less for the same effective batch, or for the nearest ({', '.join(others)})"
     return [
-        "More ranks: each accumulates less for the same effective batch. Speeds leave out the reduction of "
+        f"More ranks: {what}. Speeds leave out the reduction of "
         f"{format_bytes(plan.gradient_bytes)} of gradients per step, and memory on several ranks has that much for the "
         "buckets of DistributedDataParallel, where the model was not wrapped yet."
     ]
+
+
+def _way(plan: Plan) -> Split:
+    return Split(plan.choice.ranks, plan.choice.micro_batch, plan.choice.accumulation_steps)
 
 
 def _count(ranks: int) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from accumkern.checks import integer, real
 from accumkern.planning.checkpoint import Checkpoint
+from accumkern.planning.fit import find_fit
 from accumkern.planning.memory import available_bytes, check_margin, parse_bytes
 from accumkern.planning.precision import choose_buffer, choose_masters, masters_problem
 from accumkern.planning.protocol import Setup, SetupFunction, load_setup
@@ -34,7 +35,7 @@ from accumkern.planning.sweep_settings import (
     source_hash,
 )
 from accumkern.planning.sweep_training import Runner, check_decay_rules, check_setup, seeded_setup, weight_decay_of
-from accumkern.planning.trial import Preserved, RandomState, find_fit
+from accumkern.planning.trial import Preserved, RandomState
 
 Progress = Callable[[Run], None]
 

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from accumkern.attachment import stepped_by
 from accumkern.planning.checkpoint import Checkpoint
+from accumkern.planning.fit import verify
 from accumkern.planning.memory import is_out_of_memory
 from accumkern.planning.precision import accumulation
 from accumkern.planning.protocol import Setup, SetupFunction, compute_loss, make_batch, run_setup
 from accumkern.planning.sweep_runs import Planned, Point, Run
 from accumkern.planning.sweep_settings import LEARNING_RATE_RULES, VALIDATION_SEED, WEIGHT_DECAY_RULES
-from accumkern.planning.trial import Preserved, train_window, verify
+from accumkern.planning.trial import Preserved, train_window
 from accumkern.torch_private import tree_leaves
 
 _DIVERGED = 2.0  # times the training loss at the beginning
@@ -144,7 +145,7 @@ def train(
         for step in range(1, steps + 1):
             batches = (make_batch(setup, micro_batch) for _ in range(accumulation_steps))
             losses: list[Tensor] = []
-            of_micro_batches, of_step = train_window(setup, batches, accumulation_steps, accumulator, losses)
+            of_micro_batches, of_step = train_window(setup, batches, accumulation_steps, accumulator, losses=losses)
             seconds += sum(of_micro_batches) + of_step
             loss = torch.stack(losses).mean(dtype=torch.float64)
             total += loss
