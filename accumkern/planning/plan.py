@@ -143,7 +143,8 @@ def _measured_plan(
     with ranks.phase("what fits"):
         fit = find_fit(preserved, allowed, at_most, tell)
     with ranks.phase("what is fast"):
-        shares = [] if target is None else [max(1, round(target / n)) for n in (ranks.count, *_RANKS)]
+        batch = target or law_batch(laws, ranks.count)
+        shares = [] if batch is None else [max(1, round(batch / n)) for n in (ranks.count, *_RANKS)]
         speeds = measure_speeds(
             preserved,
             sizes_to_time(fit.micro_batch, shares, fit.smallest),
