@@ -22,9 +22,9 @@ from accumkern.checks import integer, items, one_of, real
 from accumkern.planning.memory import available_bytes, check_margin, is_out_of_memory, parse_bytes
 from accumkern.planning.precision import accumulation, choose_buffer, choose_masters, masters_problem
 from accumkern.planning.protocol import Setup, SetupFunction, compute_loss, make_batch, run_setup
-from accumkern.planning.ranks import Ranks
 from accumkern.planning.sweep_result import Point, Run, Sweep, write_json
 from accumkern.planning.trial import Preserved, RandomState, find_fit, train_window, verify
+from accumkern.ranks import Ranks
 from accumkern.torch_private import tree_leaves
 
 #: Factor of the learning rate for an effective batch that is ``ratio`` times the one it was chosen for.

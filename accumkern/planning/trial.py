@@ -23,7 +23,7 @@ from accumkern.memory import storage_bytes
 from accumkern.planning.memory import MemoryMeter, format_bytes, held_tensors, is_out_of_memory
 from accumkern.planning.precision import accumulation
 from accumkern.planning.protocol import Setup, compute_loss, make_batch
-from accumkern.planning.ranks import Ranks
+from accumkern.ranks import Ranks
 from accumkern.torch_private import tree_flatten, tree_unflatten
 
 # The optimizer's states appear in its first step, so only the second window needs all the memory that training needs.
