@@ -60,8 +60,8 @@ def reduction_of(model: Any) -> Fp32Reduction | None:
     if hook is None:
         if has_communication_hook(model):
             raise ValueError(
-                "model has a communication hook, which only a backward pass can call, and acc.backward() takes the mean "
-                "over ranks after the last one: use acc.reduce_in_fp32(model), or no hook"
+                "model has a communication hook, which only a backward pass can call, and acc.backward() takes the "
+                "mean over ranks after the last one: use acc.reduce_in_fp32(model), or no hook"
             )
         return None
     return hook.reduction if hook.reduction is not None and hook.reduction.is_on else None

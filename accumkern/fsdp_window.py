@@ -17,16 +17,12 @@ import torch
 
 from accumkern.out_of_memory import is_out_of_memory
 from accumkern.rank_window import Name, RankWindow
-from accumkern.ranks import Ranks
+from accumkern.ranks import OutOfMemoryElsewhereError, Ranks
 from accumkern.torch_private import dtypes_of_sums, forget_failed_pass, is_reduced, sharded_groups, wrap_collectives
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.fsdp import FSDPModule
-
-
-class OutOfMemoryElsewhereError(torch.OutOfMemoryError):
-    """Memory has run out on another rank, and this rank has left its pass with that one."""
 
 
 class FsdpWindow(RankWindow):
@@ -50,7 +46,7 @@ class FsdpWindow(RankWindow):
         self._modules = modules
         self._reduce_once = reduce_once
         self._stack = ExitStack()
-        self._news = ""  # of memory that has run out on some rank, in this attempt
+        self._news = ""  # of memory that has run out on another rank, in this attempt
         self.ranks = group.size()
 
     def whole(self, counts: Mapping[Name, float]) -> dict[Name, float]:
@@ -86,8 +82,9 @@ class FsdpWindow(RankWindow):
             yield
             self._meet()
         except BaseException as error:
-            if not self._news and is_out_of_memory(error):
-                self._news = "; ".join(self._agreement.meet(f"ran out of memory: {error}"))
+            is_known = bool(self._news) or isinstance(error, OutOfMemoryElsewhereError)
+            if is_out_of_memory(error) and not is_known:
+                self._agreement.meet_out_of_memory(error)
             for module in self._modules:
                 forget_failed_pass(module)
             raise
@@ -130,10 +127,13 @@ class FsdpWindow(RankWindow):
 
     def _meet(self) -> None:
         """Return when all ranks have come here; raise on all of them when memory has run out on one."""
-        if not self._news:
-            self._news = "; ".join(self._agreement.meet())
-        if self._news:
+        if self._news:  # loss_fn went on after it
             raise OutOfMemoryElsewhereError(self._news)
+        try:
+            self._agreement.meet()
+        except OutOfMemoryElsewhereError as error:
+            self._news = str(error)
+            raise
 
     def _reduce_in_backward(self, yes: bool) -> None:
         for module in self._modules:

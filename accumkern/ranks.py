@@ -22,6 +22,10 @@ class RanksError(RuntimeError):
     """Another rank failed or is gone, or the ranks were not asked for the same."""
 
 
+class OutOfMemoryElsewhereError(torch.OutOfMemoryError):
+    """Memory has run out on another rank."""
+
+
 class Ranks:
     """A block that all ranks enter, and that they leave together: after an error on one of them, all with an error.
 
@@ -57,6 +61,7 @@ class Ranks:
 
         Raises:
             RanksError: another rank has failed, or is gone.
+            OutOfMemoryElsewhereError: as :meth:`meet`.
         """
         return self._exchanged(value, None)
 
@@ -66,23 +71,26 @@ class Ranks:
         names = dict.fromkeys(name for of_rank in of_ranks for name in of_rank)
         return {name: sum(of_rank.get(name, 0.0) for of_rank in of_ranks) / len(of_ranks) for name in names}
 
-    def meet(self, out_of_memory: str | None = None) -> list[str]:
-        """Return which ranks have run out of memory; usually none, and it takes one short message.
+    def meet(self) -> None:
+        """Return when all ranks have come to their next agreement; it takes one short message.
 
-        Args:
-            out_of_memory: what the error says where memory has run out on this rank.
+        Raises:
+            RanksError: another rank has failed, or is gone.
+            OutOfMemoryElsewhereError: another rank has come with :meth:`meet_out_of_memory`.
+        """
+        if self.count > 1:
+            with self._agreement():
+                self._met(_GOOD, None)
+
+    def meet_out_of_memory(self, error: BaseException) -> None:
+        """Let the others know, at their next agreement, that memory has run out here. None of them ends with it.
 
         Raises:
             RanksError: another rank has failed, or is gone.
         """
-        state = _GOOD if out_of_memory is None else _OUT_OF_MEMORY
-        if self.count == 1:
-            return [] if out_of_memory is None else [out_of_memory]
-        with self._agreement():
-            met = self._met(state)
-            texts = [] if met == _GOOD else self._texts(out_of_memory if met == _OUT_OF_MEMORY else None)
-            self._check(met, texts)
-        return texts
+        if self.count > 1:
+            with self._agreement(), suppress(OutOfMemoryElsewhereError):
+                self._met(_OUT_OF_MEMORY, f"ran out of memory ({describe(error)})")
 
     def check_same(self, **arguments: object) -> None:
         """Check that all ranks were given the same.
@@ -119,8 +127,7 @@ class Ranks:
         if self.count == 1:
             return [value]
         with self._agreement():
-            met = self._met(_GOOD if failure is None else _FAILED)
-            self._check(met, [] if met == _GOOD else self._texts(failure))
+            self._met(_GOOD if failure is None else _FAILED, failure)
             values: list[T] = [value] * self.count
             dist.all_gather_object(values, value, self._group)
         return values
@@ -133,6 +140,9 @@ class Ranks:
         try:
             with without_modes():  # such as a limit of memory
                 yield
+        except OutOfMemoryElsewhereError:
+            self._is_over = False
+            raise
         except RanksError:
             raise
         except RuntimeError as error:
@@ -142,23 +152,22 @@ class Ranks:
             ) from error
         self._is_over = False
 
-    def _met(self, state: int) -> int:
-        """Return the worst state of all ranks, once all have come here."""
+    def _met(self, state: int, text: str | None) -> None:
+        """Wait until all ranks have come here, and raise where one of them is not well."""
         worst = torch.tensor([state], dtype=torch.int32, device="cpu")
         dist.all_reduce(worst, dist.ReduceOp.MAX, self._group)
-        return int(worst)
-
-    def _texts(self, text: str | None) -> list[str]:
-        """Return what the ranks that are not well have to say, with their numbers."""
-        of_ranks: list[str | None] = [text] * self.count
-        dist.all_gather_object(of_ranks, text, self._group)
+        if worst == _GOOD:
+            return
+        of_ranks: list[tuple[int, str | None]] = [(state, text)] * self.count
+        dist.all_gather_object(of_ranks, (state, text), self._group)
         assert self._group is not None
         numbers = dist.get_process_group_ranks(self._group)
-        return [f"rank {rank} {text}" for rank, text in zip(numbers, of_ranks, strict=True) if text is not None]
-
-    def _check(self, met: int, texts: list[str]) -> None:
-        if met == _FAILED:
-            raise RanksError(f"{'; '.join(texts)}; see the output of that rank for where")
+        told = "; ".join(
+            f"rank {rank} {text}" for rank, (state, text) in zip(numbers, of_ranks, strict=True) if state == worst
+        )
+        if worst == _FAILED:
+            raise RanksError(f"{told}; see the output of that rank for where")
+        raise OutOfMemoryElsewhereError(told)
 
 
 def is_first() -> bool:

@@ -69,6 +69,10 @@ disabled_torch_function = _find("_C._disabled_torch_function_impl")
 is_wrapper_subclass = _find("utils._python_dispatch.is_traceable_wrapper_subclass")
 #: A block in which no mode sees operations.
 without_modes = _find("utils._python_dispatch._disable_current_modes")
+#: The base of modes that see every operation; a torch without it can be imported.
+TorchDispatchMode: Any = _find("utils._python_dispatch.TorchDispatchMode") or object
+#: What lies in nested containers.
+tree_leaves = _find("utils._pytree.tree_leaves")
 #: Whether a tensor has a shape but no memory, as what is made under FakeTensorMode.
 is_fake = _find("_subclasses.fake_tensor.is_fake")
 
@@ -375,10 +379,8 @@ def _reset_iter_state(state: Any) -> None:
 
 # ---- planning ----------------------------------------------------------------------------------------------------
 
-tree_leaves = _find("utils._pytree.tree_leaves", "planning")
 tree_flatten = _find("utils._pytree.tree_flatten", "planning")
 tree_unflatten = _find("utils._pytree.tree_unflatten", "planning")
-TorchDispatchMode = _find("utils._python_dispatch.TorchDispatchMode", "planning")
 pop_mode_temporarily = _find("utils._python_dispatch._pop_mode_temporarily", "planning")
 FakeTensor = _find("_subclasses.fake_tensor.FakeTensor", "planning")
 FakeTensorMode = _find("_subclasses.fake_tensor.FakeTensorMode", "planning")

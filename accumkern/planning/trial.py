@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import random
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,9 +18,11 @@ from torch import Tensor
 from accumkern.accumulator import GradAccumulator
 from accumkern.casting import set_cut_off_aside
 from accumkern.memory import storage_bytes
-from accumkern.planning.memory import MemoryMeter, format_bytes, held_tensors, is_out_of_memory
+from accumkern.out_of_memory import format_bytes, is_out_of_memory
+from accumkern.planning.memory import MemoryMeter, held_tensors
 from accumkern.planning.precision import accumulation
 from accumkern.planning.protocol import Setup, compute_loss, make_batch
+from accumkern.random_state import RandomState
 from accumkern.ranks import Ranks
 from accumkern.torch_private import tree_flatten, tree_unflatten
 
@@ -110,26 +110,6 @@ class Preserved:
             gc.unfreeze()
         if self.setup.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-class RandomState:
-    """The random numbers of torch (on the CPU and one device), Python and numpy, as they are now."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self._python = random.getstate()
-        self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
-
-    def put_back(self) -> None:
-        """Go on from there again."""
-        torch.set_rng_state(self._torch)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
 
 
 class _Values:
