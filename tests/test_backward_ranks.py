@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import accumkern
@@ -473,3 +474,78 @@ def test_one_sample_too_many_on_one_rank_ends_all(ranks: Ranks, wrap: str, where
     )
     assert one.startswith(told + own)
     assert again == again_too == "no error"
+
+
+# ---- memory that runs out anywhere -------------------------------------------------------------------------------
+
+
+class RunsOut(TorchDispatchMode):
+    """Counts the operations between the first forward pass and the end; memory runs out at one of them."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.count, self.has_begun = at, 0, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.has_begun and func.namespace != "c10d":  # what a collective allocates itself is not torch's
+            self.count += 1
+            if self.count == self.at:
+                raise torch.OutOfMemoryError(f"out of memory in {func}")
+        return func(*args, **(kwargs or {}))
+
+
+def anywhere(wrap: str, checkpoints: bool, points: int) -> None:
+    """Let memory run out at one operation after another, on one rank."""
+    module = net(dtype=BF16).eval()
+    module.checkpoints = checkpoints
+    way = {"mp_policy": MixedPrecisionPolicy(reduce_dtype=FP32)}
+    model: Any = sharded(module, **way) if wrap == "fully_shard" else replicated(module)
+    acc = attached(module, "split32")
+    if wrap != "fully_shard":
+        acc.reduce_in_fp32(model)
+
+    def window(at: int, micro_batch: Any) -> tuple[str, int, list[Tensor | None]]:
+        module.zero_grad()
+        acc.micro_batch = None
+        mode = RunsOut(at if dist.get_rank() == 1 else -1)
+
+        def loss(part: Any) -> Tensor:
+            mode.has_begun = True
+            return loss_of(model)(part)
+
+        with mode:
+            found = error_of(lambda: acc.backward(loss, batch_of(8, BF16), micro_batch, model=model))
+        return (
+            found,
+            mode.count,
+            [*bits(module), *(None if p.grad is None else full(acc.gradient(p)) for p in module.parameters())],
+        )
+
+    none = [None] * 2 * len(list(module.parameters()))
+    for _ in range(2):  # the first makes what is kept
+        _, count, _ = window(-1, 8)
+    smaller = 4 if wrap == "fully_shard" or dist.get_rank() == 1 else 8
+    _, _, right = window(-1, smaller)
+    again = 0
+    for i in range(points):
+        at = 1 + i * (count - 1) // (points - 1)
+        found, seen, grads = window(at, "auto")
+        again += found == "no error"
+        if found == "no error":
+            assert seen > count or dist.get_rank() != 1, at
+            assert_equal(grads, right)
+        else:  # while the mean over ranks was taken, after all passes
+            assert wrap == "DistributedDataParallel"
+            assert "out of memory in" in found
+            assert_equal(grads, none)
+    assert again > points * 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wrap", "checkpoints"),
+    [("DistributedDataParallel", False), ("fully_shard", False), ("fully_shard", True)],
+    ids=["DistributedDataParallel", "fully_shard", "fully_shard, checkpointing"],
+)
+def test_memory_may_run_out_anywhere(ranks: Ranks, wrap: str, checkpoints: bool) -> None:
+    ranks.run(anywhere, wrap, checkpoints, 30, at_least=2)
