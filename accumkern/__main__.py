@@ -37,6 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="find the micro-batch and accumulation steps to train with, and say why")
     plan.add_argument("setup", metavar="SCRIPT:FUNCTION", help=_SETUP)
     plan.add_argument("--effective-batch", type=int, metavar="N", help="samples per optimizer step, over all ranks")
+    plan.add_argument("--tokens", metavar="D", help="of the run, such as 10B, for what published laws say")
+    plan.add_argument("--schedule", action="store_true", help="say when to raise the batch in a run of --tokens")
     plan.add_argument("--predict", action="store_true", help="predict what would fit into --memory, and run nothing")
     plan.add_argument("--largest-micro-batch", type=int, default=1024, metavar="N", help="to try (default: 1024)")
     plan.add_argument("--noise-windows", type=int, default=32, metavar="N", help="to train (default: 32)")

@@ -44,17 +44,6 @@ class Rooms:
         """The FP32 masters of the weights."""
         return None if self.stepping is None else self.stepping.masters
 
-    def forget_window(self) -> None:
-        """Let the gradients of the window count for nothing: others come in their place."""
-        self.passes.drop()
-        self.finished_at = -1
-        if self.stepping is not None:
-            self.stepping.deferred.forget()
-        if self.noise_scale is not None:
-            self.noise_scale.squares.reset()
-        if self.lost_bits is not None:
-            self.lost_bits.reset()
-
 
 class GradAccumulator:
     """Hooks on an optimizer's parameters that accumulate their gradients in FP32; made by :func:`attach`.
@@ -459,7 +448,13 @@ class GradAccumulator:
         state.load(entries, params, self._attachment.slots)
         for param, residual in zip(params, residuals, strict=False):
             masters.load(param, residual)
-        self._rooms.forget_window()
+        self._rooms.finished_at = -1
+        if self._rooms.stepping is not None:
+            self._rooms.stepping.deferred.forget()
+        if self._rooms.noise_scale is not None:
+            self._rooms.noise_scale.squares.reset()
+        if self._rooms.lost_bits is not None:
+            self._rooms.lost_bits.reset()
 
     def detach(self) -> None:
         """Remove every hook: stock behaviour from now on. ``.grad`` stays as it is; calling it again does nothing.

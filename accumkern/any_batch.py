@@ -334,12 +334,14 @@ def _held(asked: Request, attachments: list[Attachment], params: list[Tensor], m
 def _begin_again(attachments: list[Attachment], before: Snapshot) -> None:
     """Let everything be as it was before the window."""
     for each in attachments:
-        each.rooms.forget_window()
+        each.rooms.passes.drop()
     before.put_back()
 
 
 def _free(params: list[Tensor]) -> None:
     """Let go of what the failed window has left behind."""
+    with torch.enable_grad():  # what waited in autograd's queue when a backward pass failed stays until the next one
+        torch.zeros((), requires_grad=True).backward()
     gc.collect()
     if any(param.device.type == "cuda" for param in params):
         torch.cuda.empty_cache()

@@ -219,7 +219,7 @@ class BackwardPasses:
         self._waiting.fold()
 
     def drop(self) -> None:
-        """Let go of what waits, because the window is begun again."""
+        """Let go of what waits, and of its memory, because the window is begun again."""
         self._waiting.drop()
 
     def _begin(self, number: int) -> None:

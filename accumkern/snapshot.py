@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from accumkern.random_state import RandomState
-from accumkern.slot import NOT_SET_ASIDE, Slot
+from accumkern.slot import Slot
 
 
 class _Gradient(NamedTuple):
@@ -44,15 +44,11 @@ class Snapshot:
         """Make gradients, buffers and random numbers what they were; gradients that came since are let go."""
         with torch.no_grad():
             for param in self._params:
-                before, slot = self._gradients.get(param), self._slots.get(param)
-                if slot is not None:
-                    slot.set_aside = NOT_SET_ASIDE  # by a backward pass that failed
+                before = self._gradients.get(param)
                 if before is None:
                     param.grad = None
-                    if slot is not None:
-                        slot.forget()
                 else:
-                    _put_back(param, slot, before)
+                    _put_back(param, self._slots.get(param), before)
             for buffer, values in self._buffers:
                 buffer.copy_(values)
         self._random.put_back()

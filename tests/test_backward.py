@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from gradients import assert_same_bits
 from scarce import Scarce
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F  # noqa: N812
 
 import accumkern
@@ -171,8 +172,9 @@ def test_means_over_tokens_are_weighed_by_tokens(micro_batch: int, kind: Any) ->
     assert len(model[2].seen) == {1: 4, 2: 2, 4: 2, 6: 1}[micro_batch] + 1  # parts that count nothing are left out
 
 
-@pytest.mark.parametrize("counts_each", [False, True])
-def test_several_losses_have_means_of_their_own(counts_each: bool) -> None:
+@pytest.mark.parametrize(("counts_each", "micro_batch"), [(False, 4), (True, 4), (True, 2)])
+def test_several_losses_have_means_of_their_own(counts_each: bool, micro_batch: int) -> None:
+    """Of the last part of two, no token counts: its mean over them is NaN."""
     model, batch = network(dtype=FP32), ragged()
 
     def loss_fn(part: Any) -> dict[str, Tensor]:
@@ -184,7 +186,7 @@ def test_several_losses_have_means_of_their_own(counts_each: bool) -> None:
     if not counts_each:  # then all parts have to count alike
         batch["mask"][:] = True
     acc = attached(model)
-    losses = acc.backward(loss_fn, batch, 4, count=count if counts_each else None)
+    losses = acc.backward(loss_fn, batch, micro_batch, count=count if counts_each else None)
     found = gradients(acc, model)
     model.zero_grad()
     whole = loss_fn(batch)
@@ -344,27 +346,64 @@ def test_what_waits_to_be_folded_does_not_count_twice(where: str, monkeypatch: p
     acc, batch = attached(model), batch_of(12)
     monkeypatch.setattr(waiting, "WAITING_DEVICE_TYPES", frozenset({"cpu"}))
     acc.micro_batch = 6
-    acc.backward(loss_of(model), batch)
+    arrived: list[Any] = []
+    held: list[int] = []
+
+    def loss_fn(part: Any) -> Tensor:
+        held.append(sum(not memory.expired() for memory in arrived))
+        return loss_of(model)(part)
+
+    model[3].weight.register_hook(lambda grad: arrived.append(StorageWeakRef(grad.untyped_storage())))
+    acc.backward(loss_fn, batch)
+    assert held[2] == 0  # as it begins again
+    model[3].weight._backward_hooks.popitem()
     found = bits(acc, model)
     model.zero_grad()
     acc.backward(loss_of(model), batch, 3)
     assert_equal_bits(found, bits(acc, model))
 
 
-def test_nothing_of_the_failed_window_is_held() -> None:
-    activations: list[Any] = []
-    model = network(Scarce(2))
-    model[0].register_forward_hook(lambda _m, _i, out: activations.append(weakref.ref(out)))
-    acc = attached(model)
-    seen: list[bool] = []
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_nothing_of_the_failed_window_is_held(where: str) -> None:
+    """Not by the error's frames either, nor by what a failed backward pass has left in autograd's queue."""
+    memory: list[StorageWeakRef] = []
+    model = network(Scarce(2, where), BF16, nn.Linear(8, 8), nn.Tanh())
+    # Branches: while one fails, the others wait for their turn.
+    side = nn.ModuleList(nn.Linear(8, 1) for _ in range(3)).to(BF16)
+    for module in (*model, *side):
+        module.register_forward_hook(lambda _m, _i, out: memory.append(StorageWeakRef(out.untyped_storage())))
+    acc = accumkern.attach(torch.optim.SGD([*model.parameters(), *side.parameters()], lr=0.1))
+    held: list[int] = []
 
     def loss_fn(part: Any) -> Tensor:
-        seen.append(any(reference() is not None for reference in activations))
-        return loss_of(model)(part)
+        held.append(sum(not reference.expired() for reference in memory))
+        hidden = model[1](model[0](part[0]))
+        outputs = [one(hidden.exp()) for one in side] + [model[2:](hidden)]
+        return sum(F.mse_loss(output.float(), part[1]) for output in outputs)  # type: ignore[return-value]
 
     acc.backward(loss_fn, batch_of(8))
-    assert len(seen) == 2 + 4
-    assert not any(seen)  # when a pass begins, the activations of those before are gone
+    assert len(memory) > 40
+    assert held == [0] * (2 + 4)
+
+
+def test_circles_of_the_failed_window_are_collected() -> None:
+    memory: list[StorageWeakRef] = []
+    model = network(Scarce(4))
+    held: list[int] = []
+
+    def loss_fn(part: Any) -> Tensor:
+        held.append(sum(not reference.expired() for reference in memory))
+        circle: list[Any] = [torch.zeros(100)]
+        circle.append(circle)
+        memory.append(StorageWeakRef(circle[0].untyped_storage()))
+        return loss_of(model)(part)
+
+    gc.disable()
+    try:
+        attached(model).backward(loss_fn, batch_of(8))
+    finally:
+        gc.enable()
+    assert held == [0, 0, 1]  # a part that went through waits for Python's collector, as always
 
 
 # ---- a limit on the CPU ------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ The road through the files, from the ground up; each imports only from those bef
     speed.py           what is fast, and how to split an effective batch by it
     noise.py           what helps training: the gradient noise scale, and which effective batches it makes useful
     predict.py         what would fit elsewhere, on fake tensors
+    scaling_laws.py    what published laws say of the batch for a budget of tokens
+    token_budget.py    the laws in words, and when to raise the batch during a run
     plan_result.py     what plan() returns, and its reasons in words; plan.py: all of this, and the decision
     sweep_result.py    what sweep() returns, and what follows; sweep.py: training at several effective batches
     report.py          a folder of results: JSON, CSV, figures, and one page; report.html is its template

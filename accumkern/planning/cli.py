@@ -22,8 +22,10 @@ from accumkern.planning.plan import plan
 from accumkern.planning.plan_result import Plan
 from accumkern.planning.protocol import load_setup
 from accumkern.planning.report import format_rate, format_useful, write_plan, write_sweep
+from accumkern.planning.scaling_laws import format_count
 from accumkern.planning.sweep import sweep
 from accumkern.planning.sweep_result import Run, Sweep
+from accumkern.planning.token_budget import Schedule
 from accumkern.ranks import is_first
 
 _OWN = ("command", "setup", "output", "json", "predict")  # options of the command line; the others are arguments
@@ -141,7 +143,23 @@ def _plan_table(plan: Plan) -> RenderableType:
     lines += [_bullet(f"Warning: {warning}", "yellow") for warning in plan.warnings]
     if plan.attach_line is not None:
         lines.append(Text(f"\n{plan.attach_line}", style="bold"))
+    if plan.schedule is not None:
+        lines += [Text(), _table("when to raise the batch", _stage_rows(plan.schedule))]
+        lines.append(Text(plan.schedule.line, style="bold"))
     return Group(*lines)
+
+
+def _stage_rows(schedule: Schedule) -> list[dict[str, str]]:
+    return [
+        {
+            "from tokens": format_count(stage.from_tokens),
+            "from samples": f"{stage.from_samples:,}",
+            "accumulate": f"{stage.accumulation_steps:,}",
+            "effective batch": f"{stage.effective_batch:,}",
+            "learning rate": f"x {stage.lr_factor:.3g}",
+        }
+        for stage in schedule.stages
+    ]
 
 
 def _sweep_table(sweep: Sweep) -> RenderableType:

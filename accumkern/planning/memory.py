@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
+from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
@@ -17,6 +19,7 @@ from accumkern.out_of_memory import format_bytes as format_bytes
 from accumkern.out_of_memory import is_out_of_memory as is_out_of_memory
 from accumkern.out_of_memory import parse_bytes as parse_bytes
 from accumkern.torch_private import tree_leaves
+from accumkern.version import __version__
 
 
 def check_margin(margin: float) -> float:
@@ -31,6 +34,16 @@ def check_margin(margin: float) -> float:
     if not 0 <= number < 1:
         raise ValueError(f"margin is {number}; {right}")
     return number
+
+
+def interpolated(peaks: dict[int, int], micro_batch: int) -> int:
+    """Return the peak of a micro-batch within those that are known: memory grows in a straight line."""
+    if micro_batch in peaks:
+        return peaks[micro_batch]
+    low = max(size for size in peaks if size < micro_batch)
+    high = min(size for size in peaks if size > micro_batch)
+    part = (micro_batch - low) / (high - low)
+    return round(peaks[low] + part * (peaks[high] - peaks[low]))
 
 
 def available_bytes(device: torch.device) -> int:
@@ -53,6 +66,23 @@ def available_bytes(device: torch.device) -> int:
     except OSError:
         return free
     return free if limit == "max" else min(free, int(limit) - int(used))
+
+
+def machine_of(device: torch.device | None) -> dict[str, str]:
+    """Return what a plan was made on, and when; None is no device."""
+    name = "none: predicted on fake tensors"
+    if device is not None:
+        name = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
+    return {
+        "device": name,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accumkern": __version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def held_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:

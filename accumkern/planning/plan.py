@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from typing import Any
 
-import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from accumkern.checks import integer
-from accumkern.planning.memory import available_bytes, check_margin, format_bytes, parse_bytes
+from accumkern.planning.memory import available_bytes, check_margin, format_bytes, interpolated, machine_of, parse_bytes
 from accumkern.planning.noise import accumulation_pays, best_batch, costs, measure_noise, useful_batches
-from accumkern.planning.plan_result import Choice, Plan, explain
+from accumkern.planning.plan_result import Choice, Plan, explain, with_schedule
 from accumkern.planning.precision import choose_buffer, choose_masters, masters_problem, step_bytes, with_masters
 from accumkern.planning.predict import Prediction, PredictionError, fake_setup, predict_memory
 from accumkern.planning.protocol import Setup, SetupFunction, run_setup
+from accumkern.planning.scaling_laws import BatchLaws, law_batch, laws_of
 from accumkern.planning.speed import Split, knee, measure_speeds, sizes_to_time, split, split_by_size
+from accumkern.planning.token_budget import check_budget
 from accumkern.planning.trial import Preserved, Trial, find_fit, largest, verify
 from accumkern.ranks import Ranks
 from accumkern.torch_private import BatchNorm
-from accumkern.version import __version__
 
 _RANKS = (1, 2, 4, 8)
 _NOISE_MICRO_BATCH = 4
@@ -34,6 +32,8 @@ def plan(
     setup: SetupFunction,
     *,
     effective_batch: int | None = None,
+    tokens: int | float | str | None = None,
+    schedule: bool = False,
     memory: int | str | None = None,
     margin: float = 0.1,
     buffer: str | None = None,
@@ -53,7 +53,10 @@ def plan(
     Args:
         setup: a function that returns model, optimizer, make_batch and loss; see
             :class:`accumkern.planning.protocol.Setup`.
-        effective_batch: samples between two optimizer steps, over all ranks. None chooses from speed and noise.
+        effective_batch: samples between two optimizer steps, over all ranks. None chooses by the laws of
+            :mod:`accumkern.planning.scaling_laws` where they cover the run, and else from speed and noise.
+        tokens: that the run is to train with, or text such as ``"10B"``; needs ``tokens_per_sample`` of the setup.
+        schedule: say when to raise the batch in such a run, too.
         memory: of the device, in bytes or as text such as ``"24GB"``. None takes what is available now.
         margin: the part of it to leave free, 0 to 1 (excluded).
         buffer: of :func:`accumkern.attach`; None chooses by the parameters' dtype.
@@ -75,6 +78,7 @@ def plan(
         with ranks.phase("arguments"):
             if effective_batch is not None:
                 effective_batch = _whole("effective_batch", effective_batch, 1)
+            tokens = check_budget(tokens, schedule)
             largest_micro_batch = _whole("largest_micro_batch", largest_micro_batch, 1)
             noise_windows = _whole("noise_windows", noise_windows, 0)
             if 0 < noise_windows < 4:
@@ -87,6 +91,8 @@ def plan(
                 raise ValueError("memory is None; a prediction (measure=False) needs it, such as memory='24GB'")
             ranks.check_same(
                 effective_batch=effective_batch,
+                tokens=tokens,
+                schedule=schedule,
                 margin=margin,
                 buffer=buffer,
                 master_weights=master_weights,
@@ -97,13 +103,14 @@ def plan(
         if limit is not None and not measure:
             limit = min(ranks.gathered(limit))
             with ranks.phase("what would fit"):
-                asked = effective_batch, limit, margin, buffer, master_weights, largest_micro_batch
-                plan = _predicted_plan(setup, *asked, progress)
-            return ranks.gathered(plan)[0]
+                wanted = effective_batch, tokens, limit, margin, buffer, master_weights, largest_micro_batch
+                plan = _predicted_plan(setup, *wanted, progress)
+            return ranks.gathered(with_schedule(plan) if schedule else plan)[0]
         with ranks.phase("setup()"):
             made = run_setup(setup)
             if isinstance(made.model, DistributedDataParallel):
                 made = made._replace(model=made.model.module)  # whose backward pass waits for no other rank
+            laws = None if tokens is None else laws_of(made, tokens)
             buffer = choose_buffer(made, buffer)
             master_weights = choose_masters(made, master_weights)
             limit = min(ranks.gathered(limit or available_bytes(made.device)))
@@ -111,14 +118,17 @@ def plan(
         if effective_batch is not None:
             at_most = min(at_most, max(1, math.ceil(effective_batch / ranks.count)))
         with Preserved(made, buffer, ranks, master_weights) as preserved:
-            plan = _measured_plan(setup, preserved, effective_batch, limit, margin, at_most, noise_windows, progress)
-        return ranks.gathered(plan)[0]  # predictions, losses and the machine may differ
+            asked = effective_batch, laws, limit, margin, at_most, noise_windows
+            plan = _measured_plan(setup, preserved, *asked, progress)
+        # Predictions, losses and the machine may differ.
+        return ranks.gathered(with_schedule(plan) if schedule else plan)[0]
 
 
 def _measured_plan(
     function: SetupFunction,
     preserved: Preserved,
     target: int | None,
+    laws: BatchLaws | None,
     limit: int,
     margin: float,
     at_most: int,
@@ -160,7 +170,8 @@ def _measured_plan(
         return by_size[micro_batch].samples_per_second(accumulation_steps)
 
     with ranks.phase("the plan"):
-        batch = target or best_batch(ranks.count, sizes, rate, math.inf if noise is None else noise.noise_scale)
+        batch = target or law_batch(laws, ranks.count)
+        batch = batch or best_batch(ranks.count, sizes, rate, math.inf if noise is None else noise.noise_scale)
         way = ranks.gathered(split(batch, ranks.count, sizes, rate))[0]
         progress("the plan", f"micro-batch {way.micro_batch}, {way.accumulation_steps} accumulation steps")
         verified = verify(preserved, way.micro_batch, way.accumulation_steps, allowed)
@@ -185,6 +196,7 @@ def _measured_plan(
         peaks,
         prospects,
         target=target,
+        laws=laws,
         buffer=preserved.buffer,
         master_weights=preserved.master_weights,
         accumulation_pays=accumulation_pays(way, sizes, rate, noise),
@@ -199,13 +211,14 @@ def _measured_plan(
         knee=knee(speeds).micro_batch,
         noise=noise,
         batches=costs(way, sizes, rate, noise),
-        machine=_machine(setup.device),
+        machine=machine_of(setup.device),
     )
 
 
 def _predicted_plan(
     function: SetupFunction,
     target: int | None,
+    tokens: int | None,
     limit: int,
     margin: float,
     buffer: str | None,
@@ -240,7 +253,8 @@ def _predicted_plan(
                 "checkpointing"
             )
         most = largest(fits, at_most)
-        way = split_by_size(target or most, 1, most)
+        laws = None if tokens is None else laws_of(setup, tokens)
+        way = split_by_size(target or law_batch(laws, 1) or most, 1, most)
         peak = predict(way.micro_batch, min(2, way.accumulation_steps)).memory.total
         return _plan_of(
             setup,
@@ -249,6 +263,7 @@ def _predicted_plan(
             {size: prediction.memory.total for size, prediction in found.items()} | {way.micro_batch: peak},
             lambda way: (None, None, None),
             target=target,
+            laws=laws,
             buffer=buffer,
             master_weights=master_weights,
             memory_limit_bytes=limit,
@@ -256,7 +271,7 @@ def _predicted_plan(
             largest_micro_batch=most,
             is_limited_by_memory=most < at_most,
             predictions=tuple(found[size] for size in sorted(found)),
-            machine=_machine(None),
+            machine=machine_of(None),
         )
 
 
@@ -273,7 +288,7 @@ def _plan_of(
 
     def choice(of: Split) -> Choice:
         buckets = gradient_bytes if of.ranks > way.ranks == 1 else 0  # of DistributedDataParallel
-        memory = _interpolated(peaks, of.micro_batch) + buckets
+        memory = interpolated(peaks, of.micro_batch) + buckets
         return Choice(of.ranks, of.micro_batch, of.accumulation_steps, of.effective_batch, memory, *prospects(of))
 
     return explain(
@@ -308,16 +323,6 @@ def _predictions(
     return predictions, None
 
 
-def _interpolated(peaks: dict[int, int], micro_batch: int) -> int:
-    """Return the peak of a size: memory grows in a straight line between those that are known."""
-    if micro_batch in peaks:
-        return peaks[micro_batch]
-    low = max(size for size in peaks if size < micro_batch)
-    high = min(size for size in peaks if size > micro_batch)
-    part = (micro_batch - low) / (high - low)
-    return round(peaks[low] + part * (peaks[high] - peaks[low]))
-
-
 def _warnings(setup: Setup, micro_batch: int) -> tuple[str, ...]:
     names = [name for name, module in setup.model.named_modules() if isinstance(module, BatchNorm) and module.training]
     if not names:
@@ -328,22 +333,6 @@ def _warnings(setup: Setup, micro_batch: int) -> tuple[str, ...]:
         "accumulated; keep the micro-batch that it was tuned for, or use GroupNorm or LayerNorm, or SyncBatchNorm over "
         "ranks",
     )
-
-
-def _machine(device: torch.device | None) -> dict[str, str]:
-    name = "none: predicted on fake tensors"
-    if device is not None:
-        name = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        )
-    return {
-        "device": name,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "accumkern": __version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
 
 
 def _whole(name: str, number: int, least: int) -> int:

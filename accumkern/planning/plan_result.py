@@ -11,12 +11,12 @@ from typing import Any
 
 from accumkern.planning.memory import format_bytes
 from accumkern.planning.noise import Batch, Noise, samples_factor, steps_factor
+from accumkern.planning.precision import buffer_reason, masters_reason
 from accumkern.planning.predict import Prediction
-from accumkern.planning.speed import Speed
+from accumkern.planning.scaling_laws import BatchLaws
+from accumkern.planning.speed import Speed, Split
+from accumkern.planning.token_budget import Schedule, law_reasons, schedule_of, schedule_reasons, target_reason
 from accumkern.planning.trial import Fit
-
-_MASTER_BYTES = {"split24": 1, "split32": 2}  # per parameter, of a residual
-_FEW_MICRO_BATCHES = 8  # the gain of FP32 accumulation may be invisible up to here
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class Plan:
         knee: the smallest micro-batch that is about as fast as any; None where speed was not measured.
         noise: the gradient noise scale; None where it was not measured.
         batches: what effective batches cost; none where noise or speed were not measured.
+        laws: what published laws say of the batch for the budget of tokens; None without one.
+        schedule: when to raise the batch in such a run; None where it was not asked for.
         tokens_per_sample: of the setup.
         gradient_bytes: of all parameters together, in their own dtypes.
         bfloat16_numel: elements of the bfloat16 weights that are trained.
@@ -101,6 +103,8 @@ class Plan:
     knee: int | None = None
     noise: Noise | None = None
     batches: tuple[Batch, ...] = ()
+    laws: BatchLaws | None = None
+    schedule: Schedule | None = None
     tokens_per_sample: float | None
     gradient_bytes: int
     bfloat16_numel: int
@@ -119,6 +123,11 @@ class Plan:
         if self.choice.accumulation_steps > 1:
             arguments.append(f"average_over={self.choice.accumulation_steps}")
         return f"accumkern.attach({', '.join(arguments)})"
+
+    @property
+    def by_laws(self) -> BatchLaws | None:
+        """The laws, where they chose the effective batch: none was asked for, and they were fitted on such runs."""
+        return self.laws if self.target is None and self.laws is not None and self.laws.best_samples else None
 
     @property
     def prediction_error(self) -> float | None:
@@ -154,8 +163,15 @@ class Plan:
 
 def explain(plan: Plan) -> Plan:
     """Return the plan with its reasons."""
-    parts = (_memory, _speed, _target, _accumulation, _noise, _verdict, _buffer, _masters, _ranks)
+    parts = (_memory, _speed, _target, _accumulation, _noise, _laws, _verdict, _schedule, _buffer, _masters, _ranks)
     return dataclasses.replace(plan, reasons=tuple(reason for part in parts for reason in part(plan)))
+
+
+def with_schedule(plan: Plan) -> Plan:
+    """Return a plan that has laws with its schedule, and with reasons."""
+    assert plan.laws is not None
+    way = Split(plan.choice.ranks, plan.choice.micro_batch, plan.choice.accumulation_steps)
+    return explain(dataclasses.replace(plan, schedule=schedule_of(plan.laws, way)))
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -200,6 +216,8 @@ def _speed(plan: Plan) -> list[str]:
 def _target(plan: Plan) -> list[str]:
     choice = plan.choice
     if plan.target is None:
+        if plan.by_laws is not None:
+            return [target_reason(plan.by_laws, choice.effective_batch)]
         if plan.noise is None:
             return ["Effective batch: none was asked for, so this is one micro-batch, without accumulation."]
         return [
@@ -262,6 +280,17 @@ def _noise(plan: Plan) -> list[str]:
     return reasons
 
 
+def _laws(plan: Plan) -> Iterator[str]:
+    if plan.laws is not None:
+        noise_scale = None if plan.noise is None else plan.noise.noise_scale
+        yield from law_reasons(plan.laws, plan.choice.effective_batch, noise_scale)
+
+
+def _schedule(plan: Plan) -> Iterator[str]:
+    if plan.laws is not None and plan.schedule is not None:
+        yield from schedule_reasons(plan.schedule, plan.laws, plan.choice.effective_batch)
+
+
 def _verdict(plan: Plan) -> list[str]:
     choice = plan.choice
     if choice.accumulation_steps == 1:
@@ -275,6 +304,8 @@ def _verdict(plan: Plan) -> list[str]:
         f"an effective batch of {smaller}, without accumulation{beta2} and its own learning rate, often trains as well "
         "per sample (arXiv 2507.07101)"
     )
+    if plan.by_laws is not None:
+        return [f"Accumulation: it makes the batch that the laws say is best for so many tokens; {advice}."]
     if plan.accumulation_pays:
         return [
             "Accumulation: worth it here. Its windows spread the optimizer's step over more samples than the noise "
@@ -289,43 +320,14 @@ def _verdict(plan: Plan) -> list[str]:
 
 
 def _buffer(plan: Plan) -> list[str]:
-    steps = plan.choice.accumulation_steps
-    if plan.buffer is None:
-        return ["Buffer: none. The parameters are float32, and stock PyTorch accumulates in FP32 already."]
-    if steps == 1:
-        return []
-    reason = f"Buffer: {plan.buffer!r}, so that {steps} micro-gradients are summed in FP32"
-    if steps <= _FEW_MICRO_BATCHES:
-        reason += "; with so few, the loss may not show the difference to stock accumulation"
-    return [reason + "."]
+    reason = buffer_reason(plan.buffer, plan.choice.accumulation_steps)
+    return [] if reason is None else [reason]
 
 
 def _masters(plan: Plan) -> list[str]:
     if not plan.bfloat16_numel:
         return []
-    lost = "updates below 1/512 of a weight are lost in rounding it to bfloat16"
-    if plan.master_problem is not None:
-        return [f"Master weights: none, and {lost}; {plan.master_problem}."]
-    name = plan.master_weights or "split32"
-    each = _MASTER_BYTES[name]
-    cost = f"{each} byte{'s' if each > 1 else ''} per parameter ({format_bytes(each * plan.bfloat16_numel)})"
-    states = "optimizer states in FP32"
-    if plan.adam:
-        states += " (4 bytes more per parameter for Adam's two moments, where they were bfloat16)"
-    if plan.master_weights is None:
-        return [
-            f"Master weights: none were asked for, and {lost}. master_weights={name!r} would keep them for {cost} and "
-            f"{states}."
-        ]
-    bucket = ""  # of an optimizer that is stepped in one pass
-    if plan.step_bytes:
-        bucket = f", up to {format_bytes(plan.step_bytes)} for the FP32 weights and gradients of a step"
-    kept = "what that rounds off" if name == "split32" else "8 bits of what that rounds off"
-    return [
-        f"Master weights: {name!r}, because without them {lost}. The step reads and writes FP32 weights; a residual "
-        f"beside each bfloat16 weight keeps {kept}. This costs {cost}, {states}{bucket}, and time of the step. Memory "
-        "and speeds here are with all of it."
-    ]
+    return [masters_reason(plan.master_weights, plan.master_problem, plan.bfloat16_numel, plan.step_bytes, plan.adam)]
 
 
 def _ranks(plan: Plan) -> list[str]:
