@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -13,8 +14,10 @@ import torch.distributed as dist
 from ranks import Ranks, device, full
 from scarce import Scarce
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -268,31 +271,35 @@ def test_ddp_buffers_of_the_failed_try_go_back(ranks: Ranks) -> None:
     ranks.run(ddp_buffers, at_least=2)
 
 
-def tokens() -> None:
-    module = net(2)
-    model = DistributedDataParallel(module)
+def tokens(wrap: str, on_other: int) -> None:
+    """Five samples count on the first rank, and so many on the other, whose last parts count nothing."""
+    module = net(2, "backward")
+    model: Any = sharded(module) if wrap == "fully_shard" else DistributedDataParallel(module)
     module.eval()
     acc = attached(module)
     x, y = batch_of(6)
     mask = torch.zeros(6, 1)
-    mask[: 5 - 4 * dist.get_rank()] = 1  # five on one rank, one on the other, whose last parts count nothing
-    mask = mask.to(device())
+    mask[: (5, on_other)[dist.get_rank()]] = 1
 
     def loss(part: Any) -> Tensor:
         return ((model(part[0]) - part[1]).square() * part[2]).sum() / part[2].sum()
 
-    acc.backward(loss, (x, y, mask), model=model, count=lambda part: part[2].sum())
-    whole = copy.deepcopy(module)
-    whole.zero_grad()
-    whole.scarce = Scarce(PLENTY)
-    parts = [(*batch_of(6, rank=rank), 5 - 4 * rank) for rank in range(dist.get_world_size())]
-    (sum((whole(x[:n]) - y[:n]).square().sum() for x, y, n in parts) / sum(n for *_, n in parts)).backward()
-    for found, right in zip(bits(module), bits(whole), strict=True):
-        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-7)
+    found = acc.backward(loss, (x, y, mask.to(device())), model=model, count=lambda part: part[2].sum())
+    whole = net().eval()
+    parts = [(*batch_of(6, rank=rank), n) for rank, n in zip(range(dist.get_world_size()), (5, on_other), strict=False)]
+    right = sum((whole(x[:n]) - y[:n]).square().sum() for x, y, n in parts) / sum(n for *_, n in parts)
+    right.backward()
+    for one, other in zip(bits(module), bits(whole), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    dist.all_reduce(found)
+    torch.testing.assert_close(found / dist.get_world_size(), right.detach())
 
 
-def test_ddp_means_over_what_all_ranks_count(ranks: Ranks) -> None:
-    ranks.run(tokens)
+@pytest.mark.parametrize(
+    ("wrap", "on_other"), [("DistributedDataParallel", 1), ("DistributedDataParallel", 0), ("fully_shard", 1)]
+)
+def test_means_over_what_all_ranks_count(ranks: Ranks, wrap: str, on_other: int) -> None:
+    ranks.run(tokens, wrap, on_other, at_least=2)
 
 
 # ---- fully_shard -------------------------------------------------------------------------------------------------
@@ -421,10 +428,11 @@ def test_fully_shard_reduces_in_each_part_or_once(ranks: Ranks) -> None:
 
 def failing(wrap: str, where: str, kind: str) -> tuple[str, str]:
     """Return how a window ends on this rank, and the next one, that nothing interrupts."""
-    module = net(0 if kind == "one sample" else PLENTY, where)
+    module = net({"one sample": 0, "given size": 1}.get(kind, PLENTY), where)
     model = sharded(module) if wrap == "fully_shard" else replicated(module)
     acc = attached(module)
-    acc.backward(lambda part: model(part[0]).sum() * 0 + 1, batch_of(4), model=model) if kind != "one sample" else None
+    module.scarce.after = 1
+    acc.backward(loss_of(model), batch_of(4), model=model)
     before = bits(module)
 
     def loss(part: Any) -> Tensor:
@@ -463,9 +471,12 @@ def test_another_error_on_one_rank_ends_all(ranks: Ranks, wrap: str, kind: str) 
 
 @wheres
 @pytest.mark.parametrize("wrap", ["DistributedDataParallel", "fully_shard"])
-def test_one_sample_too_many_on_one_rank_ends_all(ranks: Ranks, wrap: str, where: str) -> None:
-    (one, again), (other, again_too) = ranks.run(failing, wrap, where, "one sample", at_least=2)
-    own = "OutOfMemoryError: CUDA out of memory. Tried to allocate 1 samples."
+@pytest.mark.parametrize(("kind", "samples"), [("one sample", 1), ("given size", 2)])
+def test_memory_that_is_never_enough_on_one_rank_ends_all(
+    ranks: Ranks, wrap: str, where: str, kind: str, samples: int
+) -> None:
+    (one, again), (other, again_too) = ranks.run(failing, wrap, where, kind, at_least=2)
+    own = f"OutOfMemoryError: CUDA out of memory. Tried to allocate {samples} samples."
     assert other.startswith(own)
     told = (
         "OutOfMemoryElsewhereError: rank 1 ran out of memory ("
@@ -549,3 +560,136 @@ def anywhere(wrap: str, checkpoints: bool, points: int) -> None:
 )
 def test_memory_may_run_out_anywhere(ranks: Ranks, wrap: str, checkpoints: bool) -> None:
     ranks.run(anywhere, wrap, checkpoints, 30, at_least=2)
+
+
+def under_a_limit(wrap: str) -> None:
+    """Let a limit be what makes memory run out, on one rank."""
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Linear(6, 2000), nn.Tanh(), nn.Linear(2000, 1))
+    model: Any = fully_shard(module) if wrap == "fully_shard" else DistributedDataParallel(module)
+    acc = attached(model)
+    limit = "600kB" if dist.get_rank() == 1 else None
+    acc.backward(loss_of(model), batch_of(64), model=model, memory=limit)
+    grads = bits(model)
+    model.zero_grad()
+    assert (acc.micro_batch is not None) == (dist.get_rank() == 1 or wrap == "fully_shard")
+    acc.backward(loss_of(model), batch_of(64), acc.micro_batch or 64, model=model)
+    assert_equal(grads, bits(model))
+
+
+@pytest.mark.parametrize("wrap", ["DistributedDataParallel", "fully_shard"])
+def test_a_limit_on_one_rank(ranks: Ranks, wrap: str) -> None:
+    if ranks.backend == "nccl":
+        pytest.skip("a limit on a GPU's memory is at least what CUDA takes")
+    ranks.run(under_a_limit, wrap)
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------
+
+
+def refusals(way: dict[str, Any], spoil: str) -> list[str]:
+    """Return errors of what cannot be run on several ranks, and what comes of the next try without it."""
+    module = net()
+    model: Any = module
+    if spoil == "tensor parallel":
+        mesh = init_device_mesh(device().type, (dist.get_world_size(),))
+        parallelize_module(module, mesh, {"first": ColwiseParallel(), "middle": ColwiseParallel()})
+    elif spoil in ("no sync", "reduce_once", "few samples", "counts nothing", "SyncBatchNorm"):
+        module.norm = nn.SyncBatchNorm(9) if spoil == "SyncBatchNorm" else module.norm
+        model = sharded(module.to(BF16 if spoil == "reduce_once" else FP32))
+    elif spoil == "both":
+        module.last = DistributedDataParallel(module.last)
+        fully_shard(module.first)
+    else:
+        model = DistributedDataParallel(module, **way)
+    acc = attached(module)
+    if spoil == "hook":
+        model.register_comm_hook(None, default_hooks.allreduce_hook)
+    if spoil == "no sync":
+        model.set_requires_gradient_sync(False)
+    dtype = module.first.weight.dtype
+    x, y = batch_of(4 if spoil != "few samples" or dist.get_rank() == 0 else 1, dtype)
+    ways: dict[str, Any] = {"model": None if spoil == "no model" else model, "reduce_once": spoil == "reduce_once"}
+    if spoil == "counts nothing":
+        ways["count"] = lambda part: 4 * (1 - dist.get_rank())
+    with model.join() if spoil == "join" else nullcontext():
+        return [error_of(lambda: acc.backward(loss_of(model), (x, y), 1 if spoil == "few samples" else 4, **ways))]
+
+
+REFUSED = {
+    "hook": ({}, "ValueError: model has a communication hook"),
+    "static graph": ({"static_graph": True}, "ValueError: model is a DistributedDataParallel with static_graph=True"),
+    "join": ({}, "ValueError: model is a DistributedDataParallel with join()"),
+    "SyncBatchNorm": ({}, "ValueError: norm is a SyncBatchNorm"),
+    "no model": ({}, "ValueError: model is None, and there are 2 ranks"),
+    "both": ({}, "ValueError: model has 1 DistributedDataParallel in it, and parameters under fully_shard on 1 meshes"),
+    "tensor parallel": ({}, "ValueError: first.weight is spread over ranks as "),
+    "no sync": ({}, "ValueError: set_requires_gradient_sync(False) or set_requires_all_reduce(False) is set"),
+    "reduce_once": ({}, "ValueError: reduce_once is True, and fully_shard would add up gradients in torch.bfloat16"),
+    "few samples": ({}, "ValueError: the ranks have [4, 1] samples, and one of them needs 4 parts"),
+}
+
+
+@pytest.mark.parametrize("spoil", REFUSED)
+def test_refusals(ranks: Ranks, spoil: str) -> None:
+    way, right = REFUSED[spoil]
+    for (found,) in ranks.run(refusals, way, spoil, at_least=2):
+        assert found.startswith(right)
+
+
+def test_what_counts_nothing_on_one_rank_under_fully_shard_is_refused(ranks: Ranks) -> None:
+    (one,), (other,) = ranks.run(refusals, {}, "counts nothing", at_least=2)
+    assert other.startswith("ValueError: count returned 0.0 for part 0 of 1; with fully_shard every rank runs the same")
+    assert one.startswith("RanksError: rank 1 failed in acc.backward() with ValueError: count returned 0.0")
+
+
+def sparse() -> str:
+    model = DistributedDataParallel(nn.Embedding(4, 3, sparse=True).to(device()))
+    acc = attached(model)
+    x = torch.zeros(4, dtype=torch.int64, device=device())
+    return error_of(lambda: acc.backward(lambda part: model(part).mean(), x, model=model))
+
+
+def test_sparse_gradients_are_refused(ranks: Ranks) -> None:
+    for found in ranks.run(sparse):
+        assert found.startswith(
+            "TypeError: the gradient of weight is torch.float32 and torch.sparse_coo, and the param"
+        )
+
+
+def alone() -> None:
+    """A model that is on no other rank is run as in one process."""
+    module = net(2)
+    acc = attached(module)
+    if dist.get_rank() == 1:
+        acc.backward(loss_of(module), batch_of(8), model=module)
+        assert acc.micro_batch == 2
+
+
+def test_a_model_of_one_rank_asks_no_other(ranks: Ranks) -> None:
+    ranks.run(alone)
+
+
+# ---- the last, because it ends processes -------------------------------------------------------------------------
+
+
+def dying(wrap: str) -> str:
+    module = net()
+    model: Any = sharded(module) if wrap == "fully_shard" else replicated(module)
+    acc = attached(module)
+
+    def loss(part: Any) -> Tensor:
+        found = loss_of(model)(part)
+        if dist.get_rank() == 1:
+            os._exit(1)
+        return found
+
+    return error_of(lambda: acc.backward(loss, batch_of(4), model=model))
+
+
+@pytest.mark.parametrize("wrap", ["DistributedDataParallel", "fully_shard"])
+def test_a_rank_that_dies_is_missed(ranks: Ranks, wrap: str) -> None:
+    if ranks.backend == "nccl":
+        pytest.skip("NCCL ends the other processes")
+    (_, one), _ = ranks.outcomes(dying, wrap, ranks=2)
+    assert one.startswith("RanksError: another rank is gone, or did not come to the end of acc.backward() in time")
