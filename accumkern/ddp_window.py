@@ -26,21 +26,23 @@ class DdpWindow(RankWindow):
     Within a pass there is no collective (``no_sync()``), so each rank splits as its own memory has it, and begins again
     without the others. The mean over ranks is taken once, after the last backward pass: bucket by bucket, in the
     gradients' dtype with the bits of DistributedDataParallel, or in FP32 after ``acc.reduce_in_fp32(model)``. It is not
-    hidden behind a backward pass: one that is under way could not be taken back on all ranks.
+    hidden behind a backward pass: one that is under way could not be taken back on all ranks. Inside of the user's own
+    ``no_sync()`` it is left to a later window.
 
     Args:
         model: the DistributedDataParallel.
         group: a gloo group of its ranks for their agreements.
 
     Raises:
-        ValueError: the model has a communication hook, or another way to reduce that needs a backward pass.
+        ValueError: on entering, the model has a communication hook, or another way to reduce that needs a backward
+            pass.
     """
 
     def __init__(self, model: nn.parallel.DistributedDataParallel, group: dist.ProcessGroup) -> None:
         self._agreement = Ranks(group, "in acc.backward()")
         self._model: Any = model
         self._stack = ExitStack()
-        self.ranks = group.size()
+        self._is_synced = model.require_backward_grad_sync
 
     def whole(self, counts: Mapping[Name, float]) -> dict[Name, float]:
         """Return the counts of all ranks, divided by their number."""
@@ -60,8 +62,14 @@ class DdpWindow(RankWindow):
                     f"the gradient of {name} is {grad.dtype} and {grad.layout}, and the parameter {param.dtype}; "
                     "acc.backward() takes the mean over ranks of dense gradients in the parameter's dtype"
                 )
-        have = self._agreement.gathered(bytes(param.grad is not None for param in params.values()))
-        if self.ranks == 1:
+        have = self._agreement.gathered(
+            bytes(param.grad is not None for param in params.values()) if self._is_synced else None
+        )
+        if None in have:  # a window in no_sync(): another reduces its gradients
+            if any(of_rank is not None for of_rank in have):
+                raise ValueError("acc.backward() was called inside of model.no_sync() on some ranks and not on others")
+            return
+        if self._agreement.count == 1:
             return
         used = [
             param for param, of_ranks in zip(params.values(), zip(*have, strict=True), strict=True) if any(of_ranks)
@@ -84,9 +92,9 @@ class DdpWindow(RankWindow):
         for param, part in zip(bucket.parameters(), bucket.gradients(), strict=True):
             part.copy_(param.grad)
         if reduction is not None and buffer.dtype in HALVES:
-            reduction.start(bucket, self._sum, self.ranks, False).wait()
+            reduction.start(bucket, self._sum, self._agreement.count, False).wait()
         else:
-            self._sum(buffer.mul_(1 / self.ranks)).wait()
+            self._sum(buffer.mul_(1 / self._agreement.count)).wait()
         for param, part in zip(bucket.parameters(), bucket.gradients(), strict=True):
             param.grad.copy_(part)
 

@@ -15,10 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from accumkern.fully_shard_private import (
+    dtypes_of_sums,
+    forget_failed_pass,
+    has_whole_gradients,
+    is_reduced,
+    sharded_groups,
+    wrap_collectives,
+)
 from accumkern.out_of_memory import is_out_of_memory
 from accumkern.rank_window import Name, RankWindow
 from accumkern.ranks import OutOfMemoryElsewhereError, Ranks
-from accumkern.torch_private import dtypes_of_sums, forget_failed_pass, is_reduced, sharded_groups, wrap_collectives
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -36,7 +43,7 @@ class FsdpWindow(RankWindow):
             gradients are reduced, and their shards folded in FP32.
 
     Raises:
-        ValueError: gradients are not to be reduced, or not in FP32 and ``reduce_once``.
+        ValueError: on entering, gradients are not to be reduced, or some were not, or not in FP32 and ``reduce_once``.
     """
 
     skips_parts = False
@@ -47,7 +54,6 @@ class FsdpWindow(RankWindow):
         self._reduce_once = reduce_once
         self._stack = ExitStack()
         self._news = ""  # of memory that has run out on another rank, in this attempt
-        self.ranks = group.size()
 
     def whole(self, counts: Mapping[Name, float]) -> dict[Name, float]:
         """Return the counts of all ranks, divided by their number."""
@@ -105,6 +111,11 @@ class FsdpWindow(RankWindow):
                 raise ValueError(
                     "set_requires_gradient_sync(False) or set_requires_all_reduce(False) is set, and acc.backward() "
                     "reduces the gradients of its batch itself; set it to True before"
+                )
+            if any(map(has_whole_gradients, groups)):
+                raise ValueError(
+                    "fully_shard keeps gradients of earlier passes that were not reduced, which acc.backward() could "
+                    "not put back where memory runs out; run a backward pass before that reduces them"
                 )
             dtypes = {dtype for group in groups for dtype in dtypes_of_sums(group)}
             if self._reduce_once and dtypes - {torch.float32, torch.float64}:

@@ -33,11 +33,9 @@ class RankWindow:
     inside of :meth:`attempt`, ends the others with its name and error (:class:`accumkern.ranks.RanksError`).
 
     Attributes:
-        ranks: how many the mean of gradients is over.
         skips_parts: whether a rank may leave out a part that counts nothing.
     """
 
-    ranks = 1
     skips_parts = True
 
     def whole(self, counts: Mapping[Name, float]) -> dict[Name, float]:

@@ -12,8 +12,8 @@ from torch import nn
 from accumkern.ddp_window import DdpWindow
 from accumkern.dtensor import is_dtensor
 from accumkern.fsdp_window import FsdpWindow
+from accumkern.fully_shard_private import mesh_of, sharded_groups
 from accumkern.rank_window import RankWindow
-from accumkern.torch_private import mesh_of, sharded_groups
 
 _GROUPS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()  # for agreements, by model
 

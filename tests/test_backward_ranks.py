@@ -222,6 +222,30 @@ def test_ddp_reduces_once_in_a_window(ranks: Ranks) -> None:
     ranks.run(ddp_collectives)
 
 
+def ddp_in_no_sync() -> None:
+    results = []
+    for no_sync in (True, False):
+        module = net(2, "backward")
+        model = replicated(module)
+        acc = attached(module)
+        for n in range(2):
+            torch.manual_seed(n)
+            with model.no_sync() if no_sync and n == 0 else nullcontext():
+                acc.backward(loss_of(model), batch_of(8), model=model)
+            if no_sync and n == 0:
+                own = bits(module)
+                of_ranks: list[Any] = [None] * dist.get_world_size()
+                dist.all_gather_object(of_ranks, own)
+                assert dist.get_world_size() == 1 or not torch.equal(of_ranks[0][0], of_ranks[1][0])
+        results.append(bits(module))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_ddp_in_no_sync_leaves_the_mean_to_a_later_window(ranks: Ranks) -> None:
+    ranks.run(ddp_in_no_sync)
+
+
 def ddp_with_unused(dtype: torch.dtype, in_fp32: bool) -> None:
     module = net(3, dtype=dtype, has_unused=True)
     model = DistributedDataParallel(module, find_unused_parameters=True)
@@ -594,7 +618,7 @@ def refusals(way: dict[str, Any], spoil: str) -> list[str]:
     if spoil == "tensor parallel":
         mesh = init_device_mesh(device().type, (dist.get_world_size(),))
         parallelize_module(module, mesh, {"first": ColwiseParallel(), "middle": ColwiseParallel()})
-    elif spoil in ("no sync", "reduce_once", "few samples", "counts nothing", "SyncBatchNorm"):
+    elif spoil in ("no sync", "reduce_once", "few samples", "counts nothing", "SyncBatchNorm", "not reduced"):
         module.norm = nn.SyncBatchNorm(9) if spoil == "SyncBatchNorm" else module.norm
         model = sharded(module.to(BF16 if spoil == "reduce_once" else FP32))
     elif spoil == "both":
@@ -607,6 +631,10 @@ def refusals(way: dict[str, Any], spoil: str) -> list[str]:
         model.register_comm_hook(None, default_hooks.allreduce_hook)
     if spoil == "no sync":
         model.set_requires_gradient_sync(False)
+    if spoil == "not reduced":
+        model.set_requires_gradient_sync(False)
+        loss_of(model)(batch_of(2)).backward()
+        model.set_requires_gradient_sync(True)
     dtype = module.first.weight.dtype
     x, y = batch_of(4 if spoil != "few samples" or dist.get_rank() == 0 else 1, dtype)
     ways: dict[str, Any] = {"model": None if spoil == "no model" else model, "reduce_once": spoil == "reduce_once"}
@@ -625,6 +653,7 @@ REFUSED = {
     "both": ({}, "ValueError: model has 1 DistributedDataParallel in it, and parameters under fully_shard on 1 meshes"),
     "tensor parallel": ({}, "ValueError: first.weight is spread over ranks as "),
     "no sync": ({}, "ValueError: set_requires_gradient_sync(False) or set_requires_all_reduce(False) is set"),
+    "not reduced": ({}, "ValueError: fully_shard keeps gradients of earlier passes that were not reduced"),
     "reduce_once": ({}, "ValueError: reduce_once is True, and fully_shard would add up gradients in torch.bfloat16"),
     "few samples": ({}, "ValueError: the ranks have [4, 1] samples, and one of them needs 4 parts"),
 }
