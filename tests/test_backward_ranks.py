@@ -16,7 +16,7 @@ from scarce import Scarce
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
@@ -333,14 +333,18 @@ POLICIES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bfloat16": (BF16, {}),
     "mixed": (FP32, {"mp_policy": MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=FP32)}),
     "not resharded": (FP32, {"reshard_after_forward": False}),
+    "layers alone": (FP32, {"has_root": False}),
+    "in one group": (FP32, {"is_grouped": True}),
+    "on the CPU": (FP32, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}),
 }
 policies = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 
 
-def sharded(module: Net, **way: Any) -> Net:
-    for layer in (module.first, module.middle, module.last):
+def sharded(module: Net, has_root: bool = True, is_grouped: bool = False, **way: Any) -> Net:
+    layers: list[Any] = [module.first, module.middle, module.last]
+    for layer in [layers[:2], layers[2]] if is_grouped else layers:
         fully_shard(layer, **way)
-    return fully_shard(module, **way)
+    return fully_shard(module, **way) if has_root else module
 
 
 def fsdp_against_explicit(where: str, policy: Any, checkpoints: bool = False, after: int = 0) -> None:
