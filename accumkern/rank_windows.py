@@ -14,6 +14,7 @@ from accumkern.dtensor import is_dtensor
 from accumkern.fsdp_window import FsdpWindow
 from accumkern.fully_shard_private import mesh_of, sharded_groups
 from accumkern.rank_window import RankWindow
+from accumkern.torch_private import active_ddp
 
 _GROUPS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()  # for agreements, by model
 
@@ -22,8 +23,8 @@ def window_of(model: nn.Module | None, reduce_once: bool = False) -> RankWindow:
     """Return the window of a model: all its ranks have to enter it.
 
     Args:
-        model: is or has a DistributedDataParallel, or modules under ``fully_shard``; otherwise the window is of this
-            rank alone. None is for a process without others.
+        model: is or has a DistributedDataParallel, or is in one whose forward pass is under way, or has modules under
+            ``fully_shard``; otherwise the window is of this rank alone. None is for a process without others.
         reduce_once: of :class:`accumkern.fsdp_window.FsdpWindow`.
 
     Raises:
@@ -41,12 +42,15 @@ def window_of(model: nn.Module | None, reduce_once: bool = False) -> RankWindow:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module, or None")
     replicated = [module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
+    around = active_ddp()
+    if not replicated and around is not None and any(module is model for module in around.module.modules()):
+        replicated = [around]
     sharded = _sharded_modules(model)
     meshes = {mesh_of(group) for group in sharded_groups(sharded)}
     _check(model, len(replicated), meshes)
     if replicated:
         ranks = dist.get_process_group_ranks(replicated[0].process_group)
-        return DdpWindow(replicated[0], _group_for(model, ranks))
+        return DdpWindow(replicated[0], _group_for(replicated[0], ranks))
     if meshes:
         ranks = meshes.pop().mesh.flatten().tolist()
         return FsdpWindow(sharded, _group_for(model, ranks), reduce_once)

@@ -229,6 +229,11 @@ def divides_by_all_ranks(model: Any) -> bool:
 # ---- DistributedDataParallel -------------------------------------------------------------------------------------
 
 
+def active_ddp() -> Any:
+    """Return the DistributedDataParallel whose forward pass is under way, as around a step of Lightning; or None."""
+    return torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
+
 def has_communication_hook(model: Any) -> bool:
     """Return whether a DistributedDataParallel has a communication hook."""
     return bool(model._comm_hooks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -246,6 +247,41 @@ def test_ddp_in_no_sync_leaves_the_mean_to_a_later_window(ranks: Ranks) -> None:
     ranks.run(ddp_in_no_sync)
 
 
+class Step(nn.Module):
+    """A whole training step inside of a forward pass, as DistributedDataParallel has it in Lightning."""
+
+    def __init__(self, module: Net) -> None:
+        super().__init__()
+        self.module, self.acc = module, attached(module)
+
+    def forward(self, batch: Any) -> Tensor:
+        loss = self.acc.backward(loss_of(self.module), batch, model=self.module)
+        self.ddp().require_backward_grad_sync = False  # as Lightning, where a step optimizes by itself
+        return loss
+
+
+def ddp_around() -> None:
+    results = []
+    for inside in (True, False):
+        module = net(2, "backward")
+        torch.manual_seed(dist.get_rank())
+        if inside:
+            step = Step(module)
+            model = DistributedDataParallel(step)
+            step.ddp = weakref.ref(model)
+            model(batch_of(8))
+        else:
+            model = DistributedDataParallel(module)
+            attached(module).backward(loss_of(model), batch_of(8), model=model)
+        results.append(bits(module))
+    assert_equal(*results)
+    assert_same_on_all_ranks(results[0])
+
+
+def test_ddp_around_the_whole_step(ranks: Ranks) -> None:
+    ranks.run(ddp_around)
+
+
 def ddp_with_unused(dtype: torch.dtype, in_fp32: bool) -> None:
     module = net(3, dtype=dtype, has_unused=True)
     model = DistributedDataParallel(module, find_unused_parameters=True)
@@ -276,19 +312,21 @@ def test_ddp_parameters_that_one_rank_uses(ranks: Ranks, dtype: torch.dtype, in_
 
 def ddp_buffers() -> None:
     results = []
-    for most in (4, PLENTY):
+    for most, lags in ((4, True), (PLENTY, True), (PLENTY, False)):
         module = net(most, has_norm=True)
         model = replicated(module)
         acc = attached(module)
         for _ in range(2):
             torch.manual_seed(7 + dist.get_rank())
-            module.norm.running_mean += dist.get_rank()  # what the first rank has counts, at the next forward pass
+            if lags:  # what the first rank has counts, when a window begins
+                module.norm.running_mean += dist.get_rank()
             acc.backward(loss_of(model), batch_of(8), "auto" if most == 4 else 8 - 4 * dist.get_rank(), model=model)
         results.append([*bits(model), *(b.clone() for b in module.buffers())])
         with torch.no_grad():
             model.eval()(batch_of(4)[0])  # hands them on, as in stock PyTorch
         assert_same_on_all_ranks(list(module.buffers()))
-    assert_equal(*results)
+    for other in results[1:]:
+        assert_equal(results[0], other)
 
 
 def test_ddp_buffers_of_the_failed_try_go_back(ranks: Ranks) -> None:
