@@ -282,6 +282,62 @@ def test_ddp_around_the_whole_step(ranks: Ranks) -> None:
     ranks.run(ddp_around)
 
 
+def lightning() -> None:
+    """Train two windows in Lightning, whose DistributedDataParallel is around the step; memory is short on one rank."""
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+    from lightning.pytorch.strategies import DDPStrategy
+
+    class Model(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net(3, "backward").eval()
+            self.automatic_optimization = False
+            self.batches: list[Any] = []
+            self.grads: list[list[Tensor | None]] = []
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1)
+            self.acc = accumkern.attach(optimizer)
+            return optimizer
+
+        def training_step(self, batch: Any, _index: int) -> Tensor:
+            optimizer = self.optimizers()
+            self.batches.append(batch)
+            loss = self.acc.backward(loss_of(self.net), batch, model=self, backward=self.manual_backward)
+            self.grads.append(bits(self.net))
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+    model = Model()
+    data = torch.utils.data.TensorDataset(*batch_of(48, rank=0))
+    whole = copy.deepcopy(model.net)
+    whole.scarce = Scarce(PLENTY)
+    os.environ["NODE_RANK"] = str(dist.get_rank())
+    try:
+        strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = Trainer(accelerator="cpu", devices=1, num_nodes=2, strategy=strategy, max_epochs=1, **quiet)
+        trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=12))
+    finally:
+        del os.environ["NODE_RANK"]
+    assert model.net.scarce.seen == ([12, 6, *8 * [3]] if dist.get_rank() else [12, 12])
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, model.batches[0])
+    loss_of(whole)([torch.cat(parts) for parts in zip(*of_ranks, strict=True)]).backward()
+    for found, right in zip(model.grads[0], bits(whole), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-7)
+    assert_same_on_all_ranks(model.grads[1])
+
+
+def test_ddp_in_lightning(ranks: Ranks) -> None:
+    pytest.importorskip("lightning")
+    if ranks.backend == "nccl":
+        pytest.skip("runs on CPUs")
+    ranks.run(lightning)
+
+
 def ddp_with_unused(dtype: torch.dtype, in_fp32: bool) -> None:
     module = net(3, dtype=dtype, has_unused=True)
     model = DistributedDataParallel(module, find_unused_parameters=True)
