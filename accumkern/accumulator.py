@@ -22,6 +22,7 @@ from accumkern.memory import HeldMemory, storage_bytes, tensors_in
 from accumkern.noise_scale import NoiseScale, NoiseScaleMeter
 from accumkern.out_of_memory import parse_bytes
 from accumkern.passes import BackwardPasses
+from accumkern.rank_windows import window_of
 from accumkern.slot import Parts, Slot
 from accumkern.stepping import Stepping
 
@@ -92,6 +93,7 @@ class GradAccumulator:
         split: Callable[[Any, int, int], Any] | None = None,
         backward: Callable[[Tensor], Any] | None = None,
         memory: int | str | None = None,
+        reduce_once: bool = False,
     ) -> Any:
         """Run forward and backward passes of a batch of any size, in micro-batches that fit; return its mean loss.
 
@@ -119,7 +121,8 @@ class GradAccumulator:
                 samples. Numbers on a device are waited for, once in a window.
             reduction: ``"mean"``, or ``"sum"`` where ``loss_fn`` returns sums: then nothing is weighed.
             model: what is trained: lets a retry put its buffers back, and knows the gradients of parameters that
-                belong to other optimizers.
+                belong to other optimizers. Needed where there are several ranks: what ``loss_fn`` calls, with its
+                DistributedDataParallel.
             split: called as ``split(batch, start, stop)`` where a batch has to be taken apart in a way of its own;
                 ``len(batch)`` is its samples then.
             backward: takes the loss and runs the backward pass: ``accelerator.backward``, ``self.manual_backward``, or
@@ -127,28 +130,34 @@ class GradAccumulator:
             memory: what weights, gradients, states, batch and activations may take together, in bytes or as text such
                 as ``"24GB"``; None is what there is. On a CPU, where the system ends a program that takes too much,
                 this is what makes memory run out; there it looks at each operation, which takes time.
+            reduce_once: under ``fully_shard``, reduce gradients in the last part alone, and keep whole ones until then,
+                in ``reduce_dtype``, which must be float32. False reduces in each part, and keeps shards.
 
         Returns:
             The mean loss of the batch, FP32, on its device, without a graph; in a tuple or a dictionary where
             ``loss_fn`` returned several.
 
+        Where ``model`` is (or has) a DistributedDataParallel or modules under ``fully_shard``, all ranks call this with
+        batches of their own, and ``.grad`` gets the gradient of all of them as one. Memory may run out on any rank; see
+        docs/distributed.md. The loss is weighted so that its mean over ranks is that of the whole.
+
         Raises:
             TypeError, ValueError: an argument or what a function returned is of the wrong kind or range, or the
                 accumulator multiplies gradients itself (``average_over``, ``scale``).
             RuntimeError, MemoryError: what ``loss_fn`` raised; memory that ran out with a single sample, or with the
-                ``micro_batch`` that was asked for.
+                ``micro_batch`` that was asked for; another rank's error, with its number
+                (:class:`accumkern.ranks.RanksError`).
 
         After an error gradients and random numbers are what they were before the call. Gradients that were there
         before it are copied to the host's memory until it is over.
         """
-        self._check_parameters()
-        self._passes.complete()
-        if model is not None and not isinstance(model, torch.nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module, or None")
-        limit = None if memory is None else parse_bytes(memory)
-        how = count, split, reduction, backward, limit
-        asked = any_batch.check_request(loss_fn, batch, micro_batch, self._rooms.micro_batch, *how)
-        losses, found = any_batch.run(asked, self._attachment, model)
+        with window_of(model, reduce_once) as window:  # before what may be wrong on one rank alone
+            self._check_parameters()
+            self._passes.complete()
+            limit = None if memory is None else parse_bytes(memory)
+            how = count, split, reduction, backward, limit
+            asked = any_batch.check_request(loss_fn, batch, micro_batch, self._rooms.micro_batch, *how)
+            losses, found = any_batch.run(asked, self._attachment, model, window)
         if found is not None:
             self._rooms.micro_batch = found
         return losses

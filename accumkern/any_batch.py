@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,15 +22,25 @@ import torch
 from torch import Tensor, nn
 
 from accumkern.attachment import Attachment
-from accumkern.checks import integer, one_of, real
+from accumkern.checks import integer, one_of
 from accumkern.hooks import owner_of
 from accumkern.memory import storage_bytes, tensors_in
 from accumkern.out_of_memory import CpuLimit, gpu_limit, is_out_of_memory
+from accumkern.rank_window import RankWindow
 from accumkern.snapshot import Snapshot
 from accumkern.splitting import Split, bounds, part_of, samples_of
 from accumkern.torch_private import tree_leaves
-
-Count = Callable[[Any], Any]
+from accumkern.weighing import (
+    Count,
+    Counts,
+    add_losses,
+    check_whole,
+    counts_of,
+    losses_of,
+    runs_of,
+    totals_of,
+    weighted_sum,
+)
 
 
 @dataclass
@@ -98,8 +108,14 @@ def check_request(
     )
 
 
-def run(asked: Request, attachment: Attachment, model: nn.Module | None) -> tuple[Any, int | None]:
+def run(asked: Request, attachment: Attachment, model: nn.Module | None, window: RankWindow) -> tuple[Any, int | None]:
     """Run a window; return its losses, and the size of its micro-batches if memory ran out before.
+
+    Args:
+        asked: what was asked for.
+        attachment: of the optimizer.
+        model: what is trained, if that is known.
+        window: of this rank, entered already.
 
     After an error gradients, buffers and random numbers are what they were before.
     """
@@ -115,14 +131,15 @@ def run(asked: Request, attachment: Attachment, model: nn.Module | None) -> tupl
     slots = {param: slot for each in attachments for param, slot in each.slots.items()}
     before = Snapshot(params, slots, model)
     parts, found = _parts_for(asked.samples, asked.largest), None
+    whole: Counts = {}
     while True:
         try:
-            with _limit(asked, attachments, params, model):
-                return _window(asked, parts), found
+            parts = window.agreed_parts(parts, asked.samples)
+            with window.attempt(), _limit(asked, attachments, params, model):
+                losses = _window(asked, parts, whole, window, params[0].device)
+            break
         except BaseException as error:
-            for each in attachments:
-                each.rooms.passes.drop()
-            before.put_back()
+            _begin_again(attachments, before)
             if not asked.may_halve or not is_out_of_memory(error):
                 raise
             if parts == asked.samples:
@@ -132,124 +149,56 @@ def run(asked: Request, attachment: Attachment, model: nn.Module | None) -> tupl
         _free(params)
         found = max(1, -(-asked.samples // parts) // 2)
         parts = _parts_for(asked.samples, found)
+    try:
+        window.reduce()
+    except BaseException:
+        _begin_again(attachments, before)
+        raise
+    return losses, found
 
 
 def _parts_for(samples: int, largest: int) -> int:
     return -(-samples // largest)
 
 
-def _window(asked: Request, parts: int) -> Any:
-    """Run forward and backward passes of all parts; return the losses of the whole."""
-    pieces = [part_of(asked.batch, start, stop, asked.split) for start, stop in bounds(asked.samples, parts)]
-    counts = _counts(asked, pieces)
-    total = _totals(counts)
+def _window(asked: Request, parts: int, whole: Counts, window: RankWindow, device: torch.device) -> Any:
+    """Run forward and backward passes of all parts; return the losses of the whole.
+
+    Args:
+        asked: what was asked for.
+        parts: how many.
+        whole: what the samples of all ranks count, per rank; empty until it is known.
+        window: of this rank.
+        device: of the parameters.
+    """
+    cuts = bounds(asked.samples, parts)
+    pieces = [part_of(asked.batch, *cut, asked.split) for cut in cuts]
+    counts = counts_of(asked.count, pieces, cuts)
+    if not whole:
+        whole.update(window.whole(totals_of(counts)))
+        check_whole(whole)
     losses: dict[Any, Tensor] = {}
     kind: type = dict
-    for i in range(parts):
-        piece, pieces[i] = pieces[i], None  # a part that split has copied is gone after its pass
-        if not any(counts[i].values()):
-            continue  # a mean over nothing
-        returned = asked.loss_fn(piece)
-        del piece
-        found = _losses_of(returned, counts[i])
-        weighted = _weighted(found, counts[i], total, asked.takes_mean)
-        if weighted is not None:
-            asked.backward(weighted)
-        _add(losses, found, counts[i], total, asked.takes_mean)
+    runs = runs_of(counts, window.skips_parts)
+    for n, (i, counts_here) in enumerate(runs):
+        piece = part_of(asked.batch, *cuts[i], asked.split) if pieces[i] is None else pieces[i]
+        pieces[i] = None  # a part that split has copied is gone after its pass
+        with window.part(is_last=n + 1 == len(runs)):
+            returned = asked.loss_fn(piece)
+            del piece
+            found = losses_of(returned, counts[i])
+            weighted = weighted_sum(found, counts[i], whole, asked.takes_mean)
+            if weighted is not None:
+                asked.backward(weighted if counts_here else weighted * 0.0)
+        if counts_here:
+            add_losses(losses, found, counts[i], whole, asked.takes_mean)
         kind = type(returned)
         del returned, found, weighted  # and the graph with them
+    if not runs:  # other ranks have what counts
+        losses = {name: torch.zeros((), device=device) for name in whole}
     if None in losses:
         return losses[None]
     return tuple(losses.values()) if issubclass(kind, (tuple, list)) else losses
-
-
-_Counts = dict[Any, float]  # by the name of the loss; None: of all
-
-
-def _counts(asked: Request, pieces: list[Any]) -> list[_Counts]:
-    """Return what each part counts, waiting once for the device that has made the numbers."""
-    if asked.count is None:
-        return [{None: float(stop - start)} for start, stop in bounds(asked.samples, len(pieces))]
-    counts = [_named(asked.count(piece)) for piece in pieces]
-    on_devices = [value for each in counts for value in each.values() if isinstance(value, Tensor)]
-    right = "count must return a number that is not negative, or one for each loss"
-    for tensor in on_devices:
-        if tensor.numel() != 1:
-            raise ValueError(f"count returned a tensor of shape {tuple(tensor.shape)}; {right}")
-    if on_devices:
-        numbers = iter(torch.stack([tensor.detach().reshape(()).double() for tensor in on_devices]).tolist())
-        counts = [{k: next(numbers) if isinstance(v, Tensor) else v for k, v in each.items()} for each in counts]
-    for each in counts:
-        for name, value in each.items():
-            each[name] = float(real("what count returned", value, right))
-            if not 0 <= each[name] < float("inf"):
-                raise ValueError(f"count returned {value}; {right}")
-    return counts
-
-
-def _totals(counts: list[_Counts]) -> _Counts:
-    totals: _Counts = {}
-    for each in counts:
-        for name, value in each.items():
-            totals[name] = totals.get(name, 0.0) + value
-    for name, value in totals.items():
-        if value == 0:
-            what = "all parts" if name is None else f"the loss {name!r}"
-            raise ValueError(f"count returned 0 for {what}; a mean needs something to be of")
-    return totals
-
-
-def _named(found: Any) -> dict[Any, Any]:
-    """Return losses, or what they count, by their names; one alone is called None."""
-    if isinstance(found, Mapping):
-        return dict(found)
-    if isinstance(found, (tuple, list)):
-        return dict(enumerate(found))
-    return {None: found}
-
-
-def _losses_of(returned: Any, counts: _Counts) -> dict[Any, Tensor]:
-    losses = _named(returned)
-    right = "it must return the mean loss of a micro-batch, a floating 0-dim tensor with a graph, or several of them"
-    for loss in losses.values():
-        if not isinstance(loss, Tensor) or not loss.is_floating_point():
-            found = f"a {loss.dtype} tensor" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise TypeError(f"loss_fn returned {found}; {right}")
-        if loss.dim() != 0:
-            raise ValueError(f"loss_fn returned a tensor of shape {tuple(loss.shape)}; {right}")
-    if not losses or not any(loss.requires_grad for loss in losses.values()):
-        raise ValueError(f"loss_fn returned {'no loss' if not losses else 'a loss without a graph'}; {right}")
-    if None not in counts and counts.keys() != losses.keys():
-        raise ValueError(f"count returned numbers for {list(counts)}, and loss_fn losses for {list(losses)}")
-    return losses
-
-
-def _weighted(losses: dict[Any, Tensor], counts: _Counts, totals: _Counts, takes_mean: bool) -> Tensor | None:
-    """Return the sum of a part's losses, each times what the part is of the whole; None where that is nothing."""
-    total: Any = None
-    for name, loss in losses.items():
-        weight = _of(counts, name) / _of(totals, name) if takes_mean else 1.0
-        if weight == 0 or not loss.requires_grad:  # where a part counts nothing for a loss, its mean may be NaN
-            continue
-        # In FP32: a loss of 16 bits would round its weight to 8. One that is whole goes backward as it is.
-        term = loss if weight == 1 else (loss if loss.dtype is torch.float64 else loss.float()) * weight
-        total = term if total is None else total + term
-    return total
-
-
-def _add(
-    so_far: dict[Any, Tensor], losses: dict[Any, Tensor], counts: _Counts, totals: _Counts, takes_mean: bool
-) -> None:
-    """Add the losses of a part to those before it, in FP32 on the device."""
-    for name, loss in losses.items():
-        weight = _of(counts, name) / _of(totals, name) if takes_mean else 1.0
-        if weight:
-            term = (loss.detach() if loss.dtype is torch.float64 else loss.detach().float()) * weight
-            so_far[name] = so_far[name] + term if name in so_far else term
-
-
-def _of(counts: _Counts, name: Any) -> float:
-    return counts[name] if name in counts else counts[None]
 
 
 # ---- around a window ---------------------------------------------------------------------------------------------
@@ -290,6 +239,13 @@ def _held(asked: Request, attachments: list[Attachment], params: list[Tensor], m
         held += [] if each.rooms.masters is None else each.rooms.masters.held_tensors()
         held.append(dict(getattr(each.optimizer, "state", {})))
     return tensors_in(held)
+
+
+def _begin_again(attachments: list[Attachment], before: Snapshot) -> None:
+    """Let everything be as it was before the window."""
+    for each in attachments:
+        each.rooms.passes.drop()
+    before.put_back()
 
 
 def _free(params: list[Tensor]) -> None:

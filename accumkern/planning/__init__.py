@@ -5,7 +5,6 @@ The road through the files, from the ground up; each imports only from those bef
     memory.py          sizes as people write them; what a device has, and what a piece of code allocates under a limit
     protocol.py        what a script's setup() provides, and the checks of it
     precision.py       what FP32 it trains in: buffer and master weights, and attach() with them
-    ranks.py           what data-parallel ranks agree on
     trial.py           windows trained before everything is put back
     fit.py             what fits: the smallest micro-batch that trains, and the largest
     speed.py           what is fast, and how to split an effective batch by it

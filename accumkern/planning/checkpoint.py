@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from accumkern.checks import describe
 from accumkern.optimizer_state import Fp32State
-from accumkern.planning.protocol import Setup, describe
+from accumkern.planning.protocol import Setup
 
 # What scripts call them: plain PyTorch, its tutorials, and Lightning, which keeps a list of optimizers.
 _MODEL = ("model", "model_state_dict", "state_dict", "model_state")

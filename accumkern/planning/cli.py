@@ -21,13 +21,13 @@ from accumkern.planning.memory import format_bytes
 from accumkern.planning.plan import plan
 from accumkern.planning.plan_result import Plan
 from accumkern.planning.protocol import load_setup
-from accumkern.planning.ranks import is_first
 from accumkern.planning.report import format_rate, format_useful, write_plan, write_sweep
 from accumkern.planning.scaling_laws import format_count
 from accumkern.planning.sweep import sweep
 from accumkern.planning.sweep_result import Sweep
 from accumkern.planning.sweep_runs import Run
 from accumkern.planning.token_budget import Schedule
+from accumkern.ranks import is_first
 
 _OWN = ("command", "setup", "output", "json", "predict")  # options of the command line; the others are arguments
 _LEAST_WIDTH = 100  # where there is no terminal to fit into

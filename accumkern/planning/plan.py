@@ -17,11 +17,11 @@ from accumkern.planning.plan_result import Choice, Plan, explain, with_schedule
 from accumkern.planning.precision import choose_buffer, choose_masters, masters_problem, step_bytes, with_masters
 from accumkern.planning.predict import Prediction, PredictionError, fake_setup, predict_memory
 from accumkern.planning.protocol import Setup, SetupFunction, run_setup
-from accumkern.planning.ranks import Ranks
 from accumkern.planning.scaling_laws import BatchLaws, law_batch, laws_of
 from accumkern.planning.speed import Split, knee, measure_speeds, sizes_to_time, split, split_by_size
 from accumkern.planning.token_budget import check_budget
 from accumkern.planning.trial import Preserved, Trial
+from accumkern.ranks import Ranks
 
 _RANKS = (1, 2, 4, 8)
 _NOISE_MICRO_BATCH = 4
@@ -72,7 +72,7 @@ def plan(
         TypeError, ValueError: an argument or what ``setup()`` returned is wrong, or the limit is less than the
             parameters take.
         RuntimeError: ``setup()`` or one of its functions failed, memory leaks, no micro-batch fits, or another rank
-            failed (:class:`accumkern.planning.ranks.RanksError` says which one, in which phase, with what error).
+            failed (:class:`accumkern.ranks.RanksError` says which one, in which phase, with what error).
         PredictionError: with ``measure=False``, the script does not run on fake tensors.
     """
     with Ranks() as ranks:

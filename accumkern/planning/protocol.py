@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from accumkern.checks import real
+from accumkern.checks import describe, real
 from accumkern.planning.memory import is_out_of_memory
 from accumkern.torch_private import tree_leaves
 
@@ -251,8 +251,3 @@ def _called(name: str, function: Callable[..., Any], *arguments: Any, advice: st
 
 
 _WANTED = "model, optimizer, make_batch and loss"
-
-
-def describe(error: BaseException) -> str:
-    """Return an error's type and message."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

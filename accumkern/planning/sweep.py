@@ -21,7 +21,6 @@ from accumkern.planning.fit import find_fit
 from accumkern.planning.memory import available_bytes, check_margin, parse_bytes
 from accumkern.planning.precision import choose_buffer, choose_masters, masters_problem
 from accumkern.planning.protocol import Setup, SetupFunction, load_setup
-from accumkern.planning.ranks import Ranks
 from accumkern.planning.sweep_jobs import Work, portable, run_at_once, shares
 from accumkern.planning.sweep_result import Sweep
 from accumkern.planning.sweep_runs import Planned, Run, plain, read_run, write_json
@@ -36,6 +35,7 @@ from accumkern.planning.sweep_settings import (
 )
 from accumkern.planning.sweep_training import Runner, check_decay_rules, check_setup, seeded_setup, weight_decay_of
 from accumkern.planning.trial import Preserved, RandomState
+from accumkern.ranks import Ranks
 
 Progress = Callable[[Run], None]
 

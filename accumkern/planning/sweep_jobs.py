@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
+from accumkern.checks import describe
 from accumkern.planning.checkpoint import Checkpoint
-from accumkern.planning.protocol import SetupFunction, describe, load_setup
+from accumkern.planning.protocol import SetupFunction, load_setup
 from accumkern.planning.sweep_runs import Planned, Run, write_json
 from accumkern.planning.sweep_training import Runner
 

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from accumkern.accumulator import GradAccumulator
 from accumkern.casting import set_cut_off_aside
+from accumkern.checks import describe
 from accumkern.memory import storage_bytes
 from accumkern.out_of_memory import is_out_of_memory
 from accumkern.planning.memory import MemoryMeter, held_tensors
 from accumkern.planning.precision import accumulation
-from accumkern.planning.protocol import Setup, compute_loss, describe, make_batch, step
-from accumkern.planning.ranks import Ranks
+from accumkern.planning.protocol import Setup, compute_loss, make_batch, step
 from accumkern.random_state import RandomState
+from accumkern.ranks import Ranks
 from accumkern.torch_private import tree_flatten, tree_unflatten
 
 
