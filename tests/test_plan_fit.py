@@ -510,7 +510,7 @@ def test_the_data_may_be_the_limit(maker: Callable[[int], Tensor], problem: str,
         assert found.data_problem is None
     else:
         assert str(found.data_problem).startswith(problem)
-        assert "let make_batch draw with replacement, or give a smaller largest_micro_batch" in str(found.data_problem)
+        assert "let make_batch draw with replacement, or ask for smaller micro-batches" in str(found.data_problem)
 
 
 def test_a_plan_says_that_the_data_is_the_limit() -> None:
