@@ -12,11 +12,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from accumkern.checks import integer
+from accumkern.planning.fakes import PredictionError, fake_setup
 from accumkern.planning.memory import available_bytes, check_margin, format_bytes, parse_bytes
 from accumkern.planning.noise import accumulation_pays, best_batch, costs, measure_noise, useful_batches
 from accumkern.planning.plan_result import Choice, Plan, explain
 from accumkern.planning.precision import choose_buffer, choose_masters, masters_problem, step_bytes, with_masters
-from accumkern.planning.predict import Prediction, PredictionError, fake_setup, predict_memory
+from accumkern.planning.predict import Prediction, choose_device, predict
 from accumkern.planning.protocol import Setup, SetupFunction, run_setup
 from accumkern.planning.ranks import Ranks
 from accumkern.planning.speed import Split, knee, measure_speeds, sizes_to_time, split, split_by_size
@@ -26,6 +27,9 @@ from accumkern.version import __version__
 
 _RANKS = (1, 2, 4, 8)
 _NOISE_MICRO_BATCH = 4
+
+_PREDICTED = {"cuda": "none: predicted for a GPU on fake tensors", "cpu": "none: predicted for a CPU on fake tensors"}
+_SMALL = (1, 2, 4, 8)  # samples to begin with, where the first are too few for BatchNorm in training mode
 
 Progress = Callable[[str, str], None]  # of (what is being done, what came of it)
 
@@ -41,6 +45,7 @@ def plan(
     largest_micro_batch: int = 1024,
     noise_windows: int = 32,
     measure: bool = True,
+    device: str | None = None,
     progress: Progress = lambda stage, detail: None,
 ) -> Plan:
     """Find the micro-batch and the accumulation steps to train with, and say why.
@@ -62,6 +67,8 @@ def plan(
         largest_micro_batch: not to be exceeded, if memory allows more.
         noise_windows: windows to train for the noise scale, 4 or more, or 0 to leave it out.
         measure: False predicts what fits on fake tensors, and uses neither the device nor its memory.
+        device: that a prediction (``measure=False``) is for, ``"cuda"`` or ``"cpu"``. None predicts for a GPU, also where
+            ``setup()`` puts the model on the CPU; see :func:`accumkern.planning.predict.predict`.
         progress: is called with what is being done and with what came of it.
 
     Raises:
@@ -85,6 +92,8 @@ def plan(
             limit = None if memory is None else parse_bytes(memory)
             if limit is None and not measure:
                 raise ValueError("memory is None; a prediction (measure=False) needs it, such as memory='24GB'")
+            if device is not None and measure:
+                raise ValueError(f"device is {device!r}; what is measured (measure=True) is the device of the model")
             ranks.check_same(
                 effective_batch=effective_batch,
                 margin=margin,
@@ -93,11 +102,12 @@ def plan(
                 largest_micro_batch=largest_micro_batch,
                 noise_windows=noise_windows,
                 measure=measure,
+                device=device,
             )
         if limit is not None and not measure:
             limit = min(ranks.gathered(limit))
             with ranks.phase("what would fit"):
-                asked = effective_batch, limit, margin, buffer, master_weights, largest_micro_batch
+                asked = effective_batch, limit, margin, buffer, master_weights, largest_micro_batch, device
                 plan = _predicted_plan(setup, *asked, progress)
             return ranks.gathered(plan)[0]
         with ranks.phase("setup()"):
@@ -211,6 +221,7 @@ def _predicted_plan(
     buffer: str | None,
     master_weights: str | None,
     at_most: int,
+    device: str | None,
     progress: Progress,
 ) -> Plan:
     """Plan from memory alone, without running anything."""
@@ -220,28 +231,32 @@ def _predicted_plan(
     with fake_setup(function) as setup:
         buffer, master_weights = choose_buffer(setup, buffer), choose_masters(setup, master_weights)
 
-        def predict(micro_batch: int, micro_batches: int = 2) -> Prediction:
-            return Prediction(micro_batch, predict_memory(setup, micro_batch, buffer, micro_batches, master_weights))
+        device = choose_device(setup, device)
+
+        def predicted(micro_batch: int, micro_batches: int = 2) -> Prediction:
+            return predict(setup, micro_batch, buffer, micro_batches, master_weights, device)
 
         def fits(micro_batch: int) -> bool:
-            prediction = found[micro_batch] = predict(micro_batch)
+            prediction = found[micro_batch] = predicted(micro_batch)
             total = prediction.memory.total
             progress("what would fit", f"micro-batch {micro_batch}: {format_bytes(total)} predicted")
             return total <= allowed
 
-        if not fits(1):
-            memory = found[1].memory
+        smallest = smallest_size(fits, at_most)
+        if smallest not in found or found[smallest].memory.total > allowed:
+            memory = found[smallest].memory
             raise ValueError(
-                f"no micro-batch would fit into {format_bytes(limit)} with a margin of {margin:.0%}: one sample needs "
+                f"no micro-batch would fit into {format_bytes(limit)} with a margin of {margin:.0%}: "
+                f"{'one sample needs' if smallest == 1 else f'{smallest} samples need'} "
                 f"{format_bytes(memory.total)}, of which parameters {format_bytes(memory.parameters)}, their master "
                 f"weights {format_bytes(memory.master_residuals)}, gradients and residuals "
                 f"{format_bytes(memory.gradients + memory.residuals)}, optimizer state "
                 f"{format_bytes(memory.optimizer_state)}; take more memory, a smaller model, or activation "
                 "checkpointing"
             )
-        most = largest(fits, at_most)
+        most = largest(lambda size: size <= smallest or fits(size), at_most)
         way = split_by_size(target or most, 1, most)
-        peak = predict(way.micro_batch, min(2, way.accumulation_steps)).memory.total
+        peak = predicted(way.micro_batch, min(2, way.accumulation_steps)).memory.total
         return _plan_of(
             setup,
             way,
@@ -256,7 +271,7 @@ def _predicted_plan(
             largest_micro_batch=most,
             is_limited_by_memory=most < at_most,
             predictions=tuple(found[size] for size in sorted(found)),
-            machine=_machine(None),
+            machine=_machine(None) | {"device": _PREDICTED[device]},
         )
 
 
@@ -300,7 +315,7 @@ def _predictions(
     try:
         with fake_setup(function) as setup:
             how = preserved.buffer, 2, preserved.master_weights
-            predictions = tuple(Prediction(size, predict_memory(setup, size, *how)) for size in sizes)
+            predictions = tuple(predict(setup, size, *how) for size in sizes)
     except PredictionError as error:
         progress("what would fit elsewhere", str(error))
         return (), str(error)

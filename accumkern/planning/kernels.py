@@ -1,0 +1,140 @@
+"""What kernels do that fake tensors on a CPU do not show: what they need inside themselves, and what a GPU has others for.
+
+The sizes of scratch memory are those of torch's CPU kernels, seen in the events of its allocator: oneDNN convolves
+tensors in a layout of its own, so it copies what it is given into that, and its result back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
+
+# ---- inside a kernel ---------------------------------------------------------------------------------------------
+
+
+def scratch_bytes(operation: Any, args: Sequence[Any], result: Any) -> int:
+    """Return about how much more memory an operation needs while it runs than its results take; 0 where none is known.
+
+    Args:
+        operation: of ``torch.ops``, as a dispatch mode is given it.
+        args: that it was called with.
+        result: that it returned.
+    """
+    needs = _SCRATCH.get(str(operation))
+    return 0 if needs is None else needs(args, result)
+
+
+def _of_convolution(args: Sequence[Any], result: Any) -> int:
+    """``args``: input, weight, bias, stride, padding, dilation, transposed, output padding, groups.
+
+    First there are copies of input and weight, with the result in oneDNN's layout; then that beside the result.
+    """
+    given, weight, stride, transposed = args[0], args[1], args[3], args[6]
+    written = 2 * result.nbytes if transposed and max(stride) > 1 else result.nbytes
+    return max(given.nbytes + weight.nbytes, written)
+
+
+def _of_convolution_backward(args: Sequence[Any], result: Any) -> int:
+    """``args``: gradient, input, weight, bias sizes, stride, padding, dilation, transposed, ..., output mask.
+
+    For the weight's gradient there are copies of gradient and input; a step of more than 1 makes the input's gradient
+    through two more copies.
+    """
+    grad, given, weight, stride, output_mask = args[0], args[1], args[2], args[4], args[10]
+    spread = 2 * given.nbytes if output_mask[0] and max(stride) > 1 else 0
+    dense = 0 if grad.is_contiguous() else grad.nbytes
+    return max(grad.nbytes + given.nbytes, weight.nbytes, spread) + dense
+
+
+def _of_first(args: Sequence[Any], result: Any) -> int:
+    """As large as what the operation is given first."""
+    return args[0].nbytes
+
+
+_SCRATCH: Mapping[str, Callable[[Sequence[Any], Any], int]] = {
+    "aten.convolution.default": _of_convolution,
+    "aten.convolution_backward.default": _of_convolution_backward,
+    "aten.native_batch_norm_backward.default": _of_first,
+    "aten.mse_loss.default": _of_first,
+}
+
+
+# ---- another device's kernels ------------------------------------------------------------------------------------
+
+
+class GpuKernels(TorchFunctionMode):
+    """Lets attention and dropout on fake tensors of a CPU allocate and save what a GPU's kernels do.
+
+    Attention saves its inputs, the result and a logarithm for each query, and never the matrix of all queries and keys,
+    which a CPU has with dropout; dropout saves a byte for each element, where a CPU saves a factor.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kernel = _OF_GPU.get(func)
+        result = None if kernel is None else kernel(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if result is None else result
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    is_fused = torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.mem_efficient_sdp_enabled()
+    if not is_fused or query.dim() != 4 or query.dtype is torch.float64:
+        return None
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+    result: Tensor = _Attention.apply(query, key, value, attn_mask)
+    return result
+
+
+class _Attention(torch.autograd.Function):
+    """The memory of a fused kernel of attention.
+
+    query: ``(batch, heads, length, width)``; key: ``(batch, heads, keys, width)``; value: ``(batch, heads, keys,
+    width of the result)``; key and value may have fewer heads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        batch, heads, length, _ = query.shape
+        result = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        logarithms = query.new_empty(batch, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, mask, result, logarithms)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask, _, logarithms = ctx.saved_tensors
+        _sums = torch.empty_like(logarithms), torch.empty_like(query, dtype=torch.float32)
+        grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        if key.shape[1] != query.shape[1]:  # of every query's head first
+            _sums += tuple(tensor.new_empty(*query.shape[:2], *tensor.shape[2:]) for tensor in (key, value))
+        return *grads, torch.empty_like(mask) if mask is not None and ctx.needs_input_grad[3] else None
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:  # noqa: A002
+    if not training or inplace or not 0 < p < 1 or not math.prod(input.shape):
+        return None
+    return torch.native_dropout(input, p, True)[0]
+
+
+_OF_GPU: Mapping[Any, Callable[..., Tensor | None]] = {
+    F.scaled_dot_product_attention: _attention,
+    F.dropout: _dropout,
+    torch.dropout: lambda input, p, train: _dropout(input, p, train),
+}
