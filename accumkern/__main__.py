@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("setup", metavar="SCRIPT:FUNCTION", help=_SETUP)
     plan.add_argument("--effective-batch", type=int, metavar="N", help="samples per optimizer step, over all ranks")
     plan.add_argument("--predict", action="store_true", help="predict what would fit into --memory, and run nothing")
+    plan.add_argument("--device", metavar="NAME", help="that --predict is for: cuda (default) or cpu")
     plan.add_argument("--largest-micro-batch", type=int, default=1024, metavar="N", help="to try (default: 1024)")
     plan.add_argument("--noise-windows", type=int, default=32, metavar="N", help="to train (default: 32)")
     plan.add_argument("--output", type=Path, metavar="FOLDER", help="write report.html, figures, JSON and CSV there")

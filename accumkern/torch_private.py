@@ -228,12 +228,24 @@ tree_flatten = _find("utils._pytree.tree_flatten", "planning")
 tree_unflatten = _find("utils._pytree.tree_unflatten", "planning")
 TorchDispatchMode = _find("utils._python_dispatch.TorchDispatchMode", "planning")
 pop_mode_temporarily = _find("utils._python_dispatch._pop_mode_temporarily", "planning")
-FakeTensor = _find("_subclasses.fake_tensor.FakeTensor", "planning")
 FakeTensorMode = _find("_subclasses.fake_tensor.FakeTensorMode", "planning")
 BatchNorm = _find("nn.modules.batchnorm._BatchNorm", "planning")
+#: What operations on fake tensors raise that need values of tensors, or have results of a shape that depends on them.
+NEEDS_VALUES = tuple(
+    _find(f"_subclasses.fake_tensor.{name}", "planning")
+    for name in ("DataDependentOutputException", "DynamicOutputShapeException")
+)
 unset_fake_temporarily = _find("_subclasses.fake_tensor.unset_fake_temporarily", "planning")
 tree_map = _find("utils._pytree.tree_map", "planning")
 _find("nn.init._no_grad_trunc_normal_", "planning")
+
+_engine_run_backward = _find("autograd.graph._engine_run_backward", "planning")
+
+
+def run_backward(loss: Tensor) -> None:
+    """Do what ``loss.backward()`` does, without asking the modes of ``__torch_function__``."""
+    gradients = (torch.ones_like(loss),)
+    _engine_run_backward((loss,), gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 @contextmanager

@@ -135,7 +135,7 @@ def test_json_is_all_that_goes_to_stdout(script: Path, capsys: pytest.CaptureFix
     assert plan["choice"]["effective_batch"] == 64
     assert plan["fit"] is None
     assert plan["predictions"][0]["memory"]["total"] <= 0.9e6
-    assert plan["machine"]["device"] == "none: predicted on fake tensors"
+    assert plan["machine"]["device"] == "none: predicted for a GPU on fake tensors"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,11 +15,19 @@ from torch import Tensor
 
 from accumkern import backends
 from accumkern.casting import set_cut_off_aside
+from accumkern.planning.kernels import MissingKernels
 from accumkern.planning.memory import _Guard as CpuLimit  # CpuLimit of accumkern.out_of_memory
 from accumkern.planning.memory import available_bytes, is_out_of_memory
 from accumkern.planning.protocol import Setup, SetupFunction, make_batch, run_setup
 from accumkern.planning.trial import RandomState
-from accumkern.torch_private import FakeTensorMode, is_fake, tree_map, unset_fake_temporarily, without_rejection
+from accumkern.torch_private import (
+    NEEDS_VALUES,
+    FakeTensorMode,
+    is_fake,
+    tree_map,
+    unset_fake_temporarily,
+    without_rejection,
+)
 
 
 class PredictionError(RuntimeError):
@@ -45,6 +54,7 @@ def fake_setup(function: SetupFunction) -> Iterator[Setup]:
             mode = _fake_mode()
             setup = _made_in(mode, function, stack) or _made_outside(mode, function, stack)
             stack.enter_context(mode)
+            stack.enter_context(MissingKernels())
             set_cut_off_aside()  # what is fake has no values to begin masters with
             yield setup
     except PredictionError:
@@ -154,9 +164,7 @@ def _with_fake_batches(mode: Any, setup: Setup) -> Setup:
         return make
 
     longest = setup.longest_batch
-    return setup._replace(
-        make_batch=faked(setup.make_batch), longest_batch=None if longest is None else faked(longest)
-    )
+    return setup._replace(make_batch=faked(setup.make_batch), longest_batch=None if longest is None else faked(longest))
 
 
 def _fake_mode() -> Any:
@@ -172,27 +180,30 @@ def _fake_mode() -> Any:
 
 def _explained(error: BaseException) -> str:
     """Return what kept a script from being predicted, its line, and what can be done."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
     reason = str(error).partition("\n")[0]  # torch adds advice that does not apply
-    advice = (
-        "a prediction knows shapes and no values, so leave out there what needs them (item(), tolist(), if of a "
-        "tensor, shapes that depend on data), or measure, without --predict, where the model is to train"
-    )
-    if not torch.cuda.is_available() and any(word in reason for word in ("CUDA", "NVIDIA", "cuda")):
+    advice = "measure, without --predict, where the model is to train"
+    if isinstance(cause, NEEDS_VALUES):
+        advice = (
+            "a prediction knows shapes and no values: leave out there what needs them (item(), tolist(), an if, shapes "
+            f"that depend on data), or {advice}"
+        )
+    elif not torch.cuda.is_available() and re.search("cuda|nvidia", str(cause), re.IGNORECASE):
         advice = (
             "there is no GPU here: let setup() choose the CPU where torch.cuda.is_available() is False. A prediction "
             "for a GPU needs none"
         )
-    line = _line_of_script(error)
+    line = _line_of_script(cause)
     where = "" if line is None else f", at {line.filename}:{line.lineno}: {line.line}"
     return f"memory cannot be predicted, because the script does not run on fake tensors: {reason}{where}; {advice}"
 
 
 def _line_of_script(error: BaseException) -> traceback.FrameSummary | None:
-    """Return the last line that an error, or what caused it, passed that is not of torch or another library."""
+    """Return the last line that an error passed that is not of torch or another library."""
     own = {Path(__file__).parent.parent, Path(torch.__file__).parent}
     own |= {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
-    while error.__cause__ is not None:
-        error = error.__cause__
     frames = traceback.extract_tb(error.__traceback__)
     found = [frame for frame in frames if not own & set(Path(frame.filename).parents)]
     return found[-1] if found else None

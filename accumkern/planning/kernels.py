@@ -1,4 +1,4 @@
-"""What kernels do that fake tensors on a CPU do not show: what they need inside themselves, and what a GPU has others for.
+"""What kernels do that fake tensors on a CPU do not show: what they need inside themselves, and what a GPU's differ in.
 
 The sizes of scratch memory are those of torch's CPU kernels, seen in the events of its allocator: oneDNN convolves
 tensors in a layout of its own, so it copies what it is given into that, and its result back.
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
+
+from accumkern.torch_private import TorchDispatchMode, is_fake, run_backward
 
 # ---- inside a kernel ---------------------------------------------------------------------------------------------
 
@@ -33,23 +35,42 @@ def scratch_bytes(operation: Any, args: Sequence[Any], result: Any) -> int:
 def _of_convolution(args: Sequence[Any], result: Any) -> int:
     """``args``: input, weight, bias, stride, padding, dilation, transposed, output padding, groups.
 
-    First there are copies of input and weight, with the result in oneDNN's layout; then that beside the result.
+    First there are copies of input, weight and result in oneDNN's layout, then that of the result beside it.
     """
     given, weight, stride, transposed = args[0], args[1], args[3], args[6]
-    written = 2 * result.nbytes if transposed and max(stride) > 1 else result.nbytes
-    return max(given.nbytes + weight.nbytes, written)
+    if _is_channels_last(given):
+        return 2 * weight.nbytes
+    written = _blocked_bytes(result)
+    first = _blocked_bytes(given) + weight.nbytes + written - (0 if transposed else result.nbytes)
+    return max(first, 2 * written if transposed and max(stride) > 1 else written)
 
 
 def _of_convolution_backward(args: Sequence[Any], result: Any) -> int:
     """``args``: gradient, input, weight, bias sizes, stride, padding, dilation, transposed, ..., output mask.
 
-    For the weight's gradient there are copies of gradient and input; a step of more than 1 makes the input's gradient
-    through two more copies.
+    For the weight's gradient there are copies of gradient and input, and for that of 16-bit weights its sum in FP32; a
+    stride of more than 1 makes the input's gradient through two more copies.
     """
     grad, given, weight, stride, output_mask = args[0], args[1], args[2], args[4], args[10]
+    if _is_channels_last(given):
+        return 3 * weight.nbytes
+    is_image = given.shape[1] <= 3 and not output_mask[0]  # which is read as it is
+    copies = _blocked_bytes(grad) + (0 if is_image else _blocked_bytes(given))
     spread = 2 * given.nbytes if output_mask[0] and max(stride) > 1 else 0
     dense = 0 if grad.is_contiguous() else grad.nbytes
-    return max(grad.nbytes + given.nbytes, weight.nbytes, spread) + dense
+    return max(copies, _blocked_bytes(weight), spread) + dense + (0 if weight.itemsize == 4 else 2 * weight.nbytes)
+
+
+def _blocked_bytes(tensor: Tensor) -> int:
+    """Return the bytes of a tensor of shape ``(batch, channels, ...)`` in oneDNN's layout: blocks of 16 channels."""
+    channels = tensor.shape[1]
+    return tensor.nbytes // max(channels, 1) * (-(-channels // 16) * 16)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    is_it = tensor.dim() in formats and tensor.is_contiguous(memory_format=formats[tensor.dim()])
+    return is_it and not tensor.is_contiguous()
 
 
 def _of_first(args: Sequence[Any], result: Any) -> int:
@@ -78,6 +99,9 @@ class GpuKernels(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is Tensor.backward and all(value is None or value is False for value in (kwargs or {}).values()):
+            with self:  # it would run without this mode otherwise, and checkpoints run forward passes in it
+                return run_backward(args[0])
         kernel = _OF_GPU.get(func)
         result = None if kernel is None else kernel(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if result is None else result
@@ -136,5 +160,32 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 _OF_GPU: Mapping[Any, Callable[..., Tensor | None]] = {
     F.scaled_dot_product_attention: _attention,
     F.dropout: _dropout,
-    torch.dropout: lambda input, p, train: _dropout(input, p, train),
 }
+
+
+# ---- kernels without a fake one -----------------------------------------------------------------------------------
+
+
+class MissingKernels(TorchDispatchMode):
+    """Gives operations that torch can run, and has no fake kernel for, results of the right shape."""
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if str(func) == "aten._grouped_mm.default" and is_fake(args[0]) and args[0].dtype is not torch.bfloat16:
+            return _grouped_mm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _grouped_mm(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return an empty product of groups: of ``(rows, k)`` and ``(groups, k, columns)``, for example."""
+    groups: tuple[int, ...] = ()
+    if a.dim() == b.dim():  # both are split along k, or into matrices
+        groups = tuple(offs.shape) if offs is not None else (a.shape[0],)
+    return a.new_empty((*groups, a.shape[-2], b.shape[-1]), dtype=out_dtype or a.dtype)

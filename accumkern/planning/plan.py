@@ -15,7 +15,7 @@ from accumkern.checks import integer
 from accumkern.planning.fakes import PredictionError, fake_setup
 from accumkern.planning.memory import available_bytes, check_margin, format_bytes, parse_bytes
 from accumkern.planning.noise import accumulation_pays, best_batch, costs, measure_noise, useful_batches
-from accumkern.planning.plan_result import Choice, Plan, explain
+from accumkern.planning.plan_result import PREDICTED, Choice, Plan, explain
 from accumkern.planning.precision import choose_buffer, choose_masters, masters_problem, step_bytes, with_masters
 from accumkern.planning.predict import Prediction, choose_device, predict
 from accumkern.planning.protocol import Setup, SetupFunction, run_setup
@@ -28,7 +28,6 @@ from accumkern.version import __version__
 _RANKS = (1, 2, 4, 8)
 _NOISE_MICRO_BATCH = 4
 
-_PREDICTED = {"cuda": "none: predicted for a GPU on fake tensors", "cpu": "none: predicted for a CPU on fake tensors"}
 _SMALL = (1, 2, 4, 8)  # samples to begin with, where the first are too few for BatchNorm in training mode
 
 Progress = Callable[[str, str], None]  # of (what is being done, what came of it)
@@ -67,8 +66,8 @@ def plan(
         largest_micro_batch: not to be exceeded, if memory allows more.
         noise_windows: windows to train for the noise scale, 4 or more, or 0 to leave it out.
         measure: False predicts what fits on fake tensors, and uses neither the device nor its memory.
-        device: that a prediction (``measure=False``) is for, ``"cuda"`` or ``"cpu"``. None predicts for a GPU, also where
-            ``setup()`` puts the model on the CPU; see :func:`accumkern.planning.predict.predict`.
+        device: that a prediction (``measure=False``) is for, ``"cuda"`` or ``"cpu"``. None predicts for a GPU, also
+            where ``setup()`` puts the model on the CPU; see :func:`accumkern.planning.predict.predict`.
         progress: is called with what is being done and with what came of it.
 
     Raises:
@@ -230,7 +229,6 @@ def _predicted_plan(
     found: dict[int, Prediction] = {}
     with fake_setup(function) as setup:
         buffer, master_weights = choose_buffer(setup, buffer), choose_masters(setup, master_weights)
-
         device = choose_device(setup, device)
 
         def predicted(micro_batch: int, micro_batches: int = 2) -> Prediction:
@@ -243,8 +241,8 @@ def _predicted_plan(
             return total <= allowed
 
         smallest = smallest_size(fits, at_most)
-        if smallest not in found or found[smallest].memory.total > allowed:
-            memory = found[smallest].memory
+        memory = found[smallest].memory
+        if memory.total > allowed:
             raise ValueError(
                 f"no micro-batch would fit into {format_bytes(limit)} with a margin of {margin:.0%}: "
                 f"{'one sample needs' if smallest == 1 else f'{smallest} samples need'} "
@@ -255,13 +253,19 @@ def _predicted_plan(
                 "checkpointing"
             )
         most = largest(lambda size: size <= smallest or fits(size), at_most)
-        way = split_by_size(target or most, 1, most)
+        peaks = dict.fromkeys(range(1, smallest), memory.total) | {size: of.memory.total for size, of in found.items()}
+
+        def way_on(batch: int, ranks: int) -> Split:
+            way = split_by_size(batch, ranks, most)
+            return way if way.micro_batch >= smallest else Split(ranks, smallest, 1)
+
+        way = way_on(target or most, 1)
         peak = predicted(way.micro_batch, min(2, way.accumulation_steps)).memory.total
         return _plan_of(
             setup,
             way,
-            lambda n: split_by_size(way.effective_batch, n, most),
-            {size: prediction.memory.total for size, prediction in found.items()} | {way.micro_batch: peak},
+            lambda n: way_on(way.effective_batch, n),
+            peaks | {way.micro_batch: peak},
             lambda way: (None, None, None),
             target=target,
             buffer=buffer,
@@ -271,8 +275,26 @@ def _predicted_plan(
             largest_micro_batch=most,
             is_limited_by_memory=most < at_most,
             predictions=tuple(found[size] for size in sorted(found)),
-            machine=_machine(None) | {"device": _PREDICTED[device]},
+            machine=_machine(None) | {"device": PREDICTED[device]},
         )
+
+
+def smallest_size(attempt: Callable[[int], object], at_most: int) -> int:
+    """Return the first of a few small sizes that an attempt with it does not raise for: 1, or one that BatchNorm needs.
+
+    Raises:
+        RuntimeError: of the first attempt, where all fail.
+    """
+    first: RuntimeError | None = None
+    for size in [size for size in _SMALL if size <= at_most]:
+        try:
+            attempt(size)
+        except RuntimeError as error:
+            first = first or error
+        else:
+            return size
+    assert first is not None
+    raise first
 
 
 def _plan_of(

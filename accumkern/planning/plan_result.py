@@ -16,6 +16,8 @@ from accumkern.planning.speed import Speed
 from accumkern.planning.trial import Fit
 
 _MASTER_BYTES = {"split24": 1, "split32": 2}  # per parameter, of a residual
+#: What a plan that was predicted says of its device.
+PREDICTED = {"cuda": "none: predicted for a GPU on fake tensors", "cpu": "none: predicted for a CPU on fake tensors"}
 _FEW_MICRO_BATCHES = 8  # the gain of FP32 accumulation may be invisible up to here
 
 
@@ -173,6 +175,8 @@ def _memory(plan: Plan) -> Iterator[str]:
             f"Expected memory: a peak of {format_bytes(plan.choice.memory_bytes)}, measured over several windows with "
             f"micro-batches of {plan.choice.micro_batch}."
         )
+    else:
+        yield from _predicted(plan)
     if plan.prediction_error is not None:
         yield (
             f"Without the device: peaks predicted on fake tensors are within {100 * plan.prediction_error:.1f}% of the "
@@ -180,6 +184,22 @@ def _memory(plan: Plan) -> Iterator[str]:
         )
     if plan.prediction_problem is not None:
         yield f"Without the device: {plan.prediction_problem}."
+
+
+def _predicted(plan: Plan) -> Iterator[str]:
+    of = next((of for of in plan.predictions if of.micro_batch == plan.choice.micro_batch), None)
+    if of is not None and of.memory.total > of.low:
+        yield (
+            f"Expected memory: {format_bytes(of.low)} to {format_bytes(of.memory.total)} with micro-batches of "
+            f"{of.micro_batch}. Tensors alone take the least; the most has what kernels such as convolutions need "
+            "inside themselves, as far as it is known of torch's CPU kernels, and decides what fits."
+        )
+    if plan.machine["device"] == PREDICTED["cuda"]:
+        yield (
+            "Predicted for a GPU, with fused attention and an optimizer that steps many parameters at a time. CUDA's "
+            "own context, and workspaces of cuBLAS and cuDNN, are not in it; leave a margin for them. device='cpu' "
+            "predicts for a CPU."
+        )
 
 
 def _speed(plan: Plan) -> list[str]:
