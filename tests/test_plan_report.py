@@ -155,7 +155,17 @@ def test_master_weights_are_an_option(
     master_weights: str | None,
     reason: str,
 ) -> None:
-    command = ["plan", f"{script}:{function}", "--predict", "--memory", "1MB", "--effective-batch", "64"]
+    command = [
+        "plan",
+        f"{script}:{function}",
+        "--predict",
+        "--device",
+        "cpu",
+        "--memory",
+        "1MB",
+        "--effective-batch",
+        "64",
+    ]
     assert main([*command, "--master-weights", asked, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["master_weights"] == master_weights

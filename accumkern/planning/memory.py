@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import weakref
@@ -144,6 +145,7 @@ class MemoryMeter:
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.limit_bytes / total), self.device)
         else:
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its start and end to stderr otherwise
+            gc.collect()  # torch's allocator warns of what is freed while it is profiled and was not when it was made
             self._profile = torch.autograd.profiler.profile(use_kineto=True, profile_memory=True)
             self._guard = _Guard(self.held_bytes, self.limit_bytes)
             self._profile.__enter__()
