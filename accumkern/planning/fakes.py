@@ -99,7 +99,12 @@ def _fakes_inside(mode: Any, setup: Setup) -> Iterator[None]:
     def fake(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or is_fake(leaf):
             return leaf
-        if leaf not in fakes:
+        if leaf not in fakes and leaf.dim() == 0 and leaf.device.type == "cpu" and not leaf.requires_grad:
+            with unset_fake_temporarily():
+                value = leaf.item()
+            with mode:
+                fakes[leaf] = torch.tensor(value, dtype=leaf.dtype)  # optimizers read the steps that they have made
+        elif leaf not in fakes:
             fakes[leaf] = mode.from_tensor(leaf)
             fakes[leaf].grad = None
         return fakes[leaf]
