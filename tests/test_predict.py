@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from planned import old_objects_aside  # noqa: F401
@@ -307,6 +308,29 @@ def test_batches_that_need_values_are_made_for_real(cut: Callable[[Tensor, int],
         )
 
     assert predicted(setup, 8).memory.total == pytest.approx(measured(setup, 8), rel=0.02)
+
+
+def test_numpy_sees_the_values_of_real_tensors() -> None:
+    def setup() -> Setup:
+        seen.append((int(TEXT.numpy().max()), int(np.asarray(TEXT).max())))
+        model = nn.Embedding(50, 16)
+        return Setup(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            lambda size: TEXT[: 64 * size].view(size, 64),
+            lambda model, batch: model(batch).square().mean(),
+        )
+
+    seen: list[tuple[int, int]] = []
+    batch = 2 * 64 * 8
+    assert predicted(setup, 2).memory.total < 4 * 50 * 16 * 3 + batch + 5 * 2 * 64 * 16 * 4  # a batch, not all data
+    assert seen == [(49, 49)]
+
+
+def test_batches_larger_than_memory_are_made_as_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accumkern.planning.fakes.available_bytes", lambda device: 10**6)
+    size = 2**20
+    assert predicted(gpt(), size).memory.activations > size * 128 * 64 * 4 * 2  # 69 GB
 
 
 def test_initialisation_that_looks_at_values_needs_no_memory() -> None:

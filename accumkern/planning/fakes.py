@@ -6,18 +6,19 @@ import re
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from accumkern import backends
 from accumkern.casting import set_cut_off_aside
 from accumkern.planning.kernels import MissingKernels
 from accumkern.planning.memory import _Guard as CpuLimit  # CpuLimit of accumkern.out_of_memory
-from accumkern.planning.memory import available_bytes, is_out_of_memory
+from accumkern.planning.memory import available_bytes
 from accumkern.planning.protocol import Setup, SetupFunction, make_batch, run_setup
 from accumkern.planning.trial import RandomState
 from accumkern.torch_private import (
@@ -40,7 +41,8 @@ def fake_setup(function: SetupFunction) -> Iterator[Setup]:
 
     First it runs in that mode, which needs no memory, so that a model may be larger than the machine. Where it needs
     values of tensors, it runs for real, with the memory of its model, and fakes take the places of parameters, buffers
-    and optimizer state; afterwards these are there again. Batches that cannot be made in the mode are made for real.
+    and optimizer state; afterwards these are there again. Batches are made for real, if they can be and there is memory
+    for them, or else in that mode.
 
     Raises:
         PredictionError: ``setup()`` fails in both ways, or something in the block needs values of tensors (``item()``,
@@ -53,8 +55,8 @@ def fake_setup(function: SetupFunction) -> Iterator[Setup]:
         with ExitStack() as stack:
             mode = _fake_mode()
             setup = _made_in(mode, function, stack) or _made_outside(mode, function, stack)
-            stack.enter_context(mode)
-            stack.enter_context(MissingKernels())
+            for block in (mode, _RealArrays(), MissingKernels()):
+                stack.enter_context(block)
             set_cut_off_aside()  # what is fake has no values to begin masters with
             yield setup
     except PredictionError:
@@ -69,7 +71,7 @@ def fake_setup(function: SetupFunction) -> Iterator[Setup]:
 def _made_in(mode: Any, function: SetupFunction, stack: ExitStack) -> Setup | None:
     """Return what ``setup()`` makes in the mode, or None where it, or a batch, cannot be made there."""
     try:
-        with mode, backends.without_kernels(), without_rejection():
+        with mode, _RealArrays(), backends.without_kernels(), without_rejection():
             setup = run_setup(function)
             stack.enter_context(_fakes_inside(mode, setup))
             setup = _with_fake_batches(mode, setup)
@@ -139,7 +141,7 @@ def _put_into(module: torch.nn.Module, parameters: dict[str, Any], buffers: dict
 
 
 def _with_fake_batches(mode: Any, setup: Setup) -> Setup:
-    """Return the setup with functions, to be called in the mode, that make fake batches, if need be of real ones."""
+    """Return the setup with functions, to be called in the mode, that make fake batches, of real ones if possible."""
 
     def fake(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or is_fake(leaf):
@@ -151,25 +153,30 @@ def _with_fake_batches(mode: Any, setup: Setup) -> Setup:
         return fake.requires_grad_(leaf.requires_grad)
 
     def faked(function: Callable[[int], Any]) -> Callable[[int], Any]:
-        needs_values = False
-
         def make(size: int) -> Any:
-            nonlocal needs_values
-            if not needs_values:
-                try:
-                    return tree_map(fake, function(size))
-                except Exception as error:
-                    if is_out_of_memory(error):
-                        raise
             with unset_fake_temporarily():
-                batch = function(size)
-            needs_values = True  # and the next ones too
-            return tree_map(fake, batch)
+                try:
+                    with CpuLimit(0, available_bytes(torch.device("cpu"))):
+                        batch = function(size)
+                except Exception:  # the mode's own error is told where both fail
+                    batch = None
+            return tree_map(fake, function(size) if batch is None else batch)
 
         return make
 
     longest = setup.longest_batch
     return setup._replace(make_batch=faked(setup.make_batch), longest_batch=None if longest is None else faked(longest))
+
+
+class _RealArrays(TorchFunctionMode):
+    """Lets numpy see the values of real tensors in the mode, where it would read memory that is not theirs."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        is_read = func in (Tensor.numpy, Tensor.__array__) and not is_fake(args[0])
+        with unset_fake_temporarily() if is_read else nullcontext():
+            return func(*args, **(kwargs or {}))
 
 
 def _fake_mode() -> Any:

@@ -74,7 +74,7 @@ def _is_channels_last(tensor: Tensor) -> bool:
 
 
 def _of_lstm(args: Sequence[Any], result: Any) -> int:
-    """``args``: input of shape ``(steps, batch, width)``, two weights, and more. There are the gates, and the weights."""
+    """``args``: input of shape ``(steps, batch, width)``, two weights, and more; needed are gates and weights."""
     steps, batch, _ = args[0].shape
     return 4 * (steps + 1) * batch * args[1].shape[0] + args[1].nbytes + args[2].nbytes
 
