@@ -73,6 +73,8 @@ def _made_in(mode: Any, function: SetupFunction, stack: ExitStack) -> Setup | No
     try:
         with mode, _RealArrays(), backends.without_kernels(), without_rejection():
             setup = run_setup(function)
+            if setup.device.type == "cuda" and not torch.cuda.is_available():
+                return None  # outside of the mode torch says so
             stack.enter_context(_fakes_inside(mode, setup))
             setup = _with_fake_batches(mode, setup)
             make_batch(setup, 1, "longest_batch")
