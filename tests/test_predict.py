@@ -18,12 +18,11 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 import accumkern
-from accumkern.planning import plan as plan_module
 from accumkern.planning.fakes import PredictionError, fake_setup
 from accumkern.planning.kernels import scratch_bytes
 from accumkern.planning.memory import MemoryMeter
 from accumkern.planning.precision import choose_buffer
-from accumkern.planning.predict import Prediction, predict
+from accumkern.planning.predict import Prediction, predict, smallest_size
 from accumkern.planning.protocol import Setup
 from accumkern.planning.tracker import MemoryTracker
 from accumkern.planning.trial import Preserved, try_windows
@@ -587,7 +586,7 @@ def test_the_error_of_the_first_size_is_told_where_all_fail() -> None:
         raise RuntimeError(f"failed with {size}")
 
     with pytest.raises(RuntimeError, match="failed with 1"):
-        plan_module.smallest_size(attempt, 1024)
+        smallest_size(attempt, 1024)
 
 
 # ---- the tracker -------------------------------------------------------------------------------------------------
@@ -606,20 +605,19 @@ def test_the_tracker_counts_what_is_there_by_what_it_is_for() -> None:
         del a
         c = b.clone()
         del b, c
+        alone = dict(tracker.peak)
         (weight * weight).sum().backward()
-    assert tracker.low == tracker.peak["activations"] + 512 + 512
-    assert tracker.peak == {
-        "parameters": 512,
-        "gradients": 0,
-        "residuals": 512,
-        "master_residuals": 0,
-        "optimizer_state": 0,
-        "activations": 4096 + 512,
-        "kernels": 0,
-    }
-    tracker.begin()
-    assert tracker.peak["gradients"] == 512
-    assert tracker.peak["activations"] == 0
+        d = torch.zeros(2000)
+    kinds = dict.fromkeys(("gradients", "master_residuals", "optimizer_state", "kernels"), 0)
+    assert alone == kinds | {"parameters": 512, "residuals": 512, "activations": 4096 + 512}
+    assert tracker.peak == alone | {"gradients": 512, "activations": 8192}
+    assert tracker.low == 3 * 512 + 8192
+    tracker.count("optimizer_state", d)
+    assert tracker.peak["optimizer_state"] == 0  # it is no higher
+    tracker.count("residuals", torch.zeros(1))
+    assert tracker.peak == alone | {"gradients": 512, "residuals": 1024, "activations": 0, "optimizer_state": 8192}
+    assert not weight._backward_hooks
+    assert not weight._post_accumulate_grad_hooks
 
 
 # ---- what is written to stderr -----------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ The road through the files, from the ground up; each imports only from those bef
     trial.py           windows trained before everything is put back; what fits
     speed.py           what is fast, and how to split an effective batch by it
     noise.py           what helps training: the gradient noise scale, and which effective batches it makes useful
+    kernels.py         what kernels need inside themselves, and what a GPU's differ in, for fake tensors of a CPU
+    fakes.py           a setup whose tensors are fake; tracker.py: the memory of all tensors, and its peak
     predict.py         what would fit elsewhere, on fake tensors
     plan_result.py     what plan() returns, and its reasons in words; plan.py: all of this, and the decision
     sweep_result.py    what sweep() returns, and what follows; sweep.py: training at several effective batches

@@ -15,9 +15,9 @@ from accumkern.checks import integer
 from accumkern.planning.fakes import PredictionError, fake_setup
 from accumkern.planning.memory import available_bytes, check_margin, format_bytes, parse_bytes
 from accumkern.planning.noise import accumulation_pays, best_batch, costs, measure_noise, useful_batches
-from accumkern.planning.plan_result import PREDICTED, Choice, Plan, explain
+from accumkern.planning.plan_result import Choice, Plan, explain
 from accumkern.planning.precision import choose_buffer, choose_masters, masters_problem, step_bytes, with_masters
-from accumkern.planning.predict import Prediction, choose_device, predict
+from accumkern.planning.predict import DEVICES, Prediction, choose_device, no_fit, predict, smallest_size
 from accumkern.planning.protocol import Setup, SetupFunction, run_setup
 from accumkern.planning.ranks import Ranks
 from accumkern.planning.speed import Split, knee, measure_speeds, sizes_to_time, split, split_by_size
@@ -28,7 +28,6 @@ from accumkern.version import __version__
 _RANKS = (1, 2, 4, 8)
 _NOISE_MICRO_BATCH = 4
 
-_SMALL = (1, 2, 4, 8)  # samples to begin with, where the first are too few for BatchNorm in training mode
 
 Progress = Callable[[str, str], None]  # of (what is being done, what came of it)
 
@@ -243,15 +242,7 @@ def _predicted_plan(
         smallest = smallest_size(fits, at_most)
         memory = found[smallest].memory
         if memory.total > allowed:
-            raise ValueError(
-                f"no micro-batch would fit into {format_bytes(limit)} with a margin of {margin:.0%}: "
-                f"{'one sample needs' if smallest == 1 else f'{smallest} samples need'} "
-                f"{format_bytes(memory.total)}, of which parameters {format_bytes(memory.parameters)}, their master "
-                f"weights {format_bytes(memory.master_residuals)}, gradients and residuals "
-                f"{format_bytes(memory.gradients + memory.residuals)}, optimizer state "
-                f"{format_bytes(memory.optimizer_state)}; take more memory, a smaller model, or activation "
-                "checkpointing"
-            )
+            raise ValueError(no_fit(found[smallest], limit, margin))
         most = largest(lambda size: size <= smallest or fits(size), at_most)
         peaks = dict.fromkeys(range(1, smallest), memory.total) | {size: of.memory.total for size, of in found.items()}
 
@@ -275,26 +266,8 @@ def _predicted_plan(
             largest_micro_batch=most,
             is_limited_by_memory=most < at_most,
             predictions=tuple(found[size] for size in sorted(found)),
-            machine=_machine(None) | {"device": PREDICTED[device]},
+            machine=_machine(None) | {"device": DEVICES[device]},
         )
-
-
-def smallest_size(attempt: Callable[[int], object], at_most: int) -> int:
-    """Return the first of a few small sizes that an attempt with it does not raise for: 1, or one that BatchNorm needs.
-
-    Raises:
-        RuntimeError: of the first attempt, where all fail.
-    """
-    first: RuntimeError | None = None
-    for size in [size for size in _SMALL if size <= at_most]:
-        try:
-            attempt(size)
-        except RuntimeError as error:
-            first = first or error
-        else:
-            return size
-    assert first is not None
-    raise first
 
 
 def _plan_of(

@@ -11,13 +11,11 @@ from typing import Any
 
 from accumkern.planning.memory import format_bytes
 from accumkern.planning.noise import Batch, Noise, samples_factor, steps_factor
-from accumkern.planning.predict import Prediction
+from accumkern.planning.predict import DEVICES, Prediction
 from accumkern.planning.speed import Speed
 from accumkern.planning.trial import Fit
 
 _MASTER_BYTES = {"split24": 1, "split32": 2}  # per parameter, of a residual
-#: What a plan that was predicted says of its device.
-PREDICTED = {"cuda": "none: predicted for a GPU on fake tensors", "cpu": "none: predicted for a CPU on fake tensors"}
 _FEW_MICRO_BATCHES = 8  # the gain of FP32 accumulation may be invisible up to here
 
 
@@ -194,11 +192,10 @@ def _predicted(plan: Plan) -> Iterator[str]:
             f"{of.micro_batch}. Tensors alone take the least; the most has what kernels such as convolutions need "
             "inside themselves, as far as it is known of torch's CPU kernels, and decides what fits."
         )
-    if plan.machine["device"] == PREDICTED["cuda"]:
+    if plan.machine["device"] == DEVICES["cuda"]:
         yield (
             "Predicted for a GPU, with fused attention and an optimizer that steps many parameters at a time. CUDA's "
-            "own context, and workspaces of cuBLAS and cuDNN, are not in it; leave a margin for them. device='cpu' "
-            "predicts for a CPU."
+            "context and workspaces are not in it; leave a margin. device='cpu' predicts for a CPU."
         )
 
 

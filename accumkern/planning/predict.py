@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from accumkern import backends
 from accumkern.checks import one_of
 from accumkern.planning.kernels import GpuKernels
+from accumkern.planning.memory import format_bytes
 from accumkern.planning.precision import accumulation
 from accumkern.planning.protocol import Setup, make_batch
 from accumkern.planning.tracker import MemoryTracker
@@ -19,7 +20,8 @@ from accumkern.planning.trial import accumulate, train_window
 from accumkern.stand_ins import as_on
 from accumkern.torch_private import pop_mode_temporarily
 
-DEVICES = ("cpu", "cuda")
+#: What can be predicted for, and what the plan says of the machine then.
+DEVICES = {"cpu": "none: predicted for a CPU on fake tensors", "cuda": "none: predicted for a GPU on fake tensors"}
 _BLOCK_BYTES = {"cpu": 1, "cuda": 512}  # what an allocator rounds up to
 
 
@@ -90,8 +92,8 @@ def predict(
 ) -> Prediction:
     """Return the peak memory of training with a micro-batch, without having that memory.
 
-    Two windows run, with the optimizer's step; the peak is of the second. What CUDA keeps apart from tensors is not in
-    it, and neither are workspaces of cuBLAS and cuDNN.
+    Two windows run, with the optimizer's step; all that there is counts in the second. What CUDA keeps apart from
+    tensors is not in it, and neither are workspaces of cuBLAS and cuDNN.
 
     Args:
         setup: of the block of :func:`accumkern.planning.fakes.fake_setup`, and inside it.
@@ -135,7 +137,6 @@ def predict(
         tracker.count("parameters", [*setup.model.parameters(), *setup.model.buffers()])
         tracker.count("optimizer_state", list(setup.optimizer.state.values()))
         del state  # which holds gradients
-        tracker.begin()
         with tracker.gradients_of(setup.model), tracker:
             train_window(setup, batches(), micro_batches, accumulator)
     return Prediction(micro_batch, Memory(**tracker.peak), tracker.low)
@@ -159,3 +160,33 @@ def _several_at_a_time(setup: Setup) -> Iterator[None]:
     finally:
         for group in groups:
             group["foreach"] = None
+
+
+def smallest_size(attempt: Callable[[int], object], at_most: int) -> int:
+    """Return the first of a few small sizes that an attempt with it does not raise for: 1, or one that BatchNorm needs.
+
+    Raises:
+        RuntimeError: of the first attempt, where all fail.
+    """
+    first: RuntimeError | None = None
+    for size in [size for size in (1, 2, 4, 8) if size <= at_most]:
+        try:
+            attempt(size)
+        except RuntimeError as error:
+            first = first or error
+        else:
+            return size
+    assert first is not None
+    raise first
+
+
+def no_fit(of: Prediction, limit_bytes: int, margin: float) -> str:
+    """Return what an error says where the smallest micro-batch is too large."""
+    memory, samples = of.memory, "one sample needs" if of.micro_batch == 1 else f"{of.micro_batch} samples need"
+    return (
+        f"no micro-batch would fit into {format_bytes(limit_bytes)} with a margin of {margin:.0%}: {samples} "
+        f"{format_bytes(memory.total)}, of which parameters {format_bytes(memory.parameters)}, their master weights "
+        f"{format_bytes(memory.master_residuals)}, gradients and residuals "
+        f"{format_bytes(memory.gradients + memory.residuals)}, optimizer state "
+        f"{format_bytes(memory.optimizer_state)}; take more memory, a smaller model, or activation checkpointing"
+    )

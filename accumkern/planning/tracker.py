@@ -48,11 +48,6 @@ class MemoryTracker(TorchDispatchMode):
             self._count(storage, kind)
         self._look(0)
 
-    def begin(self) -> None:
-        """Forget the peaks until now."""
-        self._most = self.low = 0
-        self._look(0)
-
     @contextmanager
     def gradients_of(self, model: nn.Module) -> Iterator[None]:
         """Let what arrives at the model's parameters in this block, and ``.grad``, count as gradients."""
