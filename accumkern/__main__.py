@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--tokens", metavar="D", help="of the run, such as 10B, for what published laws say")
     plan.add_argument("--schedule", action="store_true", help="say when to raise the batch in a run of --tokens")
     plan.add_argument("--predict", action="store_true", help="predict what would fit into --memory, and run nothing")
+    plan.add_argument("--device", metavar="NAME", help="that --predict is for: cuda (default) or cpu")
     plan.add_argument("--largest-micro-batch", type=int, default=1024, metavar="N", help="to try (default: 1024)")
     plan.add_argument("--noise-windows", type=int, default=32, metavar="N", help="to train (default: 32)")
     plan.add_argument("--output", type=Path, metavar="FOLDER", help="write report.html, figures, JSON and CSV there")

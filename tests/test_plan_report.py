@@ -135,7 +135,7 @@ def test_json_is_all_that_goes_to_stdout(script: Path, capsys: pytest.CaptureFix
     assert plan["choice"]["effective_batch"] == 64
     assert plan["fit"] is None
     assert plan["predictions"][0]["memory"]["total"] <= 0.9e6
-    assert plan["machine"]["device"] == "none: predicted on fake tensors"
+    assert plan["machine"]["device"] == "none: predicted for a GPU on fake tensors"
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,17 @@ def test_master_weights_are_an_option(
     master_weights: str | None,
     reason: str,
 ) -> None:
-    command = ["plan", f"{script}:{function}", "--predict", "--memory", "1MB", "--effective-batch", "64"]
+    command = [
+        "plan",
+        f"{script}:{function}",
+        "--predict",
+        "--device",
+        "cpu",
+        "--memory",
+        "1MB",
+        "--effective-batch",
+        "64",
+    ]
     assert main([*command, "--master-weights", asked, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["master_weights"] == master_weights

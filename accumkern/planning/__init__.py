@@ -10,6 +10,8 @@ The road through the files, from the ground up; each imports only from those bef
     speed.py           what is fast, and how to split an effective batch by it
     noise.py           what helps training: the gradient noise scale, and which effective batches it makes useful
     options.py         how large the options may be; caveats.py: what a plan warns of
+    kernels.py         what kernels need inside themselves, and what a GPU's differ in, for fake tensors of a CPU
+    fakes.py           a setup whose tensors are fake; tracker.py: the memory of all tensors, and its peak
     predict.py         what would fit elsewhere, on fake tensors
     scaling_laws.py    what published laws say of the batch for a budget of tokens
     token_budget.py    the laws in words, and when to raise the batch during a run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import re
@@ -136,6 +137,7 @@ class MemoryMeter:
             self._limit.__enter__()
         else:
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its start and end to stderr otherwise
+            gc.collect()  # torch's allocator warns of what is freed while it is profiled and was not when it was made
             self._profile = torch.autograd.profiler.profile(use_kineto=True, profile_memory=True)
             self._guard = CpuLimit(self.held_bytes, self.limit_bytes)
             self._profile.__enter__()

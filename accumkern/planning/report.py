@@ -28,6 +28,7 @@ _CATEGORIES = {
     "master_residuals": ("master residuals", "#6a4c93"),
     "optimizer_state": ("optimizer state", "#2a9d8f"),
     "activations": ("activations and batch", "#f2b134"),
+    "kernels": ("inside kernels", "#d9d2c0"),
 }
 _BLUE, _RED, _GREY = "#1f77b4", "#d1495b", "#8a8f98"
 _LINES = ("#1f77b4", "#d1495b", "#2a9d8f", "#f2b134", "#6a4c93", "#30343f", "#8a8f98", "#c06c84")
