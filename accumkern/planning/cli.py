@@ -17,7 +17,7 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from rich.table import Table
 from rich.text import Text
 
-from accumkern.planning.memory import format_bytes
+from accumkern.out_of_memory import format_bytes
 from accumkern.planning.plan import plan
 from accumkern.planning.plan_result import Plan
 from accumkern.planning.protocol import load_setup

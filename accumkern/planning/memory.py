@@ -15,10 +15,6 @@ from torch import Tensor, nn
 
 from accumkern.checks import real
 from accumkern.out_of_memory import CpuLimit, gpu_limit
-from accumkern.out_of_memory import MemoryLimitError as MemoryLimitError
-from accumkern.out_of_memory import format_bytes as format_bytes
-from accumkern.out_of_memory import is_out_of_memory as is_out_of_memory
-from accumkern.out_of_memory import parse_bytes as parse_bytes
 from accumkern.torch_private import tree_leaves
 from accumkern.version import __version__
 

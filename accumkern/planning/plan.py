@@ -8,10 +8,11 @@ from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
+from accumkern.out_of_memory import format_bytes, parse_bytes
 from accumkern.planning.caveats import batch_norm_warnings, busy_warnings, load
 from accumkern.planning.fakes import PredictionError, fake_setup
 from accumkern.planning.fit import find_fit, largest, verify
-from accumkern.planning.memory import available_bytes, check_margin, format_bytes, interpolated, machine_of, parse_bytes
+from accumkern.planning.memory import available_bytes, check_margin, interpolated, machine_of
 from accumkern.planning.noise import accumulation_pays, best_way, costs, measure_noise, useful_batches
 from accumkern.planning.options import check_sizes
 from accumkern.planning.plan_result import Choice, Plan, explain, with_schedule

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from accumkern.out_of_memory import format_bytes
 from accumkern.planning.fit import Fit, fit_reasons
-from accumkern.planning.memory import format_bytes
 from accumkern.planning.noise import Batch, Noise, noise_reason
 from accumkern.planning.precision import buffer_reason, masters_reason
 from accumkern.planning.predict import DEVICES, Prediction

@@ -11,8 +11,8 @@ import torch
 
 from accumkern import backends
 from accumkern.checks import one_of
+from accumkern.out_of_memory import format_bytes
 from accumkern.planning.kernels import GpuKernels
-from accumkern.planning.memory import format_bytes
 from accumkern.planning.precision import accumulation
 from accumkern.planning.protocol import Setup, make_batch
 from accumkern.planning.tracker import MemoryTracker

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from accumkern.checks import describe, real
-from accumkern.planning.memory import is_out_of_memory
+from accumkern.out_of_memory import is_out_of_memory
 from accumkern.torch_private import tree_leaves
 
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from accumkern.checks import integer, real
+from accumkern.out_of_memory import parse_bytes
 from accumkern.planning.checkpoint import Checkpoint
 from accumkern.planning.fit import find_fit
-from accumkern.planning.memory import available_bytes, check_margin, parse_bytes
+from accumkern.planning.memory import available_bytes, check_margin
 from accumkern.planning.precision import choose_buffer, choose_masters, masters_problem
 from accumkern.planning.protocol import Setup, SetupFunction, load_setup
 from accumkern.planning.sweep_jobs import Work, portable, run_at_once, shares
@@ -34,7 +35,8 @@ from accumkern.planning.sweep_settings import (
     source_hash,
 )
 from accumkern.planning.sweep_training import Runner, check_decay_rules, check_setup, seeded_setup, weight_decay_of
-from accumkern.planning.trial import Preserved, RandomState
+from accumkern.planning.trial import Preserved
+from accumkern.random_state import RandomState
 from accumkern.ranks import Ranks
 
 Progress = Callable[[Run], None]
