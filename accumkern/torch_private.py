@@ -229,6 +229,8 @@ TorchDispatchMode = _find("utils._python_dispatch.TorchDispatchMode", "planning"
 pop_mode_temporarily = _find("utils._python_dispatch._pop_mode_temporarily", "planning")
 FakeTensor = _find("_subclasses.fake_tensor.FakeTensor", "planning")
 FakeTensorMode = _find("_subclasses.fake_tensor.FakeTensorMode", "planning")
+#: A block in which tensors are real, inside of one of FakeTensorMode too.
+without_fake_tensors = _find("_subclasses.fake_tensor.unset_fake_temporarily", "planning")
 BatchNorm = _find("nn.modules.batchnorm._BatchNorm", "planning")
 
 

@@ -23,6 +23,7 @@ from accumkern.planning.memory import available_bytes, check_margin, is_out_of_m
 from accumkern.planning.precision import accumulation, choose_buffer, choose_masters, masters_problem
 from accumkern.planning.protocol import Setup, SetupFunction, compute_loss, make_batch, run_setup
 from accumkern.planning.ranks import Ranks
+from accumkern.planning.script import ScriptSetup
 from accumkern.planning.sweep_result import Point, Run, Sweep, write_json
 from accumkern.planning.trial import Preserved, RandomState, find_fit, train_window, verify
 from accumkern.torch_private import tree_leaves
@@ -117,7 +118,8 @@ def sweep(
         limit = int((available_bytes(made.device) if memory is None else parse_bytes(memory)) * (1 - margin))
         masters = choose_masters(made, master_weights)
         settings |= {"buffer": choose_buffer(made, buffer), "master_weights": masters}
-        settings["script_sha256"] = _source_hash(setup)
+        settings["script_sha256"] = _source_hash(inspect.unwrap(setup))
+        settings["script_arguments"] = setup.arguments if isinstance(setup, ScriptSetup) else []
         folder = Path(folder).expanduser()
         found = _claim(folder, settings)
         if micro_batch is None:
