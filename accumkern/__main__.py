@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error("doctor runs no script, so nothing can go after --")
         return doctor()
     if args.command == "plan" and args.predict and args.memory is None:
-        parser.error("--predict needs --memory, such as --memory 24GB")
+        parser.error("plan --predict needs --memory, such as --memory 24GB")
     try:
         from accumkern.planning import cli
     except ModuleNotFoundError as error:
@@ -113,8 +113,8 @@ def _parser() -> argparse.ArgumentParser:
         help="train at several effective batch sizes, and compare",
         description=_SWEEP,
         epilog=_EPILOG.format(examples=_SWEEP_EXAMPLES),
-        usage="accumkern sweep SCRIPT:NAME --effective-batches N,N,… --samples N --output FOLDER [options] "
-        "[-- arguments of the script]",
+        usage="accumkern sweep SCRIPT:NAME --effective-batches N,N,… --samples N --output FOLDER [options]\n"
+        "                       [-- arguments of the script]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sweep.add_argument("setup", metavar="SCRIPT:NAME", help=_TARGET)

@@ -69,7 +69,10 @@ def run(args: argparse.Namespace, script_arguments: Sequence[str] = ()) -> int:
             errors.print(f"\nreport: {page}", markup=False, highlight=False)
     except (AttributeError, OSError, TypeError, ValueError, RuntimeError) as error:
         errors.print(f"accumkern {args.command}: {error}", style="red", markup=False, highlight=False)
-        frame = script and script.last_frame(error.__cause__ or error, _NOT_THE_SCRIPTS)
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        frame = script and script.last_frame(cause, _NOT_THE_SCRIPTS)
         if frame:
             errors.print(f"  raised at {frame.filename}:{frame.lineno}: {frame.line}", markup=False, highlight=False)
         return 2
