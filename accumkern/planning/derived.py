@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from accumkern.planning.frameworks import from_lightning, from_model, from_trainer, is_lightning, is_trainer
 from accumkern.planning.protocol import Setup, SetupFunction
-from accumkern.torch_private import is_fake, tree_leaves
+from accumkern.planning.samples import is_faking
+from accumkern.torch_private import tree_leaves
 
 _THINGS = (
     "a function that returns model, optimizer, make_batch and loss, or a Trainer of transformers, a LightningModule, "
@@ -32,8 +33,8 @@ def setup_of(thing: Any, *, in_place: bool = False) -> SetupFunction:
         thing: a function that returns what :class:`Setup` has; or, itself or returned by a function, a ``Trainer`` of
             transformers (:func:`from_trainer`), a LightningModule or a tuple of what :func:`from_lightning` takes, or a
             tuple of what :func:`from_model` takes.
-        in_place: the first call hands out the thing itself, so that its memory is not taken twice: for ``plan()``,
-            which puts everything back.
+        in_place: the first call that is no prediction's hands out the thing itself, so that its memory is not taken
+            twice: for ``plan()``, which puts everything back.
 
     Raises:
         TypeError: it is none of these.
@@ -46,8 +47,12 @@ def setup_of(thing: Any, *, in_place: bool = False) -> SetupFunction:
     def setup() -> Any:
         nonlocal is_taken
         seed = torch.initial_seed()
-        made = thing() if derive is None else _copied(thing) if is_taken else thing
-        is_taken = True
+        if derive is None:
+            made: Any = thing()
+        elif is_taken or is_faking():
+            made = _copied(thing)
+        else:
+            made, is_taken = thing, True
         derive_made = _deriver(made)
         if derive_made is None:
             return made
@@ -100,13 +105,9 @@ def _copied(thing: Any) -> Any:
 
 def _fakes(model: nn.Module, optimizer: Optimizer | None = None) -> dict[int, Any]:
     """Return what ``deepcopy`` is to take for a model's tensors: fake ones, where what is made now is fake."""
-    if not is_fake(torch.empty(0)):
+    if not is_faking():
         return {}
-    held = [
-        *model.parameters(),
-        *model.buffers(),
-        *(value for module in model.modules() for value in vars(module).values()),
-    ]
+    held = [leaf for module in model.modules() for leaf in tree_leaves(vars(module))]
     held += tree_leaves([] if optimizer is None else list(optimizer.state.values()))
     fakes: dict[int, Any] = {}
     for tensor in held:

@@ -21,8 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from accumkern.planning.protocol import Setup, SetupError
-from accumkern.planning.samples import Samples, moved
-from accumkern.torch_private import is_fake
+from accumkern.planning.samples import Samples, is_faking, moved
 
 _LIGHTNING = ("lightning.pytorch", "pytorch_lightning")  # the same code, published twice
 _NO_SIDE_EFFECTS = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -119,8 +118,8 @@ def _batches(data: Any, validation: Any, prepared: Callable[[Any], Any], seed: i
 
 def _to(batch: Any, device: torch.device) -> Any:
     """Return a batch on a device; in a prediction, where only what is made anew is fake, always a copy."""
-    is_faking = is_fake(torch.empty(0))
-    return moved(batch, lambda tensor: tensor.to(device, copy=is_faking))
+    copy = is_faking()
+    return moved(batch, lambda tensor: tensor.to(device, copy=copy))
 
 
 # ---- transformers ------------------------------------------------------------------------------------------------
@@ -180,7 +179,12 @@ def from_trainer(trainer: Any, *, seed: int | None = None) -> Setup:
     if callable(getattr(optimizer, "train", None)):  # a schedule-free one
         optimizer.train()
 
+    shared = vars(trainer.accelerator.state)  # by all Accelerators
+    state = dict(shared)
+
     def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        if not shared:  # TrainingArguments empty it, and the Trainer that would fill it again was never made
+            shared.update(state)
         batch = dict(batch)  # labels are taken out of it
         # Of several ranks it would be counted over all, with a collective; a mean of each does without.
         count = trainer.get_batch_samples(iter([batch]), 1, args.device)[1] if args.world_size == 1 else None
@@ -304,7 +308,8 @@ def _started(library: Any, module: Any, data: Any, like: Any) -> dict[str, Any]:
         log.setLevel(level)
         module.trainer = None
     optimizers = ready.pop("optimizers")
-    if len(optimizers) != 1 or not set(module.parameters()) & set(optimizers[0].param_groups[0]["params"]):
+    trained = [param for of in optimizers for group in of.param_groups for param in group["params"]]
+    if len(optimizers) != 1 or set(module.parameters()).isdisjoint(trained):
         raise SetupError(f"configure_optimizers of {type(module).__name__} must return one optimizer of its parameters")
     module.to(ready["device"])  # from where the stopped Trainer has put it
     optimizers[0].load_state_dict(optimizers[0].state_dict())

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import (
@@ -20,7 +21,7 @@ from torch.utils.data import (
 )
 
 from accumkern.planning.protocol import SetupError
-from accumkern.torch_private import tree_leaves, without_fake_tensors
+from accumkern.torch_private import is_fake, tree_leaves, without_fake_tensors
 
 _BUFFER = 1024  # samples of a data set that can only be gone through
 _LOOKED_AT = 512  # samples, for the longest one
@@ -113,6 +114,12 @@ def moved(batch: Any, move: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, (tuple, list)):
         return type(batch)(moved(value, move) for value in batch)
     return batch
+
+
+def is_faking() -> bool:
+    """Return whether tensors that are made here and now are fake, as in a prediction."""
+    found: bool = is_fake(torch.empty(0))
+    return found
 
 
 def _elements(sample: Any) -> int:
