@@ -71,15 +71,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"accumkern {args.command} needs {missing}: pip install 'accumkern[plan]'", file=sys.stderr)
         return 2
     try:
-        status = cli.run(args, given[end + 1 :])
+        return cli.run(args, given[end + 1 :])
     except KeyboardInterrupt:
         hint = "; the same command goes on where it was" if args.command == "sweep" else ""
         print(f"\naccumkern {args.command}: interrupted{hint}", file=sys.stderr)
         return 130
-    if arguments is None:  # what the script prints when the process ends is no result either
-        sys.stdout.flush()
-        os.dup2(2, 1)
-    return status
+    finally:
+        if arguments is None:  # what the script prints when the process ends is no result either
+            sys.stdout.flush()
+            os.dup2(2, 1)
 
 
 def _parser() -> argparse.ArgumentParser:

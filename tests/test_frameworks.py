@@ -357,6 +357,7 @@ def trainer_of(
         "max_grad_norm": 0.0,
         "weight_decay": 0.25,
         "learning_rate": 1e-2,
+        "warmup_steps": 10,
     }
     return (kind or transformers.Trainer)(
         model,
@@ -577,6 +578,7 @@ def test_forms_of_configure_optimizers(lightning: Any, form: str) -> None:
     module = module_of(lightning, configure_optimizers=configure)
     setup = run_setup(setup_of((module, loader_of()), in_place=True))
     assert setup.optimizer is made[0]
+    assert setup.optimizer.param_groups[0]["lr"] == 0.1  # not where a schedule begins
     assert setup.model is module
     with fake_setup(setup_of((module, loader_of()))) as fake:
         assert all(is_fake(param) for param in fake.model.parameters())

@@ -122,6 +122,13 @@ def _to(batch: Any, device: torch.device) -> Any:
     return moved(batch, lambda tensor: tensor.to(device, copy=copy))
 
 
+def _unscheduled(optimizer: Optimizer) -> Optimizer:
+    """Return an optimizer with the learning rates that its schedule is relative to: a warm-up begins with next to 0."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.get("max_lr", group.get("initial_lr", group["lr"]))  # the first is OneCycleLR's
+    return optimizer
+
+
 # ---- transformers ------------------------------------------------------------------------------------------------
 
 
@@ -140,9 +147,10 @@ def from_trainer(trainer: Any, *, seed: int | None = None) -> Setup:
     """Return a setup of a ``Trainer`` of transformers: what its ``train()`` would train with.
 
     ``train()`` is called, and stopped before its first micro-batch, and before any other callback hears of it. So
-    optimizer, activation checkpointing, autocast and compilation are those of its arguments. The loss is that of
-    ``compute_loss``, the mean over a micro-batch's tokens. Samples come from its training data set, through its
-    collator; validation samples from its evaluation data set, the first if there are several.
+    optimizer, activation checkpointing, autocast and compilation are those of its arguments; the learning rate is the
+    one that its schedule is relative to, and gradients are not clipped. The loss is that of ``compute_loss``, the mean
+    over a micro-batch's tokens. Samples come from its training data set, through its collator; validation samples from
+    its evaluation data set, the first if there are several.
 
     Args:
         trainer: before or after training.
@@ -174,10 +182,11 @@ def from_trainer(trainer: Any, *, seed: int | None = None) -> Setup:
         # The accelerator would keep every model and optimizer that it has prepared.
         trainer.accelerator.free_memory()
     model, optimizer = ready["model"], trainer.optimizer
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # without Accelerate's wrapper
+    optimizer = _unscheduled(getattr(optimizer, "optimizer", optimizer))  # without Accelerate's wrapper
     model.train()
-    if callable(getattr(optimizer, "train", None)):  # a schedule-free one
-        optimizer.train()
+    set_mode = getattr(optimizer, "train", None)  # of a schedule-free one
+    if callable(set_mode):
+        set_mode()
 
     shared = vars(trainer.accelerator.state)  # by all Accelerators
     state = dict(shared)
@@ -213,7 +222,8 @@ def from_lightning(module: Any, data: Any = None, trainer: Any = None, *, seed: 
 
     ``fit`` of a Trainer without loggers and checkpoints is called, and stopped before its first micro-batch. The loss
     is that of ``training_step``, with the batch index 0; ``self.log`` does nothing there, and ``self.trainer`` is not
-    attached. A validation loss is that of ``training_step`` too, in evaluation mode.
+    attached. The learning rate is the one that a schedule is relative to, and gradients are not clipped. A validation
+    loss is that of ``training_step`` too, in evaluation mode.
 
     Args:
         module: whose ``configure_optimizers`` returns one optimizer, in any of the forms that Lightning takes.
@@ -313,4 +323,4 @@ def _started(library: Any, module: Any, data: Any, like: Any) -> dict[str, Any]:
         raise SetupError(f"configure_optimizers of {type(module).__name__} must return one optimizer of its parameters")
     module.to(ready["device"])  # from where the stopped Trainer has put it
     optimizers[0].load_state_dict(optimizers[0].state_dict())
-    return ready | {"optimizer": optimizers[0]}
+    return ready | {"optimizer": _unscheduled(optimizers[0])}

@@ -57,7 +57,7 @@ class Samples:
                     "batch_size and a data set of samples, or write a setup() with a make_batch(size)"
                 )
             sampler, self._collate, data = data.sampler, data.collate_fn, data.dataset
-        is_indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+        is_indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, Mapping))
         if not isinstance(data, Dataset) and not is_indexed:
             raise SetupError(f"the {name} is a {type(data).__name__}; it must be a DataLoader or a data set")
         self._data = data
