@@ -57,7 +57,7 @@ def write(folder: Path, name: str = "train.py", before: str = "", after: str = "
 
 def started(folder: Path, *arguments: str, **options: object) -> subprocess.Popen[str]:
     """Start the program as a shell would, in a folder."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     command = [sys.executable, "-m", "accumkern", *arguments]
     return subprocess.Popen(command, cwd=folder, env=environment, text=True, **streams)  # type: ignore[call-overload]
@@ -219,6 +219,16 @@ def test_a_script_named_like_a_library_hides_nothing(tmp_path: Path, capsys: pyt
     assert main(["plan", f"{script}:setup", *PREDICT]) == 0
     assert "module script_of_its_own_" in capsys.readouterr().err
     assert sys.modules["of_its_own"].__file__ == str(tmp_path / "of_its_own.py")
+
+
+def test_a_library_is_found_by_a_script_of_its_name(tmp_path: Path) -> None:
+    assert "pyclbr" not in sys.modules
+    script = write(tmp_path, "pyclbr.py", before="from pyclbr import readmodule\n")
+    try:
+        assert main(["plan", f"{script}:setup", *PREDICT]) == 0
+        assert sys.modules["pyclbr"].__file__ != str(script)
+    finally:
+        sys.modules.pop("pyclbr", None)
 
 
 def test_neighbours_come_first_as_where_python_runs_a_script(tmp_path: Path) -> None:

@@ -125,17 +125,18 @@ def test_the_longest_sample_is_found_and_repeated() -> None:
     class Padding:
         def __call__(self, samples: list[dict[str, Any]]) -> UserDict[str, Any]:
             longest = max(len(sample["ids"]) for sample in samples)
-            for sample in samples:  # writes into what it gets, as transformers' collators do
-                sample["ids"] = sample["ids"] + [0] * (longest - len(sample["ids"]))
+            for sample in samples:  # writes into what it gets, as those of transformers do
+                sample["ids"] = sample["ids"] + [len(sample.pop("text"))] * (longest - len(sample["ids"]))
             return UserDict(ids=torch.tensor([sample["ids"] for sample in samples]))
 
     data = [{"ids": [1] * (1 + i % 7), "text": "x"} for i in range(2000)]
     data[8 * 4] = {"ids": [1] * 50, "text": "x"}
+    before = copy.deepcopy(data)
     samples = Samples("data", DataLoader(data, collate_fn=Padding()), 0)  # type: ignore[arg-type]
     assert samples.longest(3)["ids"].shape == (3, 50)
     assert samples.longest(2)["ids"].shape == (2, 50)
     assert samples.draw(64)["ids"].shape[1] <= 50
-    assert max(len(sample["ids"]) for sample in data[:32]) == 7
+    assert data == before
 
 
 @pytest.mark.parametrize(
@@ -188,9 +189,9 @@ def named(samples: list[Any]) -> dict[str, Tensor]:
     [
         (lambda loss: loss, None),
         (lambda loss: SimpleNamespace(loss=loss), named),
-        (lambda loss: {"loss": loss, "logits": 3}, named),
+        (lambda loss: UserDict(loss=loss, logits=3), lambda samples: UserDict(named(samples))),
     ],
-    ids=["scalar, tuple", "attribute, dict", "key, dict"],
+    ids=["scalar, tuple", "attribute, dict", "key, mapping"],
 )
 def test_a_model_that_returns_its_loss(way: Callable[[Tensor], Any], collate: Any) -> None:
     model = Output(way)
@@ -445,10 +446,10 @@ def test_a_trainer_is_stopped_before_anybody_hears_of_it(transformers: Any, tmp_
 
 
 def test_a_trainer_is_copied_with_its_optimizer(transformers: Any, tmp_path: Path) -> None:
-    trainer = trainer_of(transformers, tmp_path)
-    optimizer = torch.optim.SGD(trainer.model.parameters(), 0.5)
-    of_ones_own = trainer_of(transformers, tmp_path, optimizers=(None, None))
-    of_ones_own.model, of_ones_own.model_wrapped, of_ones_own.optimizer = trainer.model, trainer.model, optimizer
+    trainer = trainer_of(transformers, tmp_path, bf16=True)
+    of_ones_own = trainer_of(transformers, tmp_path, bf16=True)
+    of_ones_own.optimizer = torch.optim.SGD(of_ones_own.model.parameters(), 0.5)
+    in_place = from_trainer(trainer_of(transformers, tmp_path, bf16=True))
     for thing, kind in ((trainer, torch.optim.AdamW), (of_ones_own, torch.optim.SGD)):
         setup = setup_of(thing)
         first, second = run_setup(setup), run_setup(setup)
@@ -456,6 +457,7 @@ def test_a_trainer_is_copied_with_its_optimizer(transformers: Any, tmp_path: Pat
         assert first.model is not second.model
         assert isinstance(first.optimizer, kind)
         batch = make_batch(first, 3)
+        assert first.loss(first.model, batch).equal(in_place.loss(in_place.model, batch))  # with autocast
         losses = []
         for made in (first, second):
             made.loss(made.model, batch).backward()
@@ -639,6 +641,20 @@ def test_a_data_module_brings_its_hooks_and_validation(lightning: Any) -> None:
     own = module_of(lightning, train_dataloader=lambda module: loader_of(), val_dataloader=lambda module: loader_of(1))
     setup = run_setup(setup_of(own))
     assert make_batch(setup, 4, "validation_batch")[1].unique().numel() == 1
+
+
+def test_a_rank_makes_a_lightning_module_ready_by_itself(
+    lightning: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)  # as torchrun does for two processes; the other one is not needed
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        setup = run_setup(setup_of((module_of(lightning), loader_of())))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert setup.loss(setup.model, make_batch(setup, 3)).dim() == 0
+    assert os.environ["WORLD_SIZE"] == "2"
 
 
 # ---- all the way -------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -301,8 +300,6 @@ def _started(library: Any, module: Any, data: Any, like: Any) -> dict[str, Any]:
     settings |= {"accelerator": "gpu" if device.type == "cuda" else device.type, "devices": 1}
     if device.type == "cuda":
         settings["devices"] = [int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index]
-    if dist.is_available() and dist.is_initialized():  # each rank has a model of its own
-        settings["plugins"] = [library.plugins.environments.LightningEnvironment()]
     log = logging.getLogger(library.__name__)
     level = log.level
     log.setLevel(logging.WARNING)  # not which devices there are, each time
