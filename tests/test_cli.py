@@ -97,6 +97,7 @@ PRINTING_CALLS = """
 """
 
 
+@pytest.mark.slow
 def test_stdout_has_nothing_but_json_whatever_a_script_prints(tmp_path: Path) -> None:
     write(tmp_path, before=PRINTING, after=PRINTING_CALLS)
     arguments = ["train.py:setup", *PREDICT, "--json", "--", "--width", "3"]

@@ -643,6 +643,22 @@ def test_a_data_module_brings_its_hooks_and_validation(lightning: Any) -> None:
     assert make_batch(setup, 4, "validation_batch")[1].unique().numel() == 1
 
 
+def test_what_a_script_attaches_is_detached(transformers: Any, lightning: Any, tmp_path: Path) -> None:
+    def configure(module: Any) -> Any:
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        accumkern.attach(optimizer)
+        return optimizer
+
+    trainer = trainer_of(transformers, tmp_path)
+    accumkern.attach(trainer.create_optimizer())
+    model, optimizer, loader = plain_tuple()
+    accumkern.attach(optimizer)
+    module = module_of(lightning, configure_optimizers=configure)
+    for thing in (trainer, (module, loader_of()), (model, optimizer, loader)):
+        setup = run_setup(setup_of(thing, in_place=True))
+        accumkern.attach(setup.optimizer).detach()
+
+
 def test_a_rank_makes_a_lightning_module_ready_by_itself(
     lightning: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -670,6 +686,7 @@ def make(request: pytest.FixtureRequest, transformers: Any, lightning: Any, tmp_
     return makers[request.param]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["itself", "function"])
 def test_a_plan(make: Callable[[], Any], way: str) -> None:
     thing = make()
@@ -698,6 +715,7 @@ def test_a_trainer_that_cannot_be_made_a_second_time_can_be_planned_for(transfor
     assert "setup() raised DataDependentOutputException" in (plan.prediction_problem or "")
 
 
+@pytest.mark.slow
 def test_a_sweep_begins_each_run_anew(make: Callable[[], Any], tmp_path: Path) -> None:
     thing = make()
     arguments: dict[str, Any] = {"effective_batches": [4], "samples": 32, "seeds": [0, 1], "micro_batch": 4}

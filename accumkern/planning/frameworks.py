@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from accumkern.planning.protocol import Setup, SetupError
 from accumkern.planning.samples import Samples, is_faking, moved
+from accumkern.wiring import accumulator_of
 
 _LIGHTNING = ("lightning.pytorch", "pytorch_lightning")  # the same code, published twice
 _NO_SIDE_EFFECTS = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -83,7 +84,9 @@ def from_model(
     def prepared(batch: Any) -> Any:
         return _to(batch, next(model.parameters()).device)
 
-    return Setup(model, optimizer, loss=loss or _loss_of_outputs, **_batches(data, validation, prepared, seed))
+    return Setup(
+        model, _detached(optimizer), loss=loss or _loss_of_outputs, **_batches(data, validation, prepared, seed)
+    )
 
 
 def _loss_of_outputs(model: nn.Module, batch: Any) -> Tensor:
@@ -121,9 +124,17 @@ def _to(batch: Any, device: torch.device) -> Any:
     return moved(batch, lambda tensor: tensor.to(device, copy=copy))
 
 
+def _detached(optimizer: Optimizer) -> Optimizer:
+    """Return an optimizer without the script's own accumulator: a plan attaches the one that it is asked for."""
+    accumulator = accumulator_of(optimizer)
+    if accumulator is not None:
+        accumulator.detach()
+    return optimizer
+
+
 def _unscheduled(optimizer: Optimizer) -> Optimizer:
     """Return an optimizer with the learning rates that its schedule is relative to: a warm-up begins with next to 0."""
-    for group in optimizer.param_groups:
+    for group in _detached(optimizer).param_groups:
         group["lr"] = group.get("max_lr", group.get("initial_lr", group["lr"]))  # the first is OneCycleLR's
     return optimizer
 
@@ -319,5 +330,6 @@ def _started(library: Any, module: Any, data: Any, like: Any) -> dict[str, Any]:
     if len(optimizers) != 1 or set(module.parameters()).isdisjoint(trained):
         raise SetupError(f"configure_optimizers of {type(module).__name__} must return one optimizer of its parameters")
     module.to(ready["device"])  # from where the stopped Trainer has put it
-    optimizers[0].load_state_dict(optimizers[0].state_dict())
+    if optimizers[0].state:
+        optimizers[0].load_state_dict(optimizers[0].state_dict())
     return ready | {"optimizer": _unscheduled(optimizers[0])}
