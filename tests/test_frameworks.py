@@ -414,6 +414,14 @@ def test_loss_and_gradients_are_those_of_the_trainer(
         assert [p.shape for p in ours["params"]] == [p.shape for p in their["params"]]
 
 
+def test_a_compiled_model_is_what_trains(transformers: Any, tmp_path: Path) -> None:
+    setup = from_trainer(trainer_of(transformers, tmp_path, torch_compile=True, torch_compile_backend="eager"))
+    assert isinstance(setup.model, torch._dynamo.OptimizedModule)
+    loss = setup.loss(setup.model, make_batch(setup, 3))
+    loss.backward()
+    assert len(gradients(setup.model)) == len(list(setup.model.parameters()))
+
+
 def test_batches_are_those_of_the_trainers_collator(transformers: Any, tmp_path: Path) -> None:
     setup = run_setup(setup_of(lambda: trainer_of(transformers, tmp_path)))
     for size in (1, 7, 100):

@@ -191,7 +191,7 @@ def from_trainer(trainer: Any, *, seed: int | None = None) -> Setup:
         trainer.is_in_train = False
         # The accelerator would keep every model and optimizer that it has prepared.
         trainer.accelerator.free_memory()
-    model, optimizer = ready["model"], trainer.optimizer
+    model, optimizer = trainer.model_wrapped, trainer.optimizer  # compiled, where that was asked for
     optimizer = _unscheduled(getattr(optimizer, "optimizer", optimizer))  # without Accelerate's wrapper
     model.train()
     set_mode = getattr(optimizer, "train", None)  # of a schedule-free one
