@@ -270,6 +270,8 @@ tree_flatten = _find("utils._pytree.tree_flatten", "planning")
 tree_unflatten = _find("utils._pytree.tree_unflatten", "planning")
 pop_mode_temporarily = _find("utils._python_dispatch._pop_mode_temporarily", "planning")
 FakeTensorMode = _find("_subclasses.fake_tensor.FakeTensorMode", "planning")
+#: A block in which tensors are real, inside of one of FakeTensorMode too.
+without_fake_tensors = _find("_subclasses.fake_tensor.unset_fake_temporarily", "planning")
 BatchNorm = _find("nn.modules.batchnorm._BatchNorm", "planning")
 #: What operations on fake tensors raise that need values of tensors, or have results of a shape that depends on them.
 NEEDS_VALUES = tuple(

@@ -5,7 +5,6 @@ import json
 import random
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,7 +35,6 @@ from accumkern.planning.protocol import (
     Setup,
     check_setup,
     compute_loss,
-    load_setup,
     make_batch,
     run_setup,
 )
@@ -189,26 +187,6 @@ def test_a_step_that_raises_is_named() -> None:
 def test_a_loss_without_the_model_is_named() -> None:
     with pytest.raises(ValueError, match=r"loss of setup\(\) gives no parameter of the optimizer a gradient"):
         accumkern.plan(lambda: changed(loss=lambda model, batch: torch.zeros((), requires_grad=True)))
-
-
-def test_load_setup(tmp_path: Path) -> None:
-    (tmp_path / "helper_of_script.py").write_text("value = 3\n")
-    script = tmp_path / "script.py"
-    script.write_text("from helper_of_script import value\nnumber = 3\ndef setup(): return value\n")
-    assert load_setup(f"{script}:setup")() == 3
-    for target, error, message in [
-        (str(script), ValueError, "such as 'train.py:setup'"),
-        (f"{script}:set up", ValueError, "such as 'train.py:setup'"),
-        (f"{tmp_path}/none.py:setup", FileNotFoundError, "there is no script"),
-        (f"{script}:main", AttributeError, "has no function 'main'; write one that returns model, optimizer"),
-        (f"{script}:number", TypeError, "number in"),
-    ]:
-        with pytest.raises(error) as raised:
-            load_setup(target)
-        assert message in str(raised.value)
-    script.write_text("raise SystemExit(3)\n")
-    with pytest.raises(RuntimeError, match="raised SystemExit: 3 while it was imported"):
-        load_setup(f"{script}:setup")
 
 
 # ---- what would fit elsewhere ------------------------------------------------------------------------------------

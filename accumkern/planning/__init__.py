@@ -4,6 +4,10 @@ The road through the files, from the ground up; each imports only from those bef
 
     memory.py          sizes as people write them; what a device has, and what a piece of code allocates under a limit
     protocol.py        what a script's setup() provides, and the checks of it
+    samples.py         batches of any size from a data set or a data loader
+    frameworks.py      setups derived from transformers' Trainer, Lightning's modules, and models with data loaders
+    derived.py         the setup function of whatever was named
+    script.py          the script of a command: imported and run as Python would, its prints apart from the result
     precision.py       what FP32 it trains in: buffer and master weights, and attach() with them
     trial.py           windows trained before everything is put back
     fit.py             what fits: the smallest micro-batch that trains, and the largest
