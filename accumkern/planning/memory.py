@@ -6,6 +6,7 @@ import gc
 import os
 import platform
 import re
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -139,6 +140,11 @@ class MemoryMeter:
             self._profile.__enter__()
             self._guard.__enter__()
         return self
+
+    def lift_limit(self) -> None:
+        """Let the rest of the block allocate what it needs, on a CPU, because it puts things back."""
+        if self.device.type != "cuda":
+            self._guard.limit_bytes = sys.maxsize
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None

@@ -257,6 +257,7 @@ def try_windows(
                     raise
                 failure = error
         if not fits:
+            meter.lift_limit()
             forget_failed_pass()  # or the next trial would seem to need less, by what it lets go
         preserved.rewind()
     own = None
