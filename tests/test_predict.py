@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ import torch
 from planned import old_objects_aside  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import accumkern
@@ -449,6 +451,24 @@ def test_a_script_that_wants_a_gpu_that_is_not_there_is_told_so() -> None:
         accumkern.plan(setup, memory="1 GB", measure=False)
 
 
+def test_a_sharded_model_is_refused_and_a_wrapped_one_is_not(tmp_path: Path) -> None:
+    def setup() -> Setup:
+        made = gpt()()
+        wrapped: Any = wrap(made.model)
+        return made._replace(model=wrapped, optimizer=torch.optim.AdamW(wrapped.parameters()))
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrap: Any = nn.parallel.DistributedDataParallel
+        assert predicted(setup, 2).memory == predicted(gpt(), 2).memory
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        wrap = functools.partial(torch.distributed.fsdp.fully_shard, mesh=mesh)
+        with pytest.raises(PredictionError, match="is sharded over ranks"):
+            predicted(setup, 2)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_what_is_made_for_real_has_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accumkern.planning.fakes.available_bytes", lambda device: 1000)
     with pytest.raises(PredictionError, match=r"setup\(\) raised MemoryLimitError: .* of 1 kB"):
@@ -618,6 +638,16 @@ def test_the_tracker_counts_what_is_there_by_what_it_is_for() -> None:
     assert tracker.peak == alone | {"gradients": 512, "residuals": 1024, "activations": 0, "optimizer_state": 8192}
     assert not weight._backward_hooks
     assert not weight._post_accumulate_grad_hooks
+
+
+def test_the_tracker_sees_what_a_tensor_is_made_of() -> None:
+    both = TwoTensor(torch.ones(10), torch.ones(10))
+    with MemoryTracker(1) as tracker:
+        first = both + 1
+        made = first * 2
+        del first
+    assert tracker.peak["activations"] == 2 * 2 * 40
+    assert made.a.tolist() == [4.0] * 10
 
 
 # ---- what is written to stderr -----------------------------------------------------------------------------------

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from accumkern import backends
 from accumkern.casting import set_cut_off_aside
+from accumkern.dtensor import is_dtensor
 from accumkern.out_of_memory import CpuLimit
 from accumkern.planning.kernels import MissingKernels
 from accumkern.planning.memory import available_bytes
@@ -25,6 +27,7 @@ from accumkern.torch_private import (
     NEEDS_VALUES,
     FakeTensorMode,
     is_fake,
+    is_flattened,
     tree_map,
     unset_fake_temporarily,
     without_rejection,
@@ -72,7 +75,7 @@ def _made_in(mode: Any, function: SetupFunction, stack: ExitStack) -> Setup | No
     """Return what ``setup()`` makes in the mode, or None where it, or a batch, cannot be made there."""
     try:
         with mode, _RealArrays(), backends.without_kernels(), without_rejection():
-            setup = run_setup(function)
+            setup = _unwrapped(run_setup(function))
             if setup.device.type == "cuda" and not torch.cuda.is_available():
                 return None  # outside of the mode torch says so
             stack.enter_context(_fakes_inside(mode, setup))
@@ -87,9 +90,20 @@ def _made_in(mode: Any, function: SetupFunction, stack: ExitStack) -> Setup | No
 def _made_outside(mode: Any, function: SetupFunction, stack: ExitStack) -> Setup:
     """Return what ``setup()`` makes for real, if there is memory for it, with fakes in it."""
     with CpuLimit(0, available_bytes(torch.device("cpu"))):
-        setup = run_setup(function)
+        setup = _unwrapped(run_setup(function))
     stack.enter_context(_fakes_inside(mode, setup))
     return _with_fake_batches(mode, setup)
+
+
+def _unwrapped(setup: Setup) -> Setup:
+    """Return a setup whose backward pass waits for no other rank; raise where that of a sharded model would."""
+    if isinstance(setup.model, DistributedDataParallel):
+        setup = setup._replace(model=setup.model.module)
+    if any(is_dtensor(param) or is_flattened(param) for param in setup.model.parameters()):
+        raise PredictionError(
+            "memory cannot be predicted, because the model of setup() is sharded over ranks; measure it"
+        )
+    return setup
 
 
 @contextmanager

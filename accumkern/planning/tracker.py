@@ -77,6 +77,8 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # a tensor that is made of others calls their operations, which are seen then
         result = func(*args, **(kwargs or {}))
         for storage in _storages(result):
             if storage._cdata not in self._known:
