@@ -16,13 +16,13 @@ import pytest
 import torch
 from planned import old_objects_aside  # noqa: F401
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 import accumkern
 from accumkern.memory import storage_bytes
 from accumkern.planning.memory import MemoryMeter, held_tensors, parse_bytes
 from accumkern.planning.plan_result import Plan
 from accumkern.planning.protocol import Setup, run_setup
-from accumkern.torch_private import FakeTensor
 
 pytest.importorskip("transformers")
 from architectures import ARCHITECTURES
