@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
-BENCHMARKS := kernels product finish overhead step training accuracy convergence reduce registers
+BENCHMARKS := kernels product finish overhead batch step training accuracy convergence reduce registers
 SOURCES := $(wildcard csrc/*) setup.py accumkern/version.py
 
 help:
@@ -70,7 +70,7 @@ gpu-test: gpu-build
 	$(PYTHON) -m pytest -m gpu --override-ini addopts= -q
 
 gpu-kernels: gpu-build
-	$(call run_benchmarks,kernels product finish overhead step registers,$(PYTHON),cuda)
+	$(call run_benchmarks,kernels product finish overhead batch step registers,$(PYTHON),cuda)
 
 gpu-training: gpu-build
 	$(call run_benchmarks,training convergence accuracy reduce,$(PYTHON),cuda)

@@ -10,6 +10,7 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
 
 from accumkern.accumulator import GradAccumulator
 from accumkern.backends import available_backends
+from accumkern.batch_schedule import BatchSchedule
 from accumkern.casting import to_bfloat16
 from accumkern.finish import Finished
 from accumkern.lost_bits import LostBitsReport
@@ -29,6 +30,7 @@ __all__ = [
     "NoiseScale",
     "LostBitsReport",
     "HeldMemory",
+    "BatchSchedule",
     "accumulate_",
     "to_bfloat16",
     "available_backends",

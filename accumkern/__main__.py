@@ -37,6 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="find the micro-batch and accumulation steps to train with, and say why")
     plan.add_argument("setup", metavar="SCRIPT:FUNCTION", help=_SETUP)
     plan.add_argument("--effective-batch", type=int, metavar="N", help="samples per optimizer step, over all ranks")
+    plan.add_argument("--tokens", metavar="D", help="of the run, such as 10B, for what published laws say")
+    plan.add_argument("--schedule", action="store_true", help="say when to raise the batch in a run of --tokens")
     plan.add_argument("--predict", action="store_true", help="predict what would fit into --memory, and run nothing")
     plan.add_argument("--largest-micro-batch", type=int, default=1024, metavar="N", help="to try (default: 1024)")
     plan.add_argument("--noise-windows", type=int, default=32, metavar="N", help="to train (default: 32)")
@@ -48,7 +50,16 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--samples", type=int, required=True, metavar="N", help="to train with in each run")
     sweep.add_argument("--rules", type=_words, default=["sqrt"], metavar="RULE,…", help="none, sqrt (default), linear")
     sweep.add_argument("--seeds", type=_numbers, default=[0], metavar="N,N,…", help="of random numbers (default: 0)")
-    sweep.add_argument("--base-batch", type=int, metavar="N", help="that the script's learning rate is for")
+    decays = "none (default), timescale: decoupled weight decay follows batch and learning rate"
+    sweep.add_argument(
+        "--weight-decay", dest="weight_decay_rules", type=_words, default=["none"], metavar="RULE,…", help=decays
+    )
+    base = "that the learning rate of the script or checkpoint is for (default: the smallest of --effective-batches)"
+    sweep.add_argument("--base-batch", type=int, metavar="N", help=base)
+    sweep.add_argument(
+        "--from", dest="start", type=Path, metavar="CHECKPOINT", help="of model and optimizer, to begin every run with"
+    )
+    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, in N processes (default: 1)")
     sweep.add_argument("--micro-batch", type=int, metavar="N", help="the largest to use (default: what fits)")
     sweep.add_argument("--target-loss", type=float, metavar="X", help="to reach (default: what all runs reach)")
     sweep.add_argument("--evaluations", type=int, default=20, metavar="N", help="of the loss in a run (default: 20)")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from accumkern import ddp, master_state, ops, state
+from accumkern import any_batch, ddp, master_state, ops, state
 from accumkern.attachment import Attachment
+from accumkern.checks import integer
 from accumkern.finish import Finished, batches_of, measure, write
 from accumkern.fold import Fold
 from accumkern.hooks import owner_of
@@ -19,7 +20,9 @@ from accumkern.lost_bits import LostBitsMeter, LostBitsReport
 from accumkern.master_weights import MasterWeights, state_dict_of
 from accumkern.memory import HeldMemory, storage_bytes, tensors_in
 from accumkern.noise_scale import NoiseScale, NoiseScaleMeter
+from accumkern.out_of_memory import parse_bytes
 from accumkern.passes import BackwardPasses
+from accumkern.rank_windows import window_of
 from accumkern.slot import Parts, Slot
 from accumkern.stepping import Stepping
 
@@ -34,6 +37,7 @@ class Rooms:
     lost_bits: LostBitsMeter | None
     stepping: Stepping | None  # of master weights
     finished_at: int = -1  # the backward passes that there had been at the last finish()
+    micro_batch: int | None = None  # of backward(), that memory was enough for after it ran out
 
     @property
     def masters(self) -> MasterWeights | None:
@@ -76,6 +80,100 @@ class GradAccumulator:
             raise ValueError(f"scale is on {scale.device} and the parameters on {on}; move it there")
         self._passes.complete()
         self._fold.set_scale(scale)
+
+    def backward(
+        self,
+        loss_fn: Callable[[Any], Any],
+        batch: Any,
+        micro_batch: int | str = "auto",
+        *,
+        count: Callable[[Any], Any] | None = None,
+        reduction: str = "mean",
+        model: torch.nn.Module | None = None,
+        split: Callable[[Any, int, int], Any] | None = None,
+        backward: Callable[[Tensor], Any] | None = None,
+        memory: int | str | None = None,
+        reduce_once: bool = False,
+    ) -> Any:
+        """Run forward and backward passes of a batch of any size, in micro-batches that fit; return its mean loss.
+
+        ``.grad`` gets the gradient of the loss of the whole batch, added to what was there, as one ``loss.backward()``
+        would: for parts of unequal size too. With ``c_i`` the ``count`` of part ``i``, each loss is multiplied by
+        ``c_i / sum(c)`` before its backward pass, in FP32.
+
+        With ``micro_batch="auto"`` the first try is the whole batch, or as many samples as fitted after memory ran out
+        last (:attr:`micro_batch`). Where memory runs out, in a forward or a backward pass, gradients and random numbers
+        go back to what they were before the call, and it begins again with half as many: what comes out is what
+        calling with that number would have given. Parts are as equal as can be, so the batch need not divide.
+
+        Of a retry, dropout draws the same random numbers as without it. Running statistics of BatchNorm go back where
+        ``model`` is given, and have seen the samples of the failed try otherwise; BatchNorm normalises by the samples
+        of a micro-batch, however large the batch is.
+
+        Args:
+            loss_fn: takes a micro-batch, runs the model, and returns its mean loss: a floating 0-dim tensor, or several
+                in a tuple or a dictionary, whose sum is trained. A loss in FP32 keeps the weights exact.
+            batch: a tensor, or tensors in tuples, lists, dictionaries, named tuples and dataclasses, with the samples
+                in their first dimension; see :mod:`accumkern.splitting`.
+            micro_batch: samples of a micro-batch at most, or ``"auto"``.
+            count: takes a micro-batch and returns what its mean loss is a mean over, such as the tokens that are not
+                padding: a number or a 0-dim tensor, or one for each loss. A part that counts 0 is left out. None counts
+                samples. Numbers on a device are waited for, once in a window.
+            reduction: ``"mean"``, or ``"sum"`` where ``loss_fn`` returns sums: then nothing is weighed.
+            model: what is trained: lets a retry put its buffers back, and knows the gradients of parameters that
+                belong to other optimizers. Needed where there are several ranks: what ``loss_fn`` calls, with its
+                DistributedDataParallel.
+            split: called as ``split(batch, start, stop)`` where a batch has to be taken apart in a way of its own;
+                ``len(batch)`` is its samples then.
+            backward: takes the loss and runs the backward pass: ``accelerator.backward``, ``self.manual_backward``, or
+                ``lambda loss: scaler.scale(loss).backward()``. None calls ``loss.backward()``.
+            memory: what weights, gradients, states, batch and activations may take together, in bytes or as text such
+                as ``"24GB"``; None is what there is. On a CPU, where the system ends a program that takes too much,
+                this is what makes memory run out; there it looks at each operation, which takes time.
+            reduce_once: under ``fully_shard``, reduce gradients in the last part alone, and keep whole ones until then,
+                in ``reduce_dtype``, which must be float32. False reduces in each part, and keeps shards.
+
+        Returns:
+            The mean loss of the batch, FP32, on its device, without a graph; in a tuple or a dictionary where
+            ``loss_fn`` returned several.
+
+        Where ``model`` is (or has) a DistributedDataParallel or modules under ``fully_shard``, all ranks call this with
+        batches of their own, and ``.grad`` gets the gradient of all of them as one. Memory may run out on any rank; see
+        docs/distributed.md. The loss is weighted so that its mean over ranks is that of the whole.
+
+        Raises:
+            TypeError, ValueError: an argument or what a function returned is of the wrong kind or range, or the
+                accumulator multiplies gradients itself (``average_over``, ``scale``).
+            RuntimeError, MemoryError: what ``loss_fn`` raised; memory that ran out with a single sample, or with the
+                ``micro_batch`` that was asked for; another rank's error, with its number
+                (:class:`accumkern.ranks.RanksError`).
+
+        After an error gradients and random numbers are what they were before the call. Gradients that were there
+        before it are copied to the host's memory until it is over.
+        """
+        with window_of(model, reduce_once) as window:  # before what may be wrong on one rank alone
+            self._check_parameters()
+            self._passes.complete()
+            limit = None if memory is None else parse_bytes(memory)
+            how = count, split, reduction, backward, limit
+            asked = any_batch.check_request(loss_fn, batch, micro_batch, self._rooms.micro_batch, *how)
+            losses, found = any_batch.run(asked, self._attachment, model, window)
+        if found is not None:
+            self._rooms.micro_batch = found
+        return losses
+
+    @property
+    def micro_batch(self) -> int | None:
+        """Samples that :meth:`backward` begins with, because memory ran out with twice as many; None: with all.
+
+        It does not grow by itself: set it to None, or to another number, where there is more memory.
+        """
+        return self._rooms.micro_batch
+
+    @micro_batch.setter
+    def micro_batch(self, samples: int | None) -> None:
+        right = "it must be a positive number of samples, or None"
+        self._rooms.micro_batch = None if samples is None else integer("micro_batch", samples, right, 1)
 
     def finish(
         self,

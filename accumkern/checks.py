@@ -1,4 +1,4 @@
-"""Checks of arguments that every room shares: numbers of any library, and names of a table."""
+"""Checks of arguments that every room shares: numbers of any library, and names of a table; how errors are told."""
 
 from __future__ import annotations
 
@@ -84,3 +84,8 @@ def one_of(name: str, value: Any, names: Iterable[str], otherwise: str = "") -> 
         raise TypeError(f"{name} is a {type(value).__name__}; {right}")
     if value not in names:
         raise ValueError(f"{name} is {value!r}; {right}")
+
+
+def describe(error: BaseException) -> str:
+    """Return an error's type and message."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -17,8 +17,12 @@ from accumkern.torch_private import (
     NO_BACKWARD,
     current_graph_task_id,
     divides_by_all_ranks,
+    has_communication_hook,
     queue_callback,
 )
+
+#: Dtypes of gradients whose sums are wider than they are.
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def reduce_in_fp32(model: Any, reduction: Fp32Reduction) -> None:
@@ -46,6 +50,23 @@ def reduce_in_fp32(model: Any, reduction: Fp32Reduction) -> None:
     hook.reduction = reduction
 
 
+def reduction_of(model: Any) -> Fp32Reduction | None:
+    """Return what takes the means of a model in FP32, or None.
+
+    Raises:
+        ValueError: the model has a communication hook of somebody else.
+    """
+    hook = _HOOKS.get(model)
+    if hook is None:
+        if has_communication_hook(model):
+            raise ValueError(
+                "model has a communication hook, which only a backward pass can call, and acc.backward() takes the "
+                "mean over ranks after the last one: use acc.reduce_in_fp32(model), or no hook"
+            )
+        return None
+    return hook.reduction if hook.reduction is not None and hook.reduction.is_on else None
+
+
 class CommunicationHook:
     """The communication hook of a model, which DistributedDataParallel has no way to take off again.
 
@@ -71,14 +92,19 @@ class CommunicationHook:
         if reduction is not None:
             if bucket.index() == 0 and not is_shadow:
                 reduction.begin()
-            if buffer.dtype in (torch.bfloat16, torch.float16):
-                return reduction.start(bucket, self._group, divide_by, is_shadow)
+                # DistributedDataParallel writes the gradients in a callback that it queues later than this one.
+                queue_callback(lambda: queue_callback(reduction.end))
+            if buffer.dtype in HALVES:
+                return reduction.start(bucket, self._sum, divide_by, is_shadow)
         if buffer.is_sparse:
             buffer.div_(divide_by)
         else:
             buffer.mul_(1 / divide_by)
-        work = torch.distributed.all_reduce(buffer, group=self._group, async_op=True)
-        return work.get_future().then(lambda future: future.value()[0])
+        return self._sum(buffer).then(lambda future: future.value()[0])
+
+    def _sum(self, buffer: Tensor) -> Any:
+        """Start to take the sum of a buffer over ranks; return its future."""
+        return torch.distributed.all_reduce(buffer, group=self._group, async_op=True).get_future()
 
     def _divisor(self, is_shadow: bool, device: torch.device) -> int:
         """Return what DistributedDataParallel divides by: the number of ranks, or of those that have not joined."""
@@ -120,18 +146,16 @@ class Fp32Reduction:
         return bool(self._slots)
 
     def begin(self) -> None:
-        """Prepare for the backward pass that is under way."""
+        """Prepare for the buckets of a model."""
         self._in_flight = None  # the last backward pass may have failed
         self._reduced = []
-        # DistributedDataParallel writes the gradients in a callback that it queues later than this one.
-        queue_callback(lambda: queue_callback(self._own_means))
 
-    def start(self, bucket: Any, group: Any, divide_by: int, is_shadow: bool) -> Any:
+    def start(self, bucket: Any, take_sum: Callable[[Tensor], Any], divide_by: int, is_shadow: bool) -> Any:
         """Start the reduction of a bucket; return the future of its buffer.
 
         Args:
             bucket: of bfloat16 or float16 gradients.
-            group: the ranks.
+            take_sum: starts to take the sum of a tensor over ranks, in place; returns its future.
             divide_by: their sum is divided by this.
             is_shadow: whether this rank has no inputs any more, so that the bucket is not of its gradients.
         """
@@ -165,8 +189,7 @@ class Fp32Reduction:
             self._split(format_, members, divide_by)
             return buffer
 
-        work = torch.distributed.all_reduce(wide, group=group, async_op=True)
-        self._in_flight = work.get_future().then(split)
+        self._in_flight = take_sum(wide).then(split)
         return self._in_flight
 
     def _split(self, format_: Format | None, members: list[tuple[Slot | None, Tensor, Tensor]], divide_by: int) -> None:
@@ -191,8 +214,8 @@ class Fp32Reduction:
             self._kernels_on(parts[0].device).encode(format_, parts, divide_by, halves, residuals)
             torch.autograd.graph.increment_version(halves)
 
-    def _own_means(self) -> None:
-        """Let the residuals of the mean belong to the gradients, now that they are the mean."""
+    def end(self) -> None:
+        """Let the residuals of the means belong to the gradients, now that these are the means."""
         for slot in self._reduced:
             if slot.owns(slot.param.grad):  # of a parameter that no rank uses, which is left as it was
                 slot.forget()

@@ -39,15 +39,16 @@ class Fp32State:
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
 
-    def remove(self) -> None:
+    def remove(self, keep_fp32: bool = False) -> None:
         """Leave states to torch, which takes them in the dtype of the parameters, as its ``load_state_dict`` does.
 
-        Other optimizers than torch's own may have chosen FP32 by themselves; their states stay.
+        Other optimizers than torch's own may have chosen FP32 by themselves; their states stay, and so do all with
+        ``keep_fp32``.
         """
         for handle in self._handles:
             handle.remove()
         optimizer = self._optimizer()
-        if optimizer is None or not _is_torchs(optimizer):
+        if keep_fp32 or optimizer is None or not _is_torchs(optimizer):
             return
         for param, state in optimizer.state.items():
             if isinstance(param, Tensor) and self._has_master(param):

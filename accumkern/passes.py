@@ -218,6 +218,10 @@ class BackwardPasses:
         """Fold what waits."""
         self._waiting.fold()
 
+    def drop(self) -> None:
+        """Let go of what waits, and of its memory, because the window is begun again."""
+        self._waiting.drop()
+
     def _begin(self, number: int) -> None:
         """Note which backward pass brings gradients now: another one, one inside it, or the one around it again."""
         with self._lock:

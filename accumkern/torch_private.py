@@ -67,6 +67,12 @@ queue_callback = _find("autograd.Variable._execution_engine.queue_callback")
 disabled_torch_function = _find("_C._disabled_torch_function_impl")
 #: Whether a tensor is of a subclass that wraps other tensors, such as DTensor.
 is_wrapper_subclass = _find("utils._python_dispatch.is_traceable_wrapper_subclass")
+#: A block in which no mode sees operations.
+without_modes = _find("utils._python_dispatch._disable_current_modes")
+#: The base of modes that see every operation; a torch without it can be imported.
+TorchDispatchMode: Any = _find("utils._python_dispatch.TorchDispatchMode") or object
+#: What lies in nested containers.
+tree_leaves = _find("utils._pytree.tree_leaves")
 #: Whether a tensor has a shape but no memory, as what is made under FakeTensorMode.
 is_fake = _find("_subclasses.fake_tensor.is_fake")
 
@@ -220,12 +226,47 @@ def divides_by_all_ranks(model: Any) -> bool:
     return getattr(model, "_divide_by_initial_world_size", True)
 
 
+# ---- DistributedDataParallel -------------------------------------------------------------------------------------
+
+
+def active_ddp() -> Any:
+    """Return the DistributedDataParallel whose forward pass is under way, as around a step of Lightning; or None."""
+    return torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
+
+def has_communication_hook(model: Any) -> bool:
+    """Return whether a DistributedDataParallel has a communication hook."""
+    return bool(model._comm_hooks)
+
+
+def refusal_of_ddp(model: Any) -> str | None:
+    """Return why a DistributedDataParallel cannot run without the collectives of its own passes; None if it can."""
+    if model.mixed_precision is not None:
+        return "mixed_precision"
+    if model._use_python_reducer:
+        return "torch._dynamo.config.optimize_ddp = 'python_reducer'"
+    if model._delay_all_reduce_params:
+        return "delay_all_reduce_named_params"
+    if model._join_config.enable:
+        return "join()"
+    if model.static_graph and not model._static_graph_delay_allreduce_enqueued:
+        return "static_graph=True before its first backward pass, which has to reduce"
+    return None
+
+
+def sync_before_passes(model: Any) -> None:
+    """Let a DistributedDataParallel do what it has to do with all ranks before a forward pass, which then will not."""
+    if torch.is_grad_enabled():
+        model.reducer._rebuild_buckets()
+    if model.will_sync_module_buffers():
+        model._sync_buffers()
+    model.require_forward_param_sync = False
+
+
 # ---- planning ----------------------------------------------------------------------------------------------------
 
-tree_leaves = _find("utils._pytree.tree_leaves", "planning")
 tree_flatten = _find("utils._pytree.tree_flatten", "planning")
 tree_unflatten = _find("utils._pytree.tree_unflatten", "planning")
-TorchDispatchMode = _find("utils._python_dispatch.TorchDispatchMode", "planning")
 pop_mode_temporarily = _find("utils._python_dispatch._pop_mode_temporarily", "planning")
 FakeTensor = _find("_subclasses.fake_tensor.FakeTensor", "planning")
 FakeTensorMode = _find("_subclasses.fake_tensor.FakeTensorMode", "planning")

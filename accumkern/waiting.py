@@ -79,6 +79,13 @@ class WaitingGradients:
         if self._entries and len(post_accumulate_hooks(param)) > 1:
             self.fold()
 
+    def drop(self) -> None:
+        """Let go of all that wait: they count for nothing."""
+        with self._folding:
+            self._numel = 0
+            while self._entries:
+                self._entries.popleft()[0].waits = False
+
     def fold(self) -> None:
         """Fold all, in one launch for each device, stream, dtype and start."""
         with self._folding:

@@ -41,6 +41,7 @@ QUICK = {
     "finish": ["--sizes", "2^12"],
     "accuracy": [],
     "overhead": ["--parameters", "10"],
+    "batch": [],
 }
 
 

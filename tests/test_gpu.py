@@ -441,3 +441,35 @@ def test_a_captured_step_replays_like_repeated_steps(backend: str, sizes: list[i
         right.run(backend)
     torch.cuda.synchronize()
     assert_stepped(captured, right, "after five replays")
+
+
+# ---- memory that runs out ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masters", [None, "split32"])
+def test_a_batch_that_does_not_fit_is_split(masters: str | None) -> None:
+    """The real allocator runs out, in a forward or a backward pass, and the sums are those of the size that fits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 2**14), nn.GELU(), nn.Dropout(0.1), nn.Linear(2**14, 64)).to(
+        DEVICE, torch.bfloat16
+    )
+    acc = accumkern.attach(torch.optim.AdamW(model.parameters(), lr=1e-3), master_weights=masters)
+    batch = torch.randn(4096, 64, device=DEVICE, dtype=torch.bfloat16)  # 128 MiB for each activation of all samples
+
+    def bits(micro_batch: int | str, memory: str | None) -> list[Tensor]:
+        torch.manual_seed(1)
+        acc.backward(lambda part: model(part).float().square().mean(), batch, micro_batch, model=model, memory=memory)
+        parts = [acc.parts(param) for param in model.parameters()]
+        stored = [tensor.clone() for part in parts if part for tensor in part[:2] if tensor is not None]
+        model.zero_grad()
+        return stored
+
+    gc.collect()
+    torch.cuda.empty_cache()  # what the allocator has kept is not limited
+    found = bits("auto", "200MB")
+    size = acc.micro_batch
+    assert size is not None
+    assert size < 4096
+    assert torch.cuda.get_per_process_memory_fraction() == 1.0
+    for one, other in zip(found, bits(size, None), strict=True):
+        assert_same_bits(one, other, f"micro-batches of {size}")

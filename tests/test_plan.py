@@ -1,13 +1,8 @@
-"""The plan: what fits, what would fit, what is fast, what helps training, the decision, and everything put back."""
+"""The plan: what setup() has to return, what would fit elsewhere, and the plan as a whole."""
 
-import copy
 import dataclasses
-import gc
 import json
-import math
-import os
 import random
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,29 +10,26 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from masters import OwnAdamW
-from planned import hungry, old_objects_aside  # noqa: F401
-from torch import Tensor, nn
+from planned import (  # noqa: F401
+    Clock,
+    changed,
+    clock_of_the_test,
+    conv,
+    fingerprint,
+    gpt,
+    hungry,
+    mlp,
+    old_objects_aside,
+    same,
+    short_timings,
+)
+from torch import nn
 
 import accumkern
 from accumkern import stepping
 from accumkern.memory import storage_bytes
-from accumkern.noise_scale import Estimate
-from accumkern.planning import speed as speed_module
-from accumkern.planning import trial
-from accumkern.planning.memory import (
-    MemoryLimitError,
-    MemoryMeter,
-    available_bytes,
-    format_bytes,
-    held_tensors,
-    is_out_of_memory,
-    parse_bytes,
-)
-from accumkern.planning.noise import best_batch, interval, measure_noise, samples_factor, steps_factor, useful_batches
-from accumkern.planning.precision import accumulation, choose_buffer, choose_masters, step_bytes
+from accumkern.planning.precision import choose_buffer, choose_masters, step_bytes
 from accumkern.planning.predict import PredictionError, fake_setup, predict_memory
 from accumkern.planning.protocol import (
     Setup,
@@ -47,94 +39,11 @@ from accumkern.planning.protocol import (
     make_batch,
     run_setup,
 )
-from accumkern.planning.speed import Speed, knee, measure_speed, split, split_by_size
-from accumkern.planning.trial import Fit, Preserved, find_fit, largest, train_window, try_windows
+from accumkern.planning.trial import Preserved, train_window, try_windows
 
-pytestmark = pytest.mark.usefixtures("one_thread", "old_objects_aside")
+pytestmark = pytest.mark.usefixtures("one_thread", "old_objects_aside", "short_timings")
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parent.parent
-KB = 1000
-
-
-@pytest.fixture(autouse=True)
-def short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed_module, "LEAST_SECONDS", 0.02)
-
-
-class Clock:
-    """Time that passes where a test says so, and not with the machine."""
-
-    def __init__(self, seconds_of_step: float) -> None:
-        self.seconds, self.seconds_of_step = 0.0, seconds_of_step
-
-    def pass_with(self, setup: Setup) -> Setup:
-        """Let a micro-batch take 5 ms and 1 ms for each sample, and a step what it takes."""
-
-        def loss(model: nn.Module, batch: Tensor) -> Tensor:
-            self.seconds += 0.005 + 0.001 * batch.shape[0]
-            return setup.loss(model, batch)
-
-        def step(*_: Any) -> None:
-            self.seconds += self.seconds_of_step
-
-        setup.optimizer.register_step_post_hook(step)
-        return setup._replace(loss=loss)
-
-    def now(self, _setup: Setup) -> float:
-        return self.seconds
-
-
-def mlp(dtype: torch.dtype = torch.bfloat16, width: int = 64) -> Setup:
-    model = nn.Sequential(nn.Linear(16, width), nn.GELU(), nn.Linear(width, 4)).to(dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    return Setup(
-        model,
-        optimizer,
-        lambda size: torch.randn(size, 16, dtype=dtype),
-        lambda model, batch: model(batch).float().square().mean(),
-    )
-
-
-class Conv(nn.Module):
-    """Convolutions whose CPU kernels need memory of their own, and BatchNorm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1)
-        )
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.layers(images).mean((2, 3)))
-
-
-def conv() -> Setup:
-    model = Conv()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return Setup(
-        model,
-        optimizer,
-        lambda size: (torch.randn(size, 3, 32, 32), torch.randint(10, (size,))),
-        lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]),
-    )
-
-
-def gpt(layers: int = 1) -> Setup:
-    sys.path.insert(0, str(ROOT / "examples"))
-    from train_gpt import CONTEXT, GPT
-
-    model = GPT(width=64, layers=layers).to(torch.bfloat16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    text = torch.randint(256, (2**20,), dtype=torch.uint8)  # more than all the rest, and not part of it
-    return Setup(
-        model,
-        optimizer,
-        lambda size: text[: size * (CONTEXT + 1)].view(size, -1).long(),
-        lambda model, batch: model(batch),
-        tokens_per_sample=CONTEXT,
-    )
 
 
 # ---- the protocol ------------------------------------------------------------------------------------------------
@@ -146,10 +55,6 @@ def test_setup_may_return_a_plain_tuple() -> None:
     assert check_setup(setup).device == CPU
 
 
-def changed(**fields: Any) -> Any:
-    return mlp()._replace(**fields)
-
-
 def on_meta() -> Setup:
     model = nn.Linear(16, 4, device="meta")
     return changed(model=model, optimizer=torch.optim.SGD(model.parameters()))
@@ -159,6 +64,11 @@ def frozen() -> Setup:
     setup = mlp()
     setup.model.requires_grad_(False)
     return setup
+
+
+def needing_a_closure() -> Setup:
+    setup = mlp()
+    return setup._replace(optimizer=torch.optim.LBFGS(setup.model.parameters()))
 
 
 @pytest.mark.parametrize(
@@ -175,6 +85,11 @@ def frozen() -> Setup:
         (lambda: changed(optimizer=0.1), TypeError, "optimizer of setup() is a float"),
         (lambda: changed(make_batch=torch.zeros(3)), TypeError, "make_batch of setup() is a Tensor"),
         (lambda: changed(loss=None), TypeError, "loss of setup() is a NoneType; it must be a function"),
+        (
+            needing_a_closure,
+            TypeError,
+            "optimizer of setup() is a LBFGS, whose step() needs closure; memory and",
+        ),
         (lambda: changed(longest_batch=3), TypeError, "longest_batch of setup() is a int"),
         (lambda: changed(tokens_per_sample="64"), TypeError, "tokens_per_sample of setup() is a str"),
         (lambda: changed(tokens_per_sample=-1), ValueError, "tokens_per_sample of setup() is -1"),
@@ -253,6 +168,23 @@ def test_wrong_losses_are_named(loss: Any, error: type[Exception], message: str)
     assert message in str(raised.value)
 
 
+def test_a_step_that_raises_is_named() -> None:
+    class Sharp(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            assert closure is not None, "it requires a closure"
+            return super().step(closure)
+
+    def setup() -> Setup:
+        made = mlp(torch.float32)
+        return made._replace(optimizer=Sharp(made.model.parameters(), lr=0.1))
+
+    with pytest.raises(
+        RuntimeError, match=r"step\(\) of the optimizer of setup\(\) raised AssertionError: it req"
+    ) as raised:
+        accumkern.plan(setup, effective_batch=2)
+    assert str(raised.value).endswith("; it is called without arguments")
+
+
 def test_a_loss_without_the_model_is_named() -> None:
     with pytest.raises(ValueError, match=r"loss of setup\(\) gives no parameter of the optimizer a gradient"):
         accumkern.plan(lambda: changed(loss=lambda model, batch: torch.zeros((), requires_grad=True)))
@@ -276,366 +208,6 @@ def test_load_setup(tmp_path: Path) -> None:
     script.write_text("raise SystemExit(3)\n")
     with pytest.raises(RuntimeError, match="raised SystemExit: 3 while it was imported"):
         load_setup(f"{script}:setup")
-
-
-# ---- memory ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [(5, 5), ("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("512mib", 2**29), ("7 kB", 7000), ("100B", 100)],
-)
-def test_parse_bytes(text: int | str, size: int) -> None:
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize(
-    ("size", "error"), [("24", ValueError), ("GB", ValueError), ("1 XB", ValueError), (0, ValueError), (1.5, TypeError)]
-)
-def test_parse_bytes_refuses(size: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match="memory is"):
-        parse_bytes(size)
-
-
-def test_format_bytes() -> None:
-    assert [format_bytes(x) for x in (0, 999, 1500, 45e6, 24e9, 2.5e12)] == [
-        "0 B",
-        "999 B",
-        "1.5 kB",
-        "45 MB",
-        "24 GB",
-        "2,500 GB",
-    ]
-
-
-def test_the_meter_counts_every_allocation() -> None:
-    kept = torch.zeros(10 * KB, dtype=torch.uint8)
-    with MemoryMeter(CPU, 5 * KB, 10**9) as meter:
-        a = torch.zeros(40 * KB, dtype=torch.uint8)
-        b = a.clone()  # 80 kB
-        del a
-        c = torch.zeros(30 * KB, dtype=torch.uint8)  # 70 kB
-        del b
-        c.zero_()
-        kept[::2].view(-1, 2)
-    assert meter.peak_bytes == 85 * KB
-    assert meter.left_bytes == 30 * KB
-
-
-def test_the_meter_sees_what_a_kernel_allocates_inside() -> None:
-    x = torch.randn(512, 512)
-    with MemoryMeter(CPU, 0, 10**9) as meter:
-        x.sort()  # results of 1 MB and 2 MB, and copies while it works
-    assert meter.peak_bytes >= 3 * 2**20
-
-
-def test_the_limit_stops_at_the_operation_that_goes_beyond_it() -> None:
-    weight = torch.zeros(50 * KB, dtype=torch.uint8)
-    with MemoryMeter(CPU, 50 * KB, 120 * KB) as meter:
-        for _ in range(10):  # views, what is written in place, and what was released take nothing
-            weight.view(-1, 2).t()
-            weight.zero_()
-            torch.ones(60 * KB, dtype=torch.uint8)
-        first = torch.ones(40 * KB, dtype=torch.uint8)
-        with pytest.raises(MemoryLimitError, match="130 kB of 120 kB"):
-            first.clone()
-    assert meter.peak_bytes == 130 * KB
-    torch.zeros(200 * KB)  # no limit after the block
-    with MemoryMeter(CPU, 200 * KB, 100 * KB):
-        weight.view(-1, 2).zero_()  # allocates nothing, whatever is held
-
-
-def test_a_device_that_cannot_be_measured_is_refused() -> None:
-    with pytest.raises(ValueError, match="memory of device 'meta' cannot be measured"):
-        MemoryMeter(torch.device("meta"), 0, 1)
-
-
-def test_running_out_of_memory_is_told_from_other_errors() -> None:
-    with pytest.raises(RuntimeError) as raised:
-        torch.empty(2**60)
-    assert is_out_of_memory(raised.value)
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
-    assert is_out_of_memory(MemoryError())
-    assert not is_out_of_memory(RuntimeError("shapes do not match"))
-    assert not is_out_of_memory(ValueError("out of memory"))
-
-
-def test_available_memory_is_part_of_the_machines() -> None:
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 2**20 < available_bytes(CPU) <= total
-
-
-def test_held_memory_counts_every_piece_once() -> None:
-    setup = mlp()
-    setup.model[0].weight.grad = torch.zeros_like(setup.model[0].weight)
-    params = sum(p.numel() * 2 for p in setup.model.parameters())
-    assert storage_bytes(held_tensors(setup.model, setup.optimizer)) == params + 2 * 16 * 64
-    both = nn.ModuleList([setup.model, setup.model])
-    assert storage_bytes(held_tensors(both, setup.optimizer)) == params + 2 * 16 * 64
-
-
-# ---- everything put back -----------------------------------------------------------------------------------------
-
-
-def fingerprint(setup: Setup) -> Any:
-    model, optimizer = setup.model, setup.optimizer
-    return copy.deepcopy(
-        (
-            model.state_dict(),
-            [p.grad for p in model.parameters()],
-            [m.training for m in model.modules()],
-            optimizer.state_dict(),
-            torch.get_rng_state(),
-            random.getstate(),
-        )
-    )
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
-
-
-def adagrad() -> Setup:
-    """Its states are there from the beginning, in bfloat16."""
-    setup = mlp()
-    return setup._replace(optimizer=torch.optim.Adagrad(setup.model.parameters()))
-
-
-@pytest.mark.parametrize("how", ["finished", "raised"])
-@pytest.mark.parametrize("maker", [mlp, adagrad, conv], ids=["bf16 AdamW", "bf16 Adagrad", "BatchNorm, momentum"])
-def test_a_setup_is_put_back_bit_for_bit(maker: Callable[[], Setup], how: str) -> None:
-    setup = maker()
-    setup.optimizer.param_groups[0]["lr"] = torch.tensor(0.01)
-    train_window(setup, [make_batch(setup, 4)], 1, None)  # so that there are states
-    compute_loss(setup, make_batch(setup, 4)).backward()  # and gradients
-    next(setup.model.children()).eval()
-    before = fingerprint(setup)
-    tensors = [id(t) for t in held_tensors(setup.model, setup.optimizer)]
-
-    def change() -> None:
-        with Preserved(setup) as preserved:
-            assert gc.get_freeze_count() > 0
-            assert all(p.grad is None for p in setup.model.parameters())
-            for _ in range(2):
-                with accumulation(setup, choose_buffer(setup, None), 2, choose_masters(setup, "auto")) as accumulator:
-                    for group in setup.optimizer.param_groups:
-                        group["lr"].mul_(10)
-                    train_window(setup, [make_batch(setup, 4) for _ in range(2)], 2, accumulator)
-                setup.model.train()
-                random.random()
-                assert not same(before, fingerprint(setup))
-                preserved.rewind()
-            train_window(setup, [make_batch(setup, 4)], 1, None)
-            if how == "raised":
-                raise KeyboardInterrupt
-
-    if how == "raised":
-        gc.unfreeze()
-        with pytest.raises(KeyboardInterrupt):
-            change()
-        assert gc.get_freeze_count() == 0
-        gc.freeze()
-    else:
-        change()
-        assert gc.get_freeze_count() > 0  # somebody else's
-    assert same(before, fingerprint(setup))
-    assert tensors == [id(t) for t in held_tensors(setup.model, setup.optimizer)]
-    accumkern.attach(setup.optimizer, "split24").detach()  # no hook was left behind
-
-
-@pytest.mark.parametrize("how", ["finished", "raised"])
-@pytest.mark.parametrize("master_weights", ["auto", None])
-def test_plan_leaves_everything_as_it_was(master_weights: str | None, how: str) -> None:
-    setup = mlp()
-    train_window(setup, [make_batch(setup, 4)], 1, None)
-    calls = 0
-
-    def loss(model: nn.Module, batch: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if how == "raised" and calls > 50:
-            raise ZeroDivisionError("in the middle of a trial")
-        return model(batch).float().square().mean()
-
-    setup = setup._replace(loss=loss)
-    before = fingerprint(setup)
-    if how == "raised":
-        with pytest.raises(RuntimeError, match=r"loss of setup\(\) raised ZeroDivisionError: in the middle") as raised:
-            accumkern.plan(lambda: setup, effective_batch=8, noise_windows=4, master_weights=master_weights)
-        assert isinstance(raised.value.__cause__, ZeroDivisionError)
-    else:
-        accumkern.plan(lambda: setup, effective_batch=8, noise_windows=4, master_weights=master_weights)
-    assert same(before, fingerprint(setup))
-
-
-@pytest.mark.parametrize("measure", [True, False])
-def test_what_was_cut_off_is_there_after_a_plan(measure: bool) -> None:
-    made: list[Setup] = []
-
-    def setup() -> Setup:
-        made.append(mlp(torch.float32))
-        accumkern.to_bfloat16(made[-1].model)
-        return made[-1]._replace(make_batch=lambda size: torch.randn(size, 16, dtype=torch.bfloat16))
-
-    other = nn.Linear(100, 100)
-    weights = [param.detach().clone() for param in other.parameters()]
-    accumkern.to_bfloat16(other)
-    torch.manual_seed(3)
-    plan = accumkern.plan(setup, effective_batch=8, noise_windows=4, memory="1 GB", measure=measure)
-    assert (plan.master_weights, plan.prediction_problem) == ("split32", None)
-    with accumkern.attach(torch.optim.SGD(other.parameters()), master_weights="split32") as accumulator:
-        assert all(
-            torch.equal(accumulator.master_weight(p), w) for p, w in zip(other.parameters(), weights, strict=True)
-        )
-    if measure:
-        torch.manual_seed(3)
-        weights = [param.detach() for param in mlp(torch.float32).model.parameters()]
-        of_plan = made[0].model.parameters()
-        with accumkern.attach(made[0].optimizer, master_weights="split32") as accumulator:
-            assert all(torch.equal(accumulator.master_weight(p), w) for p, w in zip(of_plan, weights, strict=True))
-
-
-# ---- what fits ---------------------------------------------------------------------------------------------------
-
-
-@given(st.integers(1, 300), st.integers(1, 300))
-@settings(max_examples=200, deadline=None)
-def test_doubling_and_binary_search_find_the_largest(fitting: int, at_most: int) -> None:
-    tried = []
-
-    def fits(size: int) -> bool:
-        tried.append(size)
-        return size <= fitting
-
-    assert largest(fits, at_most) == min(fitting, at_most)
-    assert max(tried, default=1) <= at_most
-    assert max(tried, default=1) <= 2 * min(fitting, at_most)  # never far beyond what fits
-    assert len(tried) <= 2 * at_most.bit_length()
-
-
-def fit_of(setup: Setup, limit: int, at_most: int = 64) -> Fit:
-    with Preserved(setup) as preserved:
-        return find_fit(preserved, limit, at_most)
-
-
-def test_the_largest_that_fits_is_found_and_the_next_does_not_fit() -> None:
-    found = fit_of(hungry(), 8000 * KB)
-    peaks = {trial.micro_batch: trial for trial in found.trials}
-    assert found.is_limited_by_memory
-    assert 4 < found.micro_batch < 64
-    assert peaks[found.micro_batch].fits
-    assert peaks[found.micro_batch].peak_bytes <= 8000 * KB
-    assert not peaks[found.micro_batch + 1].fits
-    assert found.verified is found.trials[-1]
-    assert found.held_bytes == 100 * KB
-    # Each sample's share: batch, product, its square, and gradients on the way back.
-    growth = peaks[4].peak_bytes - peaks[2].peak_bytes
-    assert growth % (2 * 100 * KB) == 0
-    assert growth > 0
-
-
-def test_memory_is_not_the_limit_where_everything_fits() -> None:
-    found = fit_of(hungry(), 10**9, at_most=6)
-    assert (found.micro_batch, found.is_limited_by_memory) == (6, False)
-
-
-def test_the_optimizers_states_count_from_the_first_step_on() -> None:
-    class Big(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(1000 * KB))
-
-        def forward(self, batch: Tensor) -> Tensor:
-            return (self.weight[: batch.shape[1]] * batch).mean()
-
-    model = Big()
-    setup = Setup(
-        model,
-        torch.optim.Adam(model.parameters()),
-        lambda size: torch.ones(size, 10),
-        lambda model, batch: model(batch),
-    )
-    found = fit_of(setup, 10**9, at_most=1)
-    assert found.trials[0].peak_bytes > 5 * 4000 * KB  # weight, gradient, its addition, two states
-    with pytest.raises(RuntimeError, match="no micro-batch fits: one sample needs more than 18 MB"):
-        fit_of(setup, 18000 * KB, at_most=1)
-
-
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad])
-def test_a_step_that_runs_out_of_memory_leaves_nothing_attached(kind: Any) -> None:
-    # Then detach() has no memory to make the optimizer's states bfloat16 again.
-    setup = gpt()
-    setup = setup._replace(optimizer=kind(setup.model.parameters()))
-    before = fingerprint(setup)
-    with Preserved(setup, "split24", master_weights="split32") as preserved:
-        most = try_windows(preserved, 1, 2, 2, 10**10)[0].peak_bytes
-        outcomes = []
-        for limit in range(most // 4, most + 1, most // 40):
-            outcomes.append(try_windows(preserved, 1, 2, 2, limit)[0].fits)
-            assert accumkern.accumulator_of(setup.optimizer) is None
-            assert "add_param_group" not in vars(setup.optimizer)
-    assert outcomes == sorted(outcomes)  # more memory is never worse
-    assert not outcomes[0]
-    assert same(before, fingerprint(setup))
-
-
-def test_what_runs_out_later_is_made_smaller() -> None:
-    windows = 0
-
-    def growing(model: nn.Module, batch: Tensor) -> Tensor:
-        nonlocal windows
-        windows += 1
-        if batch.shape[0] > 9 and windows % 7 == 0:  # not in the short trials, which have four losses each
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        if batch.shape[0] <= 9:
-            windows = 0
-        return model(batch)
-
-    setup = hungry(growing)
-    windows = 0
-    found = fit_of(setup, 10**9, at_most=16)
-    assert found.micro_batch <= 9 < 16
-    assert found.is_limited_by_memory
-    assert found.verified.fits
-    assert any(not trial.fits for trial in found.trials)
-
-
-def test_a_limit_below_the_parameters_and_no_fit_are_named() -> None:
-    with pytest.raises(ValueError, match="less than what the model and its optimizer hold already, 100 kB"):
-        fit_of(hungry(), 90 * KB)
-    with pytest.raises(RuntimeError, match="no micro-batch fits: one sample needs more than 300 kB"):
-        fit_of(hungry(), 300 * KB)
-    with pytest.raises(RuntimeError, match="use activation checkpointing"):
-        accumkern.plan(hungry, effective_batch=4, memory="400 kB")
-
-
-def test_a_setup_that_leaks_is_named_and_a_cache_is_none() -> None:
-    kept: list[Tensor] = []
-
-    def leaking(model: nn.Module, batch: Tensor) -> Tensor:
-        kept.append(batch)
-        return model(batch)
-
-    with pytest.raises(RuntimeError, match=r"setup\(\) leaks memory: each of 4 equal trials left"):
-        fit_of(hungry(leaking), 10**9)
-    cache: dict[int, Tensor] = {}
-
-    def caching(model: nn.Module, batch: Tensor) -> Tensor:
-        return model(batch * cache.setdefault(batch.shape[0], torch.ones_like(batch)))
-
-    assert fit_of(hungry(caching), 10**9, at_most=2).micro_batch == 2
-
-
-def test_the_longest_batch_is_what_is_tried() -> None:
-    setup = hungry()._replace(make_batch=lambda size: torch.ones(size, 1))
-    tall = setup._replace(longest_batch=lambda size: torch.ones(size, 25 * KB))
-    assert fit_of(setup, 10**9, at_most=1).verified.peak_bytes < fit_of(tall, 10**9, at_most=1).verified.peak_bytes
 
 
 # ---- what would fit elsewhere ------------------------------------------------------------------------------------
@@ -792,138 +364,7 @@ def test_a_prediction_leaves_random_numbers_alone_and_needs_a_limit() -> None:
         accumkern.plan(mlp, measure=False)
 
 
-# ---- what is fast, what helps training ---------------------------------------------------------------------------
-
-
-def test_the_knee_is_the_smallest_that_is_about_as_fast_as_any() -> None:
-    speeds = [Speed(m, 0.01 + 0.001 * m, 0.1) for m in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)]
-    assert knee(speeds).micro_batch == 256  # 256 / 0.266 is 98% of 512 / 0.522; 128 is 95% of nothing better
-    assert knee([Speed(1, 1.0, 0.0), Speed(2, 2.0, 0.0)]).micro_batch == 1
-    assert Speed(4, 0.5, 1.0).window_seconds(6) == 4.0
-    assert Speed(4, 0.5, 1.0).samples_per_second(6) == 6.0
-
-
-def test_speed_is_measured_and_nothing_is_left() -> None:
-    setup = mlp()
-    before = fingerprint(setup)
-    with Preserved(setup, "split24") as preserved:
-        speed = measure_speed(preserved, 4)
-    assert speed.micro_batch == 4
-    assert speed.seconds > 0
-    assert speed.step_seconds > 0
-    assert same(before, fingerprint(setup))
-
-
-def test_the_noise_scale_is_in_samples_and_near_the_truth() -> None:
-    # The gradient of a sample is the sample: mean 0.5 in 512 dimensions, variance 4. B_noise = 512 * 4 / (512 * 0.25).
-    weight = nn.Parameter(torch.zeros(512))
-    model = nn.ParameterList([weight])
-    optimizer = torch.optim.SGD([weight], lr=0.0)
-    setup = Setup(
-        model, optimizer, lambda size: 0.5 + 2 * torch.randn(size, 512), lambda model, batch: (batch @ model[0]).mean()
-    )
-    for micro_batch in (1, 4):
-        found = []
-        for seed in range(8):
-            torch.manual_seed(seed)
-            with Preserved(setup) as preserved:
-                found.append(measure_noise(preserved, micro_batch, 32))
-        assert sum(noise.noise_scale for noise in found) / 8 == pytest.approx(16, rel=0.1)
-        assert sum(noise.low < 16 < noise.high for noise in found) >= 4  # an 80% interval
-        assert all((noise.windows, noise.batch) == (16, 8 * micro_batch) for noise in found)
-
-
-@pytest.mark.parametrize("how", ["loss", "gradient"])
-def test_training_that_diverges_has_no_noise_scale(how: str) -> None:
-    def infinite(model: nn.Module, batch: Tensor) -> Tensor:
-        loss = model(batch).float().square().mean()
-        return loss * math.nan if how == "loss" else (loss - loss.detach()).sqrt()  # zero, with an infinite gradient
-
-    with pytest.raises(
-        RuntimeError, match=r"diverged: in window 1 of 4 the loss was (nan|0), .* lower the learning rate"
-    ):
-        accumkern.plan(lambda: changed(loss=infinite), effective_batch=2, noise_windows=4)
-
-
-def test_the_interval_covers_windows_and_infinity() -> None:
-    low, high = interval([Estimate(2.0, 1.0)] * 5)
-    assert low == high == 2
-    low, high = interval([Estimate(1.0, 1.0), Estimate(1.0, -1.0)])
-    assert math.isinf(high)
-    assert low == 1
-
-
-def test_the_factors_of_the_paper() -> None:
-    assert samples_factor(10, 10) == steps_factor(10, 10) == 2
-    assert samples_factor(1, 1000) == pytest.approx(1.001)
-    assert samples_factor(5, 0) == math.inf
-    # (samples / least - 1) (steps / least - 1) = 1, equation 2.11
-    assert (samples_factor(7, 30) - 1) * (steps_factor(7, 30) - 1) == pytest.approx(1)
-
-
-# ---- the decision ------------------------------------------------------------------------------------------------
-
-
-def saturating(micro_batch: int, accumulation_steps: int) -> float:
-    """Samples per second: 1 ms per micro-batch and per sample, 10 ms per step."""
-    return micro_batch * accumulation_steps / (accumulation_steps * (0.001 + 0.001 * micro_batch) + 0.01)
-
-
-@given(st.integers(1, 5000), st.sampled_from([1, 2, 4, 8]), st.integers(1, 200))
-@settings(max_examples=300, deadline=None)
-def test_a_split_is_exact_or_near(target: int, ranks: int, most: int) -> None:
-    way = split(target, ranks, range(1, most + 1), saturating)
-    assert way.ranks == ranks
-    assert way.micro_batch <= most
-    if target >= 10 * ranks:
-        assert abs(way.effective_batch - target) <= 0.1 * target
-    if target % ranks == 0 and way.effective_batch != target:
-        # No exact way has 80% of the speed of one that is near.
-        per_rank = target // ranks
-        exact = max(saturating(m, per_rank // m) for m in range(1, most + 1) if per_rank % m == 0)
-        assert exact < 0.8 * max(
-            saturating(m, max(1, round(per_rank / m)))
-            for m in range(1, most + 1)
-            if abs(ranks * m * max(1, round(per_rank / m)) - target) <= 0.1 * target
-        )
-
-
-def test_splits() -> None:
-    sizes = [1, 2, 4, 8, 12, 16, 32]
-    assert split(96, 1, sizes, saturating).effective_batch == 96
-    assert split(96, 8, sizes, saturating) == split(12 * 8, 8, sizes, saturating)
-    assert split(96, 8, sizes, saturating).accumulation_steps == 1
-    assert split(3, 8, sizes, saturating).effective_batch == 8  # fewer samples than ranks
-    prime = split(97, 1, [1, 8, 32], saturating)
-    assert (prime.micro_batch, prime.accumulation_steps) == (32, 3)
-    assert split(97, 1, [1, 8, 32], lambda m, k: 1.0).effective_batch == 97  # exact where it costs nothing
-
-
-def test_splits_without_measured_speeds() -> None:
-    for target, ranks, most, micro_batch, accumulation_steps in [
-        (4096, 1, 60, 32, 128),
-        (96, 1, 30, 24, 4),
-        (97, 1, 30, 24, 4),  # the nearest
-        (96, 8, 30, 12, 1),
-        (64, 1, 1000, 64, 1),
-        (3, 8, 30, 1, 1),
-        (7, 1, 1, 1, 7),
-    ]:
-        way = split_by_size(target, ranks, most)
-        assert (way.micro_batch, way.accumulation_steps) == (micro_batch, accumulation_steps)
-
-
-def test_useful_batches_follow_the_noise_scale_and_the_ranks() -> None:
-    sizes = [2**i for i in range(8)]
-    low, high = useful_batches(1, sizes, saturating, [1000.0])
-    assert 16 <= low < high <= 1000
-    assert useful_batches(8, sizes, saturating, [1000.0])[0] > low
-    assert useful_batches(1, sizes, saturating, [1000.0, 100000.0])[1] > high
-    assert math.isinf(useful_batches(1, sizes, saturating, [1000.0, math.inf])[1])
-    assert useful_batches(2, sizes, saturating, [0.0]) == (2, 2)
-    assert best_batch(1, sizes, saturating, 1e-9) == 1
-    assert best_batch(1, sizes, saturating, 0.0) == 1
-    assert best_batch(1, sizes, saturating, 4.0) < best_batch(1, sizes, saturating, 400.0)
+# ---- the plan -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -964,13 +405,14 @@ def test_masters_follow_the_dtypes(dtypes: list[torch.dtype], asked: str | None,
     assert choose_masters(setup, asked) is None  # what is frozen is not stepped
 
 
-# ---- the plan ----------------------------------------------------------------------------------------------------
-
-
-def test_a_plan_of_a_gpt() -> None:
+def test_a_plan_of_a_gpt(clock: Clock) -> None:
     told = []
     plan = accumkern.plan(
-        gpt, effective_batch=24, memory="4 MB", noise_windows=8, progress=lambda stage, detail: told.append(stage)
+        lambda: clock.pass_with(gpt()),
+        effective_batch=24,
+        memory="4 MB",
+        noise_windows=8,
+        progress=lambda stage, detail: told.append(stage),
     )
     choice = plan.choice
     assert choice.micro_batch * choice.accumulation_steps == choice.effective_batch == 24
@@ -1000,73 +442,6 @@ def test_a_plan_of_a_gpt() -> None:
     assert "for the FP32 weights and gradients of a step" not in text  # which is one pass
     data = json.loads(json.dumps(plan.to_dict(), allow_nan=False))
     assert data["choice"]["effective_batch"] == 24
-
-
-def test_accumulation_that_is_not_worth_it_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Little noise and a cheap step: a batch of many micro-batches wastes samples.
-    clock = Clock(seconds_of_step=0.005)
-    monkeypatch.setattr(trial, "now", clock.now)
-
-    def setup() -> Setup:
-        weight = nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
-        model = nn.ParameterList([weight])
-        made = Setup(
-            model,
-            torch.optim.AdamW([weight], lr=0.0),
-            lambda size: (1 + torch.randn(size, 64)).to(torch.bfloat16),
-            lambda model, batch: (batch @ model[0]).float().mean(),
-        )
-        return clock.pass_with(made)
-
-    plan = accumkern.plan(setup, effective_batch=4096, largest_micro_batch=16, noise_windows=8)
-    assert plan.accumulation_pays is False
-    assert "probably not worth it" in str(plan)
-    assert "arXiv 2507.07101" in str(plan)
-    assert "beta2 raised to the power" in str(plan)
-    alone = accumkern.plan(setup, effective_batch=4, noise_windows=0)
-    assert (alone.choice.accumulation_steps, alone.attach) == (1, True)
-    assert "not needed" in str(alone)
-    assert alone.attach_line == "accumkern.attach(optimizer, 'split24', master_weights='split32')"
-    stock = accumkern.plan(setup, effective_batch=4, noise_windows=0, master_weights=None)
-    assert (stock.attach, stock.attach_line) == (False, None)
-    assert "Master weights: none were asked for, and updates below 1/512 of a weight are lost" in str(stock)
-    assert "master_weights='split32' would keep them for 2 bytes per parameter (128 B)" in str(stock)
-
-
-def test_accumulation_that_spreads_a_slow_step_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(seconds_of_step=0.5)
-    monkeypatch.setattr(trial, "now", clock.now)
-
-    def setup() -> Setup:
-        weight = nn.Parameter(torch.zeros(64))
-        model = nn.ParameterList([weight])
-        made = Setup(
-            model,
-            torch.optim.SGD([weight], lr=0.0),
-            lambda size: 0.02 + torch.randn(size, 64),  # B_noise is 2500
-            lambda model, batch: (batch @ model[0]).mean(),
-        )
-        return clock.pass_with(made)
-
-    plan = accumkern.plan(setup, effective_batch=256, largest_micro_batch=4, noise_windows=8)
-    assert plan.accumulation_pays is True
-    assert "worth it here" in str(plan)
-    assert "Buffer: none" in str(plan)
-    assert "Master weights" not in str(plan)
-    free = accumkern.plan(setup, largest_micro_batch=4, noise_windows=32)
-    assert free.choice.accumulation_steps > 8
-    assert free.target is None
-
-
-def test_a_target_that_nothing_divides_gets_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(seconds_of_step=0.005)
-    monkeypatch.setattr(trial, "now", clock.now)
-    plan = accumkern.plan(lambda: clock.pass_with(gpt()), effective_batch=97, memory="3 MB", noise_windows=0)
-    assert plan.choice.micro_batch > 1
-    assert abs(plan.choice.effective_batch - 97) < 10
-    assert plan.choice.effective_batch != 97
-    assert "the nearest to the 97 that was asked for" in str(plan)
-    assert "What helps training: the gradient noise scale was not measured." in str(plan)
 
 
 def gradient_release() -> Setup:
@@ -1121,12 +496,12 @@ def test_all_that_is_measured_steps_what_will_be_stepped(master_weights: str | N
     assert stages["the plan"] == {(dtype, is_attached)}
 
 
-def test_batchnorm_gets_a_warning() -> None:
-    plan = accumkern.plan(conv, effective_batch=8, largest_micro_batch=2, noise_windows=0)
+def test_batchnorm_gets_a_warning(clock: Clock) -> None:
+    plan = accumkern.plan(lambda: clock.pass_with(conv()), effective_batch=8, largest_micro_batch=2, noise_windows=0)
     assert len(plan.warnings) == 1
     assert "BatchNorm (layers.1)" in plan.warnings[0]
-    assert "statistics are those of a micro-batch of" in plan.warnings[0]
-    assert not accumkern.plan(mlp, effective_batch=1, noise_windows=0).warnings
+    assert "statistics are those of a micro-batch of 2" in plan.warnings[0]
+    assert not accumkern.plan(lambda: clock.pass_with(mlp()), effective_batch=1, noise_windows=0).warnings
 
 
 @pytest.mark.parametrize(
@@ -1142,6 +517,13 @@ def test_batchnorm_gets_a_warning() -> None:
         ({"master_weights": True}, TypeError, "master_weights is a bool; it must be one of auto, split24, split32"),
         ({"noise_windows": 2}, ValueError, "noise_windows is 2; it must be at least 4, or 0"),
         ({"largest_micro_batch": -1}, ValueError, "largest_micro_batch is -1"),
+        (
+            {"effective_batch": 10**10},
+            ValueError,
+            "effective_batch is 10000000000; it must be an int of at least 1, a",
+        ),
+        ({"largest_micro_batch": 10**10}, ValueError, "and of at most 1048576: nothing gets faster by running more at"),
+        ({"noise_windows": 10**10}, ValueError, "at most 10000: each trains 8 micro-batches, and 10000 are a training"),
         ({"memory": "1 kB"}, ValueError, "less than what the model and its optimizer hold already"),
     ],
 )

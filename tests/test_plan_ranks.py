@@ -107,6 +107,56 @@ def test_what_does_not_fit_on_one_rank_does_not_fit(ranks: Ranks) -> None:
     assert "\n" not in one.prediction_problem
 
 
+def plan_of_few_samples(phase: str, samples: list[int]) -> Any:
+    """Plan where a loss needs so many samples on a rank, or where there is data for so many."""
+
+    def fail(size: int) -> None:
+        raise ZeroDivisionError(f"of {size}")
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        if phase == "loss" and batch.shape[0] < samples[dist.get_rank()]:
+            fail(batch.shape[0])
+        return model(batch)
+
+    def setup() -> Setup:
+        made = hungry(loss)
+
+        def make(size: int) -> Tensor:
+            if phase == "data" and size > samples[dist.get_rank()]:
+                fail(size)
+            return made.make_batch(size)
+
+        return made._replace(make_batch=make)
+
+    try:
+        return small_plan(setup, largest_micro_batch=16)
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_ranks_agree_on_the_smallest_that_trains(ranks: Ranks) -> None:
+    one, other = ranks.run(plan_of_few_samples, "loss", [2, 2], at_least=2)
+    assert one == other
+    assert (one.fit.smallest, one.fit.smallest_problem) == (2, "ZeroDivisionError: of 1")
+    assert min(speed.micro_batch for speed in one.speeds) == 2
+
+
+def test_what_is_too_small_on_one_rank_alone_is_an_error_of_it(ranks: Ranks) -> None:
+    one, other = ranks.run(plan_of_few_samples, "loss", [1, 2], at_least=2)
+    own = "RuntimeError: loss of setup() raised ZeroDivisionError: of 1"
+    assert other == own
+    assert (
+        one == f"RanksError: rank 1 failed in the phase 'what fits' with {own}; see the output of that rank for where"
+    )
+
+
+def test_the_rank_with_the_least_data_is_the_limit_of_all(ranks: Ranks) -> None:
+    one, other = ranks.run(plan_of_few_samples, "data", [100, 3], at_least=2)
+    assert one == other
+    assert (one.largest_micro_batch, one.is_limited_by_memory) == (3, False)
+    assert one.fit.data_problem.startswith("make_batch(4) of setup() raised ZeroDivisionError: of 4; where there are")
+
+
 # ---- an error on one of them -------------------------------------------------------------------------------------
 
 

@@ -1,14 +1,8 @@
-"""The sweep: equal samples, scaled settings, results that are never lost, and what is made of them."""
+"""The sweep: equal samples, scaled settings, what diverges, and what is wrong is named."""
 
-import dataclasses
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,45 +10,19 @@ from typing import Any
 import pytest
 import torch
 from planned import old_objects_aside  # noqa: F401
+from swept import adam, decaying, regression, seen_groups, short, small  # noqa: F401
 from torch import Tensor, nn
 
 import accumkern
-from accumkern.__main__ import main
 from accumkern.planning import sweep as sweep_module
+from accumkern.planning import sweep_training
 from accumkern.planning.protocol import Setup
-from accumkern.planning.sweep_result import Point, Run, Sweep, write_json
+from accumkern.planning.sweep_result import Sweep
+from accumkern.planning.sweep_runs import Run
+from accumkern.planning.sweep_settings import VALIDATION_SEED
+from accumkern.planning.sweep_training import seeded_setup
 
 pytestmark = pytest.mark.usefixtures("one_thread", "old_objects_aside")
-
-ROOT = Path(__file__).resolve().parent.parent
-TRUTH = torch.linspace(-1, 1, 8)
-
-
-def regression(learning_rate: float = 0.05, **fields: Any) -> Setup:
-    """Linear regression with noise: it learns at once, and diverges with a large learning rate."""
-    model = nn.Linear(8, 1, bias=False)
-
-    def make(size: int) -> tuple[Tensor, Tensor]:
-        x = torch.randn(size, 8)
-        return x, x @ TRUTH + 0.1 * torch.randn(size)
-
-    setup = Setup(
-        model,
-        torch.optim.SGD(model.parameters(), lr=learning_rate),
-        make,
-        lambda model, batch: (model(batch[0])[:, 0] - batch[1]).square().mean(),
-    )
-    return setup._replace(**fields)
-
-
-def adam() -> Setup:
-    setup = regression()
-    return setup._replace(optimizer=torch.optim.Adam(setup.model.parameters(), lr=0.01, betas=(0.9, 0.99)))
-
-
-def small(setup: Callable[[], Any], folder: Path, **arguments: Any) -> Sweep:
-    defaults: dict[str, Any] = {"micro_batch": 4, "evaluations": 4, "validation_samples": 32}
-    return accumkern.sweep(setup, [4, 16], 64, folder, **(defaults | arguments))
 
 
 def test_every_run_trains_with_as_many_samples(tmp_path: Path) -> None:
@@ -82,32 +50,30 @@ def test_every_run_trains_with_as_many_samples(tmp_path: Path) -> None:
     assert {run.learning_rate for run in result.runs} == {0.05, 0.1, 0.2}
 
 
+def by_hand(function: Callable[[], Setup]) -> tuple[Setup, list[Any]]:
+    """Return a setup with seed 0 and a quarter of the base batch, and the validation batches."""
+    made = seeded_setup(function, VALIDATION_SEED)
+    validation = [made.make_batch(4) for _ in range(8)]
+    setup = seeded_setup(function, 0)
+    setup.optimizer.param_groups[0]["lr"] /= 2  # sqrt(4 / 16)
+    return setup, validation
+
+
 def test_a_run_is_what_training_by_hand_gives(tmp_path: Path) -> None:
     result = small(regression, tmp_path, base_batch=16)
-    torch.manual_seed(sweep_module.VALIDATION_SEED)
-    made = regression()
-    validation = [made.make_batch(4) for _ in range(8)]
-    torch.manual_seed(0)
-    setup = regression(0.05 / 2)  # sqrt(4 / 16)
+    setup, validation = by_hand(regression)
+    losses = []
     for step in range(16):
-        setup.loss(setup.model, setup.make_batch(4)).backward()
+        loss = setup.loss(setup.model, setup.make_batch(4))
+        losses.append(loss.item())
+        loss.backward()
         setup.optimizer.step()
         setup.optimizer.zero_grad()
         if (step + 1) % 4 == 0:
-            loss = sum(setup.loss(setup.model, batch).item() for batch in validation) / 8
-            assert result.runs[0].points[(step + 1) // 4].loss == pytest.approx(loss, rel=1e-6)
-
-
-def short(**fields: Any) -> Setup:
-    """Return the regression in bfloat16."""
-    setup = regression()
-    setup.model.to(torch.bfloat16)
-
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return (model(batch[0].bfloat16())[:, 0].float() - batch[1]).square().mean()
-
-    optimizer = torch.optim.SGD(setup.model.parameters(), lr=1e-3)
-    return setup._replace(**({"optimizer": optimizer, "loss": loss} | fields))
+            point = result.runs[0].points[(step + 1) // 4]
+            on_validation = sum(setup.loss(setup.model, batch).item() for batch in validation) / 8
+            assert point.loss == pytest.approx(on_validation, rel=1e-6)
+            assert point.training_loss == pytest.approx(sum(losses[-4:]) / 4, rel=1e-6)
 
 
 def refused() -> Setup:
@@ -124,12 +90,7 @@ def test_runs_step_master_weights(tmp_path: Path, master_weights: str | None) ->
     assert json.loads((tmp_path / "sweep.json").read_text())["master_weights"] == name
     text = " ".join(result.findings)
     assert (f"All runs stepped FP32 master weights: attach with master_weights={name!r}." in text) == (name is not None)
-    torch.manual_seed(sweep_module.VALIDATION_SEED)
-    made = short()
-    validation = [made.make_batch(4) for _ in range(8)]
-    torch.manual_seed(0)
-    setup = short()
-    setup.optimizer.param_groups[0]["lr"] /= 2  # sqrt(4 / 16)
+    setup, validation = by_hand(short)
     accumkern.attach(setup.optimizer, master_weights=name)  # one micro-batch is a window
     for _ in range(16):
         setup.loss(setup.model, setup.make_batch(4)).backward()
@@ -156,17 +117,9 @@ def test_why_there_are_no_master_weights_is_said(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_beta2_is_kept_in_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    original = sweep_module.train
-
-    def training(setup: Setup, *rest: Any) -> Any:
-        seen.append(setup.optimizer.param_groups[0]["betas"])
-        return original(setup, *rest)
-
-    monkeypatch.setattr(sweep_module, "train", training)
+def test_beta2_is_kept_in_samples(tmp_path: Path, groups: list[dict[str, Any]]) -> None:
     small(adam, tmp_path, base_batch=8)
-    assert seen == [(0.9, pytest.approx(0.99**0.5)), (0.9, pytest.approx(0.99**2))]
+    assert [group["betas"] for group in groups] == [(0.9, pytest.approx(0.99**0.5)), (0.9, pytest.approx(0.99**2))]
 
 
 def test_random_numbers_are_put_back(tmp_path: Path) -> None:
@@ -185,19 +138,80 @@ def test_what_fits_is_found_once_and_remembered(tmp_path: Path, monkeypatch: pyt
 def test_a_run_that_diverges_is_a_result(tmp_path: Path) -> None:
     def once() -> Sweep:
         return accumkern.sweep(
-            lambda: regression(0.12), [4, 32], 512, tmp_path, rules=["linear"], micro_batch=4, evaluations=8
+            lambda: regression(0.2), [4, 32], 1024, tmp_path, rules=["linear"], micro_batch=4, evaluations=16
         )
 
     result = once()
     assert [run.status for run in result.runs] == ["finished", "diverged"]
-    assert result.runs[1].steps < 16
+    assert 6 <= result.runs[1].steps < 32
+    losses = [point.training_loss or 0.0 for point in result.runs[1].points[1:]]
+    assert losses[-1] > 2 * losses[0]
     assert "Not finished: 32 (linear, seed 0): diverged after" in " ".join(result.findings)
     assert once() == result  # kept, not tried again
     infinite = small(lambda: regression(float("inf")), tmp_path / "infinite")
     assert {run.status for run in infinite.runs} == {"diverged"}
+    assert max(run.steps for run in infinite.runs) <= 4  # at the first evaluation that knows of it
     assert math.isnan(small(lambda: regression(float("inf")), tmp_path / "infinite").runs[0].points[-1].loss)
     assert not infinite.learnt
     json.dumps(infinite.to_dict(), allow_nan=False)
+
+
+class Lagging(nn.Module):
+    """A regression with statistics for evaluation mode that are wrong after the first step, and catch up slowly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 1, bias=False)
+        self.register_buffer("behind", torch.zeros(()))
+        self.steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return self.linear(x) + self.behind
+        self.steps += 1
+        self.behind.fill_(10 * 0.9**self.steps)
+        return self.linear(x)
+
+
+def lagging() -> Setup:
+    model = Lagging()
+    return regression()._replace(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.05))
+
+
+def test_evaluation_mode_that_lags_is_no_divergence(tmp_path: Path) -> None:
+    result = accumkern.sweep(lagging, [4], 256, tmp_path, micro_batch=4)
+    points = result.runs[0].points
+    assert sum(point.loss > 2 * points[0].loss for point in points) >= 3
+    assert result.runs[0].status == "finished"
+    assert points[-1].loss < 0.1 * points[0].loss
+    assert "In evaluation mode the loss of 4 (sqrt, seed 0) was for a time more than twice" in " ".join(result.findings)
+
+
+@pytest.mark.parametrize(
+    ("high", "status", "points"),
+    [
+        (lambda window: window % 4 == 0, "finished", 33),
+        (lambda window: window % 4 > 1, "finished", 33),  # twice in a row
+        (lambda window: window > 20, "diverged", 1 + 23),
+    ],
+    ids=["for a moment", "for two", "from then on"],
+)
+def test_a_loss_that_stays_high_is_divergence(
+    tmp_path: Path, high: Callable[[int], bool], status: str, points: int
+) -> None:
+    def setup() -> Setup:
+        one, window = regression(1e-6), 0
+
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            nonlocal window
+            window += model.training
+            return 0 * one.loss(model, batch) + (3.0 if high(window) and window > 8 and model.training else 1.0)
+
+        return one._replace(loss=loss)
+
+    result = accumkern.sweep(setup, [4], 128, tmp_path, micro_batch=4, evaluations=32, validation_samples=8)
+    assert max(point.training_loss or 0 for point in result.runs[0].points) == 3
+    assert (result.runs[0].status, len(result.runs[0].points)) == (status, points)
 
 
 def test_a_run_out_of_memory_is_a_result(tmp_path: Path) -> None:
@@ -238,6 +252,15 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds another sweep: its evaluations is 4, now it is 5; choose another"):
         small(regression, tmp_path, evaluations=5)
     small(regression, tmp_path, target_loss=0.5)  # changes no run
+    rate = 0.05
+
+    def of_the_environment() -> Setup:
+        return regression(rate)
+
+    small(of_the_environment, tmp_path / "other")
+    rate = 0.1
+    with pytest.raises(ValueError, match=r"its learning_rate is 0\.05, now it is 0\.1; choose another"):
+        small(of_the_environment, tmp_path / "other")
 
 
 def test_a_setup_that_ignores_seeds_is_refused(tmp_path: Path) -> None:
@@ -263,7 +286,21 @@ def test_a_setup_that_returns_the_same_model_again_is_refused(tmp_path: Path) ->
         ({"effective_batches": []}, ValueError, "effective_batches is empty"),
         ({"effective_batches": 4}, TypeError, "effective_batches is a int; it must be a list"),
         ({"effective_batches": [4, 0]}, ValueError, "effective_batches is 0; it must be a whole number of at least 1"),
-        ({"samples": 8}, ValueError, "samples is 8, less than one window of 16; raise it"),
+        ({"samples": 8}, ValueError, "samples is 8, less than one window of 16; raise it to 16 at least.*or leave out"),
+        ({"seeds": [-1]}, ValueError, "seeds is -1; it must be a whole number from 0 to 4294967295"),
+        ({"seeds": [2**32]}, ValueError, "seeds is 4294967296; it must be a whole number from 0 to 4294967295"),
+        ({"seeds": [2**31 - 1]}, ValueError, "seeds is 2147483647, which draws the validation samples"),
+        ({"target_loss": math.nan}, ValueError, "target_loss is nan; it must be finite"),
+        ({"target_loss": math.inf}, ValueError, "target_loss is inf; it must be finite"),
+        ({"validation_samples": 10**10}, ValueError, "validation_samples is 10000000000, .* it must be 16384 at most"),
+        (
+            {"weight_decay_rules": ["sqrt"]},
+            ValueError,
+            "weight_decay_rules is 'sqrt'; it must be one of none, timescale",
+        ),
+        ({"weight_decay_rules": []}, ValueError, "weight_decay_rules is empty"),
+        ({"start": 3}, TypeError, "start is a int; it must be the path of a checkpoint, or None"),
+        ({"setup": "no_script.py:setup"}, FileNotFoundError, "there is no script"),
         ({"samples": 64.0}, TypeError, "samples is a float; it must be a whole number"),
         ({"rules": ["cubic"]}, ValueError, "rules is 'cubic'; it must be one of none, sqrt, linear"),
         ({"rules": "sqrt"}, TypeError, "rules is a str; it must be a list"),
@@ -294,126 +331,6 @@ def big() -> Setup:
     )
 
 
-SCRIPT = """
-    import sys, time
-    sys.path.insert(0, {tests!r})
-    from test_sweep import regression
-
-    def setup():
-        made = regression()
-        def loss(model, batch):
-            time.sleep(0.004)
-            return made.loss(model, batch)
-        return made._replace(loss=loss)
-"""
-
-
-def test_a_killed_sweep_goes_on_without_losing_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(ROOT / "tests"))))
-    folder = tmp_path / "out"
-    arguments = ["sweep", f"{script}:setup", "--effective-batches", "4,8,16", "--samples", "256", "--micro-batch", "4"]
-    arguments += ["--evaluations", "4", "--validation-samples", "16", "--output", str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "accumkern", *arguments],
-        env=environment,
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 90
-    while not list(folder.glob("runs/*.json")) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    assert process.poll() is None, "it was done before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("runs/*.json")}
-    assert 1 <= len(kept) < 3
-    assert all(json.loads(content) for _, content in kept.values())  # none is half written
-    assert main([*arguments, "--json"]) == 0
-    for name, (time_ns, content) in kept.items():
-        path = folder / "runs" / name
-        assert (path.stat().st_mtime_ns, path.read_bytes()) == (time_ns, content)
-    assert len(json.loads(capsys.readouterr().out)["runs"]) == 3
-    assert len(list(folder.glob("runs/*.json"))) == 3
-    assert (folder / "report.html").is_file()
-
-
-def test_json_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "run.json"
-    write_json(path, {"loss": 1.0})
-
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        write_json(path, {"loss": 2.0})
-    assert json.loads(path.read_text()) == {"loss": 1.0}
-    assert list(tmp_path.glob("*.json")) == [path]
-
-
-# ---- what is made of runs ----------------------------------------------------------------------------------------
-
-
-def run(batch: int, losses: list[float], seconds: float, **fields: Any) -> Run:
-    points = tuple(Point(100 * i, seconds * i, loss) for i, loss in enumerate(losses))
-    made = Run(batch, 4, batch // 4, "sqrt", 0, 0.1, "finished", 10, points[-1].seconds, 1000, points)
-    return dataclasses.replace(made, **fields)
-
-
-def test_the_way_to_a_loss_is_a_straight_line_between_points() -> None:
-    one = run(4, [5.0, 3.0, 1.0, 2.0], 10.0)
-    assert one.reaches(4.0) == (50.0, 5.0)
-    assert one.reaches(3.0) == (100.0, 10.0)
-    assert one.reaches(2.0) == (150.0, 15.0)
-    assert one.reaches(6.0) == (0.0, 0.0)
-    assert one.reaches(0.5) is None
-    assert one.best_loss == 1.0
-    assert run(4, [5.0, math.nan, math.nan], 1.0).reaches(4.0) is None
-
-
-def test_rows_and_findings() -> None:
-    sweep = Sweep(
-        (
-            run(4, [5.0, 3.0, 1.0], 1.0),
-            run(4, [5.0, 2.0, 1.5], 2.0, seed=1),
-            run(16, [5.0, 4.0, 2.0], 0.5),
-            run(16, [5.0, 4.0, 3.0], 0.5, seed=1),
-            run(64, [5.0, 4.0, 11.0], 0.1, status="diverged"),
-        ),
-        None,
-        None,
-        4,
-    )
-    assert sweep.target_loss == 3.0  # which every finished run has reached
-    four, sixteen, sixty_four = sweep.rows
-    assert four.samples_to_target == pytest.approx((100 + 100 * 2 / 3) / 2)
-    assert four.seconds_to_target == pytest.approx((1 + 2 * 2 / 3) / 2)
-    assert four.seconds_range == (1.0, pytest.approx(4 / 3))
-    assert four.last_loss == 1.25
-    assert sixteen.seconds_to_target == pytest.approx((0.75 + 1.0) / 2)
-    assert (sixty_four.failed, sixty_four.seconds_to_target, sixty_four.last_loss) == ("1 diverged", None, None)
-    text = " ".join(sweep.findings)
-    assert "Fastest to the loss 3: an effective batch of 16" in text
-    assert "Fewest samples to it: an effective batch of 4" in text
-    assert "64 (sqrt, seed 0): diverged" in text
-    assert "not worth it" not in text  # the fastest accumulates
-    unreached = dataclasses.replace(sweep, asked_target_loss=0.1)
-    assert "No effective batch reached the loss 0.1 with every seed." in " ".join(unreached.findings)
-    single = dataclasses.replace(sweep, runs=(sweep.runs[0], run(16, [5.0, 4.0, 2.0], 5.0)))
-    assert "Accumulation was not worth it here" in " ".join(single.findings)
-    assert "one seed" in " ".join(single.findings)
-
-
-def test_runs_survive_json() -> None:
-    one = run(4, [5.0, math.inf], 1.0)
-    again = Run.from_dict(json.loads(json.dumps(one.to_dict(), allow_nan=False)))
-    assert again.points[0] == one.points[0]
-    assert math.isnan(again.points[1].loss)
-
-
 def test_batches_may_differ_in_their_number_of_tensors_where_validation_has_its_own(tmp_path: Path) -> None:
     def setup() -> Setup:
         model = nn.Linear(4, 1)
@@ -429,3 +346,225 @@ def test_batches_may_differ_in_their_number_of_tensors_where_validation_has_its_
 
     found = accumkern.sweep(setup, [4], 16, tmp_path, micro_batch=4, evaluations=2, validation_samples=8)
     assert [run.status for run in found.runs] == ["finished"]
+
+
+# ---- seeds -------------------------------------------------------------------------------------------------------
+
+
+def test_a_setup_may_seed_itself(tmp_path: Path) -> None:
+    def seeded() -> Setup:
+        torch.manual_seed(1337)
+        return regression()
+
+    result = small(seeded, tmp_path, seeds=[0, 1])
+    firsts = [run.points[0].loss for run in result.runs]
+    assert len(set(firsts)) == 1  # the same weights
+    assert result.runs[0].points != result.runs[2].points  # other batches
+    assert "The 2 seeds had the same initial weights (setup() makes no others)" in " ".join(result.findings)
+    assert "same initial weights" not in " ".join(small(regression, tmp_path / "other", seeds=[0, 1]).findings)
+
+
+@pytest.mark.parametrize("seeds_itself", [False, True])
+def test_a_generator_with_a_constant_seed_is_named(tmp_path: Path, seeds_itself: bool) -> None:
+    def setup() -> Setup:
+        if seeds_itself:
+            torch.manual_seed(1337)
+        generator = torch.Generator().manual_seed(torch.initial_seed() if seeds_itself else 0)
+        made = regression(make_batch=lambda size: (torch.randn(size, 8, generator=generator), torch.zeros(size)))
+        return made._replace(validation_batch=made.make_batch) if has_validation else made
+
+    has_validation = False
+    with pytest.raises(
+        ValueError, match=r"a generator that setup\(\) makes and seeds with a constant .* seed that gen"
+    ):
+        small(setup, tmp_path)
+    has_validation = True
+    assert small(setup, tmp_path).runs[0].status == "finished"
+    if seeds_itself:
+        with pytest.raises(ValueError, match=r"the weights are the same too, so each seed's run would be a copy"):
+            small(setup, tmp_path / "copies", seeds=[0, 1])
+    else:
+        small(setup, tmp_path / "weights", seeds=[0, 1])
+
+
+# ---- weight decay ------------------------------------------------------------------------------------------------
+
+
+def test_weight_decay_keeps_its_timescale(tmp_path: Path, groups: list[dict[str, Any]]) -> None:
+    rules = {"rules": ["none", "sqrt", "linear"], "weight_decay_rules": ["none", "timescale"]}
+    result = small(decaying, tmp_path, seeds=[3], **rules)
+    found = [(run.effective_batch, run.rule, run.weight_decay_rule, run.weight_decay) for run in result.runs]
+    assert found == [
+        (4, "none", "none", 0.1),  # the base batch: all rules are one
+        (16, "none", "none", 0.1),
+        (16, "none", "timescale", pytest.approx(0.4)),
+        (16, "sqrt", "none", 0.1),
+        (16, "sqrt", "timescale", pytest.approx(0.2)),
+        (16, "linear", "none", 0.1),  # where both decay rules are one
+    ]
+    timescales = [4 / (0.01 * 0.1), *(16 / (group["lr"] * group["weight_decay"]) for group in groups[1:])]
+    scaled = [timescales[i] for i in (2, 4, 5)]
+    assert scaled == [pytest.approx(timescales[0])] * 3
+    assert timescales[1] == pytest.approx(4 * timescales[0])
+    assert result.runs[1].points[-1] != result.runs[2].points[-1]
+    names = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert {"batch-16_sqrt_seed-3.json", "batch-16_sqrt_timescale_seed-3.json"} < names
+    assert len(result.rows) == len(names) == 6
+    assert small(decaying, tmp_path, seeds=[3], **rules) == result
+
+
+@pytest.mark.parametrize(
+    ("setup", "message"),
+    [
+        (lambda: decaying(weight_decay=0.0), "AdamW has no weight decay to scale; choose 'none'"),
+        (regression, "SGD has no weight decay to scale"),
+        (
+            lambda: regression()._replace(optimizer=torch.optim.SGD(regression().model.parameters())),
+            "are not the model's",
+        ),
+    ],
+)
+def test_weight_decay_that_is_not_there_is_not_scaled(tmp_path: Path, setup: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(setup, tmp_path, weight_decay_rules=["timescale"])
+    assert not (tmp_path / "sweep.json").exists()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD, torch.optim.NAdam])
+def test_weight_decay_in_the_gradient_is_not_scaled(tmp_path: Path, kind: Any, groups: list[dict[str, Any]]) -> None:
+    def setup() -> Setup:
+        made = regression()
+        return made._replace(optimizer=kind(made.model.parameters(), lr=0.01, weight_decay=0.1))
+
+    with pytest.raises(
+        ValueError, match=rf"has 'timescale', and {kind.__name__} adds its weight decay to the gradient"
+    ):
+        small(setup, tmp_path, weight_decay_rules=["none", "timescale"])
+    small(setup, tmp_path)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1]
+
+
+def test_optimizers_whose_decay_is_decoupled_are_known(tmp_path: Path, groups: list[dict[str, Any]]) -> None:
+    optimi = pytest.importorskip("optimi")
+    kinds = [
+        lambda params: torch.optim.NAdam(params, lr=0.01, weight_decay=0.1, decoupled_weight_decay=True),
+        lambda params: torch.optim.Adafactor(params, lr=0.01, weight_decay=0.1),
+        lambda params: optimi.Lion(params, lr=0.01, weight_decay=0.1),
+        lambda params: optimi.SGD(params, lr=0.01, weight_decay=0.1, decouple_wd=True),
+    ]
+    for i, kind in enumerate(kinds):
+        groups.clear()
+
+        def setup(kind: Any = kind) -> Setup:
+            made = regression()
+            return made._replace(optimizer=kind(made.model.parameters()))
+
+        small(setup, tmp_path / str(i), weight_decay_rules=["timescale"])
+        assert [group["weight_decay"] for group in groups] == [0.1, pytest.approx(0.2)]
+
+
+# ---- what is wrong is named --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not what a run of a sweep writes .JSONDecodeError"),
+        ("", "is not what a run of a sweep writes"),
+        ("[]", "is not what a run of a sweep writes"),
+        ('{"points": [{}]}', "is not what a run of a sweep writes .KeyError"),
+        ("another", r"holds another run \(batch 16, sqrt, seed 0\)"),
+    ],
+    ids=["damaged", "empty", "list", "keys", "another"],
+)
+def test_a_damaged_run_is_named_with_its_cure(tmp_path: Path, content: str, message: str) -> None:
+    result = small(regression, tmp_path)
+    path = tmp_path / "runs" / "batch-4_sqrt_seed-0.json"
+    path.write_text(path.with_name("batch-16_sqrt_seed-0.json").read_text() if content == "another" else content)
+    with pytest.raises(ValueError, match=f"{path} {message}.*; delete it to train that run again"):
+        small(regression, tmp_path)
+    path.unlink()
+    again = small(regression, tmp_path)
+    assert [point.loss for point in again.runs[0].points] == [point.loss for point in result.runs[0].points]
+    assert again.runs[1] == result.runs[1]
+
+
+def test_damaged_settings_are_named_with_their_cure(tmp_path: Path) -> None:
+    small(regression, tmp_path)
+    path = tmp_path / "sweep.json"
+    kept = path.read_text()
+    for content in ("{", "[]", ""):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=f"{path} is not what a sweep writes .*; choose another folder, or delete"):
+            small(regression, tmp_path)
+    path.write_text(kept.replace('"version": 2', '"version": 1'))
+    with pytest.raises(ValueError, match=f"{path} is of another version of accumkern"):
+        small(regression, tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"holds runs, and no sweep.json that says what they were trained with"):
+        small(regression, tmp_path)
+
+
+def test_a_damaged_plan_beside_a_sweep_is_named(tmp_path: Path) -> None:
+    report = pytest.importorskip("accumkern.planning.report")
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'plan.json'} is damaged .*; delete it, or write it again"):
+        report.write_sweep(small(regression, tmp_path), tmp_path)
+
+
+def few(**fields: Any) -> Setup:
+    """A setup with a data set of 10 samples."""
+    made = regression()
+    x, y = made.make_batch(10)
+
+    def make(size: int) -> tuple[Tensor, Tensor]:
+        rows = torch.randperm(10)[:size]
+        return x[rows], y[rows]
+
+    return made._replace(make_batch=make)
+
+
+def none_left() -> Setup:
+    made = few()
+
+    def make(size: int) -> tuple[Tensor, Tensor]:
+        rows = random.sample(range(10), size)
+        return made.make_batch(10)[0][rows], made.make_batch(10)[1][rows]
+
+    return made._replace(make_batch=make)
+
+
+@pytest.mark.parametrize(("setup", "error"), [(few, ValueError), (none_left, RuntimeError)])
+def test_a_data_set_smaller_than_a_batch_is_told_what_to_do(tmp_path: Path, setup: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"make_batch\(16\) of setup\(\) .*fewer than 16 samples.*smaller micro-batch"):
+        small(setup, tmp_path, micro_batch=16)
+    assert small(setup, tmp_path / "smaller", micro_batch=8).runs[1].status == "finished"
+
+
+def test_the_base_batch_is_said_and_kept(tmp_path: Path) -> None:
+    result = small(regression, tmp_path)
+    text = (
+        "The learning rate of setup(), 0.05, is taken to be for the base batch, 4 (the smallest effective batch, unless"
+    )
+    assert text in " ".join(result.findings)
+    assert json.loads((tmp_path / "sweep.json").read_text())["base_batch"] == 4
+    with pytest.raises(ValueError, match="its base_batch is 4, now it is 2"):
+        accumkern.sweep(regression, [2, 16], 64, tmp_path, micro_batch=4, evaluations=4, validation_samples=32)
+
+
+def test_more_evaluations_than_steps_are_one_a_step(tmp_path: Path) -> None:
+    result = small(regression, tmp_path, evaluations=10**10)
+    assert [len(run.points) for run in result.runs] == [17, 5]
+
+
+def test_the_largest_divisor_is_found_at_once() -> None:
+    assert sweep_training.largest_divisor(48, 20) == 16
+    assert sweep_training.largest_divisor(7, 7) == 7
+    assert sweep_training.largest_divisor(7, 6) == 1
+    assert sweep_training.largest_divisor(2**40, 10**12) == 2**39
+    assert sweep_training.largest_divisor(10**10 + 19, 10**10) == 1  # a prime
+
+
+def test_not_equally_many_samples_are_said(tmp_path: Path) -> None:
+    result = accumkern.sweep(regression, [4, 48], 64, tmp_path, micro_batch=4, evaluations=4, validation_samples=8)
+    assert "Not all trained with as many samples: effective batches of 48 with 48 of 64" in " ".join(result.findings)

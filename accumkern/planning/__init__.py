@@ -5,13 +5,20 @@ The road through the files, from the ground up; each imports only from those bef
     memory.py          sizes as people write them; what a device has, and what a piece of code allocates under a limit
     protocol.py        what a script's setup() provides, and the checks of it
     precision.py       what FP32 it trains in: buffer and master weights, and attach() with them
-    ranks.py           what data-parallel ranks agree on
-    trial.py           windows trained before everything is put back; what fits
+    trial.py           windows trained before everything is put back
+    fit.py             what fits: the smallest micro-batch that trains, and the largest
     speed.py           what is fast, and how to split an effective batch by it
     noise.py           what helps training: the gradient noise scale, and which effective batches it makes useful
+    options.py         how large the options may be; caveats.py: what a plan warns of
     predict.py         what would fit elsewhere, on fake tensors
+    scaling_laws.py    what published laws say of the batch for a budget of tokens
+    token_budget.py    the laws in words, and when to raise the batch during a run
     plan_result.py     what plan() returns, and its reasons in words; plan.py: all of this, and the decision
-    sweep_result.py    what sweep() returns, and what follows; sweep.py: training at several effective batches
+    sweep_runs.py      a run of a sweep and its file; sweep_settings.py: what makes a sweep another one
+    critical_batch.py  the largest effective batch that loses nothing, from the runs of a sweep
+    sweep_result.py    what sweep() returns, and what follows
+    checkpoint.py      where training can begin; sweep_training.py: one run; sweep_jobs.py: several at once
+    sweep.py           training at several effective batches
     report.py          a folder of results: JSON, CSV, figures, and one page; report.html is its template
     cli.py             the two commands, in the terminal
 """

@@ -21,10 +21,13 @@ from accumkern.planning.memory import format_bytes
 from accumkern.planning.plan import plan
 from accumkern.planning.plan_result import Plan
 from accumkern.planning.protocol import load_setup
-from accumkern.planning.ranks import is_first
 from accumkern.planning.report import format_rate, format_useful, write_plan, write_sweep
+from accumkern.planning.scaling_laws import format_count
 from accumkern.planning.sweep import sweep
-from accumkern.planning.sweep_result import Run, Sweep
+from accumkern.planning.sweep_result import Sweep
+from accumkern.planning.sweep_runs import Run
+from accumkern.planning.token_budget import Schedule
+from accumkern.ranks import is_first
 
 _OWN = ("command", "setup", "output", "json", "predict")  # options of the command line; the others are arguments
 _LEAST_WIDTH = 100  # where there is no terminal to fit into
@@ -42,13 +45,12 @@ def run(args: argparse.Namespace) -> int:
             folder = folder.expanduser()
             folder.mkdir(parents=True, exist_ok=True)  # before hours of measuring
         with _Live(errors) as live:
-            setup = load_setup(args.setup)
             arguments = {name: value for name, value in vars(args).items() if name not in _OWN}
             result: Plan | Sweep
             if args.command == "plan":
-                result = plan(setup, **arguments, measure=not args.predict, progress=live.tell)
+                result = plan(load_setup(args.setup), **arguments, measure=not args.predict, progress=live.tell)
             else:
-                result = sweep(setup, **arguments, folder=folder, progress=live.tell_of_run)
+                result = sweep(args.setup, **arguments, folder=folder, progress=live.tell_of_run)
             if not is_first():
                 return 0
             page = None
@@ -106,8 +108,7 @@ class _Live(Progress):
     def tell_of_run(self, run: Run) -> None:
         """Show what came of a run of a sweep."""
         loss = f"loss {run.best_loss:.4g}" if run.points else "no loss"
-        stage = f"batch {run.effective_batch}, {run.rule}, seed {run.seed}"
-        self.tell(stage, f"{run.status}: {loss} in {run.seconds:.3g} s")
+        self.tell(run.planned.words, f"{run.status}: {loss} in {run.seconds:.3g} s")
 
     def finish(self) -> None:
         """Mark all stages as done."""
@@ -141,18 +142,36 @@ def _plan_table(plan: Plan) -> RenderableType:
     lines += [_bullet(f"Warning: {warning}", "yellow") for warning in plan.warnings]
     if plan.attach_line is not None:
         lines.append(Text(f"\n{plan.attach_line}", style="bold"))
+    if plan.schedule is not None:
+        lines += [Text(), _table("when to raise the batch", _stage_rows(plan.schedule))]
+        lines.append(Text(plan.schedule.line, style="bold"))
     return Group(*lines)
+
+
+def _stage_rows(schedule: Schedule) -> list[dict[str, str]]:
+    return [
+        {
+            "from tokens": format_count(stage.from_tokens),
+            "from samples": f"{stage.from_samples:,}",
+            "accumulate": f"{stage.accumulation_steps:,}",
+            "effective batch": f"{stage.effective_batch:,}",
+            "learning rate": f"x {stage.lr_factor:.3g}",
+        }
+        for stage in schedule.stages
+    ]
 
 
 def _sweep_table(sweep: Sweep) -> RenderableType:
     """Return a row for each effective batch and rule, and the findings."""
     tokens = sweep.tokens_per_sample
     target = "" if sweep.target_loss is None else f" {sweep.target_loss:.4g}"
+    scaled = any(row.weight_decay_rule != "none" for row in sweep.rows)
     rows = [
         {
             "batch": f"{row.effective_batch:,}",
-            "rule": row.rule,
+            "rule": f"{row.rule}, {row.weight_decay_rule}" if scaled else row.rule,
             "learning rate": f"{row.learning_rate:.3g}",
+            **({"weight decay": f"{row.weight_decay:.3g}"} if scaled else {}),
             "accumulate": f"{row.accumulation_steps:,}",
             "runs": f"{row.runs} ({row.failed})" if row.failed else f"{row.runs}",
             f"{'tokens' if tokens else 'samples'} to loss{target}": "not reached"
@@ -170,7 +189,7 @@ def _sweep_table(sweep: Sweep) -> RenderableType:
 def _table(title: str, rows: list[dict[str, str]], chosen: int | None = None) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for column in rows[0]:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=column == "rule")
     for number, row in enumerate(rows):
         table.add_row(*row.values(), style="bold" if number == chosen else "")
     return table

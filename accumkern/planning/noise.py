@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 from accumkern.noise_scale import Estimate
 from accumkern.planning.precision import choose_buffer
-from accumkern.planning.protocol import make_batch
-from accumkern.planning.speed import Rate, Split, split
+from accumkern.planning.protocol import make_batch, step
+from accumkern.planning.speed import Rate, Split, knee, split
 from accumkern.planning.trial import Preserved, accumulate
 from accumkern.wiring import attach
 
-_MICRO_BATCHES = 8
+WINDOW_MICRO_BATCHES = 8
 _RESAMPLES = 1000
 _TAIL = 0.1  # on both sides: an 80% interval
 # Of times to train, over the least:
@@ -54,6 +54,12 @@ class Noise:
     first_loss: float
     last_loss: float
 
+    @property
+    def basis(self) -> float | None:
+        """The noise scale to choose by: its interval's lower end where it is infinite, None where both say nothing."""
+        known = [value for value in (self.noise_scale, self.low) if 0 < value < math.inf]
+        return known[0] if known else None
+
 
 def measure_noise(preserved: Preserved, micro_batch: int, windows: int) -> Noise:
     """Train some windows of eight micro-batches, and estimate the noise scale from the second half, of all ranks.
@@ -70,13 +76,13 @@ def measure_noise(preserved: Preserved, micro_batch: int, windows: int) -> Noise
     losses: list[float] = []
     buffer = choose_buffer(setup, None) or "split24"
     with attach(setup.optimizer, buffer, master_weights=preserved.master_weights, stats=True) as accumulator:
-        accumulator.scale = 1 / _MICRO_BATCHES
+        accumulator.scale = 1 / WINDOW_MICRO_BATCHES
         for window in range(windows):
             of_window = [
-                accumulate(setup, make_batch(setup, micro_batch), _MICRO_BATCHES, accumulator)
-                for _ in range(_MICRO_BATCHES)
+                accumulate(setup, make_batch(setup, micro_batch), WINDOW_MICRO_BATCHES, accumulator)
+                for _ in range(WINDOW_MICRO_BATCHES)
             ]
-            losses.append(sum(loss.item() for loss in of_window) / _MICRO_BATCHES)
+            losses.append(sum(loss.item() for loss in of_window) / WINDOW_MICRO_BATCHES)
             estimates.append(accumulator.noise_scale().window)
             if not math.isfinite(losses[-1] + estimates[-1].trace + estimates[-1].squared_gradient):
                 raise RuntimeError(
@@ -84,7 +90,7 @@ def measure_noise(preserved: Preserved, micro_batch: int, windows: int) -> Noise
                     f"{losses[-1]:.3g}, and the loss or a gradient was not finite; lower the learning rate, check the "
                     "loss, or leave the noise scale out (noise_windows=0)"
                 )
-            setup.optimizer.step()
+            step(setup)
             setup.optimizer.zero_grad()
     preserved.rewind()
     estimates = [estimate for of_rank in preserved.ranks.gathered(estimates[windows // 2 :]) for estimate in of_rank]
@@ -94,7 +100,7 @@ def measure_noise(preserved: Preserved, micro_batch: int, windows: int) -> Noise
         low=low * micro_batch,
         high=high * micro_batch,
         windows=len(estimates),
-        batch=_MICRO_BATCHES * micro_batch,
+        batch=WINDOW_MICRO_BATCHES * micro_batch,
         first_loss=losses[0],
         last_loss=losses[-1],
     )
@@ -130,34 +136,45 @@ def steps_factor(batch: float, noise_scale: float) -> float:
 def useful_batches(ranks: int, sizes: Sequence[int], rate: Rate, noise_scales: Sequence[float]) -> tuple[float, float]:
     """Return the least and the largest effective batch whose time to train is within 10% of the best.
 
-    Looked at are powers of two times the ranks. With several noise scales, the range covers that of each. It has no
-    upper end, infinity, where the gradient was all noise.
+    With several noise scales, the range covers that of each. It has no upper end, infinity, where the gradient was all
+    noise.
     """
     low, high = math.inf, 0.0
+    ways = _ways(ranks, sizes, rate)
     for noise_scale in noise_scales:
         if noise_scale == 0:
-            low, high = min(low, ranks), max(high, ranks)
+            low, high = min(low, ranks * min(sizes)), max(high, ranks * min(sizes))
             continue
-        times = _times(ranks, sizes, rate, noise_scale)
-        useful = [batch for batch, time in times.items() if time <= _USEFUL * min(times.values())]
-        low, high = min(low, useful[0]), max(high, math.inf if useful[-1] == max(times) else useful[-1])
+        times = {way: _time(way, rate, noise_scale) for way in ways}
+        useful = [way for way in ways if times[way] <= _USEFUL * min(times.values())]
+        low = min(low, useful[0].effective_batch)
+        high = max(high, math.inf if useful[-1] is ways[-1] else useful[-1].effective_batch)
     return low, high
 
 
-def best_batch(ranks: int, sizes: Sequence[int], rate: Rate, noise_scale: float) -> int:
-    """Return the smallest effective batch whose time to train is within 5% of the best, of powers of two per rank."""
-    if noise_scale == 0:
-        return ranks
-    times = _times(ranks, sizes, rate, noise_scale)
-    return next(batch for batch, time in times.items() if time * _SAME_TIME <= min(times.values()))
+def best_way(ranks: int, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> Split:
+    """Return how to train where no effective batch was asked for: by the noise scale, if there is one to go by.
+
+    It is the smallest effective batch whose time to train is within 5% of the best; of one micro-batch, unless
+    accumulation brings 5%. Without a noise scale it is one micro-batch on each rank, at the knee.
+    """
+    if noise is None or noise.basis is None:
+        return Split(ranks, knee(sizes, rate), 1)
+    times = {way: _time(way, rate, noise.basis) for way in _ways(ranks, sizes, rate)}
+    best = min(times.values())
+    alone = {way: times[way] for way in times if way.accumulation_steps == 1}
+    least = min(alone.values())
+    if best > _SAME_TIME * least:
+        return next(way for way in alone if _SAME_TIME * alone[way] <= least)
+    return next(way for way in times if times[way] <= min(best / _SAME_TIME, _SAME_TIME * least))
 
 
 def accumulation_pays(way: Split, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> bool | None:
     """Return whether training takes less time than with the best effective batch of one micro-batch; None: unknown."""
-    if noise is None or way.accumulation_steps == 1 or noise.noise_scale == 0:
+    if noise is None or noise.basis is None or way.accumulation_steps == 1:
         return None
-    alone = min(_time(Split(way.ranks, size, 1), rate, noise.noise_scale) for size in sizes)
-    return _time(way, rate, noise.noise_scale) <= _SAME_TIME * alone
+    alone = min(_time(Split(way.ranks, size, 1), rate, noise.basis) for size in sizes)
+    return _time(way, rate, noise.basis) <= _SAME_TIME * alone
 
 
 @dataclass(frozen=True)
@@ -180,25 +197,53 @@ class Batch:
 
 
 def costs(way: Split, sizes: Sequence[int], rate: Rate, noise: Noise | None) -> tuple[Batch, ...]:
-    """Return what powers of two per rank cost, up to well beyond the chosen batch and the noise scale."""
+    """Return what effective batches cost, each twice the one before it, up to well beyond chosen and noise scale."""
     if noise is None or noise.noise_scale in (0, math.inf):
         return ()
     most = _SHOWN * max(way.effective_batch, noise.noise_scale)
-    batches = [way.ranks * 2**i for i in range(64) if i < 4 or way.ranks * 2**i <= most]
+    least = way.ranks * min(sizes)
+    batches = [least * 2**i for i in range(64) if i < 4 or least * 2**i <= most]
     ways = [split(batch, way.ranks, sizes, rate) for batch in batches]
     columns = []
     for noise_scale in (noise.noise_scale, noise.low, noise.high):
         times = [_time(way, rate, noise_scale) for way in ways]
         columns.append([time / min(times) for time in times])
-    return tuple(map(Batch, batches, [way.samples_per_second(rate) for way in ways], *columns))
+    speeds = [way.samples_per_second(rate) for way in ways]
+    return tuple(map(Batch, [way.effective_batch for way in ways], speeds, *columns))
 
 
-def _times(ranks: int, sizes: Sequence[int], rate: Rate, noise_scale: float) -> dict[int, float]:
-    """Return the times to train with effective batches of powers of two per rank, from small to large."""
-    batches = [ranks * 2**i for i in range(int(math.log2(_MOST_BATCH / ranks)))]
-    return {batch: _time(split(batch, ranks, sizes, rate), rate, noise_scale) for batch in batches}
+def _ways(ranks: int, sizes: Sequence[int], rate: Rate) -> list[Split]:
+    """Return the ways to train that are looked at, from small effective batches to large.
+
+    They are each micro-batch alone, and the smallest of them times 1, 2, 3, 4, 6, 8, 12 and so on, on each rank.
+    """
+    least = ranks * min(sizes)
+    batches = [least * part * 2**i for i in range(int(math.log2(_MOST_BATCH / least))) for part in (1, 3)]
+    ways = {split(batch, ranks, sizes, rate) for batch in batches} | {Split(ranks, size, 1) for size in sizes}
+    return sorted(ways, key=lambda way: (way.effective_batch, way.accumulation_steps))
 
 
 def _time(way: Split, rate: Rate, noise_scale: float) -> float:
     """Return the time to train: the samples needed, over the samples per second. Only ratios of it mean something."""
     return samples_factor(way.effective_batch, noise_scale) / way.samples_per_second(rate)
+
+
+def noise_reason(noise: Noise, batch: int) -> str:
+    """Return in words what the noise scale is, and what an effective batch costs by it."""
+    if noise.noise_scale in (0, math.inf):
+        what = "only noise" if noise.noise_scale else "no noise"
+        least = (
+            "" if noise.basis is None else f": a noise scale of {noise.basis:.3g} samples or more (90%), to go by here"
+        )
+        return (
+            f"What helps training: {noise.windows} windows of {noise.batch} samples showed {what}{least}; measure over "
+            "more windows (noise_windows), or with a larger largest_micro_batch."
+        )
+    high = "unbounded" if math.isinf(noise.high) else f"{noise.high:.3g}"
+    return (
+        f"What helps training: the gradient noise scale is {noise.noise_scale:.3g} samples (80% interval "
+        f"{noise.low:.3g} to {high}, from {noise.windows} windows, where the loss was about {noise.last_loss:.3g}). By "
+        f"its model an effective batch of {batch} needs {samples_factor(batch, noise.noise_scale):.2g} times as many "
+        f"samples as the smallest batches and {steps_factor(batch, noise.noise_scale):.2g} times as many steps as the "
+        "largest."
+    )

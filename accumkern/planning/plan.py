@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from typing import Any
 
-import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from accumkern.checks import integer
-from accumkern.planning.memory import available_bytes, check_margin, format_bytes, parse_bytes
-from accumkern.planning.noise import accumulation_pays, best_batch, costs, measure_noise, useful_batches
-from accumkern.planning.plan_result import Choice, Plan, explain
+from accumkern.planning.caveats import batch_norm_warnings, busy_warnings, load
+from accumkern.planning.fit import find_fit, largest, verify
+from accumkern.planning.memory import available_bytes, check_margin, format_bytes, interpolated, machine_of, parse_bytes
+from accumkern.planning.noise import accumulation_pays, best_way, costs, measure_noise, useful_batches
+from accumkern.planning.options import check_sizes
+from accumkern.planning.plan_result import Choice, Plan, explain, with_schedule
 from accumkern.planning.precision import choose_buffer, choose_masters, masters_problem, step_bytes, with_masters
 from accumkern.planning.predict import Prediction, PredictionError, fake_setup, predict_memory
 from accumkern.planning.protocol import Setup, SetupFunction, run_setup
-from accumkern.planning.ranks import Ranks
+from accumkern.planning.scaling_laws import BatchLaws, law_batch, laws_of
 from accumkern.planning.speed import Split, knee, measure_speeds, sizes_to_time, split, split_by_size
-from accumkern.planning.trial import Preserved, Trial, find_fit, largest, verify
-from accumkern.torch_private import BatchNorm
-from accumkern.version import __version__
+from accumkern.planning.token_budget import check_budget
+from accumkern.planning.trial import Preserved, Trial
+from accumkern.ranks import Ranks
 
 _RANKS = (1, 2, 4, 8)
 _NOISE_MICRO_BATCH = 4
@@ -34,6 +33,8 @@ def plan(
     setup: SetupFunction,
     *,
     effective_batch: int | None = None,
+    tokens: int | float | str | None = None,
+    schedule: bool = False,
     memory: int | str | None = None,
     margin: float = 0.1,
     buffer: str | None = None,
@@ -53,14 +54,17 @@ def plan(
     Args:
         setup: a function that returns model, optimizer, make_batch and loss; see
             :class:`accumkern.planning.protocol.Setup`.
-        effective_batch: samples between two optimizer steps, over all ranks. None chooses from speed and noise.
+        effective_batch: samples between two optimizer steps, over all ranks. None chooses by the laws of
+            :mod:`accumkern.planning.scaling_laws` where they cover the run, and else from speed and noise.
+        tokens: that the run is to train with, or text such as ``"10B"``; needs ``tokens_per_sample`` of the setup.
+        schedule: say when to raise the batch in such a run, too.
         memory: of the device, in bytes or as text such as ``"24GB"``. None takes what is available now.
         margin: the part of it to leave free, 0 to 1 (excluded).
         buffer: of :func:`accumkern.attach`; None chooses by the parameters' dtype.
         master_weights: of :func:`accumkern.attach`; ``"auto"`` is ``"split32"`` where the optimizer has bfloat16
             parameters and can be stepped on FP32 ones, or else None.
-        largest_micro_batch: not to be exceeded, if memory allows more.
-        noise_windows: windows to train for the noise scale, 4 or more, or 0 to leave it out.
+        largest_micro_batch: not to be exceeded, if memory allows more; 2^20 at most.
+        noise_windows: windows to train for the noise scale, 4 to 10,000, or 0 to leave it out.
         measure: False predicts what fits on fake tensors, and uses neither the device nor its memory.
         progress: is called with what is being done and with what came of it.
 
@@ -68,25 +72,23 @@ def plan(
         TypeError, ValueError: an argument or what ``setup()`` returned is wrong, or the limit is less than the
             parameters take.
         RuntimeError: ``setup()`` or one of its functions failed, memory leaks, no micro-batch fits, or another rank
-            failed (:class:`accumkern.planning.ranks.RanksError` says which one, in which phase, with what error).
+            failed (:class:`accumkern.ranks.RanksError` says which one, in which phase, with what error).
         PredictionError: with ``measure=False``, the script does not run on fake tensors.
     """
     with Ranks() as ranks:
         with ranks.phase("arguments"):
-            if effective_batch is not None:
-                effective_batch = _whole("effective_batch", effective_batch, 1)
-            largest_micro_batch = _whole("largest_micro_batch", largest_micro_batch, 1)
-            noise_windows = _whole("noise_windows", noise_windows, 0)
-            if 0 < noise_windows < 4:
-                raise ValueError(
-                    f"noise_windows is {noise_windows}; it must be at least 4, or 0 to leave the noise scale out"
-                )
+            effective_batch, largest_micro_batch, noise_windows = check_sizes(
+                effective_batch, largest_micro_batch, noise_windows
+            )
+            tokens = check_budget(tokens, schedule)
             margin = check_margin(margin)
             limit = None if memory is None else parse_bytes(memory)
             if limit is None and not measure:
                 raise ValueError("memory is None; a prediction (measure=False) needs it, such as memory='24GB'")
             ranks.check_same(
                 effective_batch=effective_batch,
+                tokens=tokens,
+                schedule=schedule,
                 margin=margin,
                 buffer=buffer,
                 master_weights=master_weights,
@@ -97,13 +99,14 @@ def plan(
         if limit is not None and not measure:
             limit = min(ranks.gathered(limit))
             with ranks.phase("what would fit"):
-                asked = effective_batch, limit, margin, buffer, master_weights, largest_micro_batch
-                plan = _predicted_plan(setup, *asked, progress)
-            return ranks.gathered(plan)[0]
+                wanted = effective_batch, tokens, limit, margin, buffer, master_weights, largest_micro_batch
+                plan = _predicted_plan(setup, *wanted, progress)
+            return ranks.gathered(with_schedule(plan) if schedule else plan)[0]
         with ranks.phase("setup()"):
             made = run_setup(setup)
             if isinstance(made.model, DistributedDataParallel):
                 made = made._replace(model=made.model.module)  # whose backward pass waits for no other rank
+            laws = None if tokens is None else laws_of(made, tokens)
             buffer = choose_buffer(made, buffer)
             master_weights = choose_masters(made, master_weights)
             limit = min(ranks.gathered(limit or available_bytes(made.device)))
@@ -111,14 +114,17 @@ def plan(
         if effective_batch is not None:
             at_most = min(at_most, max(1, math.ceil(effective_batch / ranks.count)))
         with Preserved(made, buffer, ranks, master_weights) as preserved:
-            plan = _measured_plan(setup, preserved, effective_batch, limit, margin, at_most, noise_windows, progress)
-        return ranks.gathered(plan)[0]  # predictions, losses and the machine may differ
+            asked = effective_batch, laws, limit, margin, at_most, noise_windows
+            plan = _measured_plan(setup, preserved, *asked, progress)
+        # Predictions, losses and the machine may differ.
+        return ranks.gathered(with_schedule(plan) if schedule else plan)[0]
 
 
 def _measured_plan(
     function: SetupFunction,
     preserved: Preserved,
     target: int | None,
+    laws: BatchLaws | None,
     limit: int,
     margin: float,
     at_most: int,
@@ -126,27 +132,33 @@ def _measured_plan(
     progress: Progress,
 ) -> Plan:
     setup, ranks = preserved.setup, preserved.ranks
-    allowed = int(limit * (1 - margin))
+    allowed, load_before = int(limit * (1 - margin)), load()
 
     def tell(trial: Trial) -> None:
-        outcome = "fits" if trial.fits else "does not fit"
-        progress("what fits", f"micro-batch {trial.micro_batch}: {format_bytes(trial.peak_bytes)}, {outcome}")
+        outcome = f"{format_bytes(trial.peak_bytes)}, {'fits' if trial.fits else 'does not fit'}"
+        if trial.problem is not None:
+            outcome = trial.problem.partition(";")[0]  # what follows is advice
+        progress("what fits", f"micro-batch {trial.micro_batch}: {outcome}")
 
     with ranks.phase("what fits"):
         fit = find_fit(preserved, allowed, at_most, tell)
     with ranks.phase("what is fast"):
+        batch = target or law_batch(laws, ranks.count)
+        shares = [] if batch is None else [max(1, round(batch / n)) for n in (ranks.count, *_RANKS)]
         speeds = measure_speeds(
             preserved,
-            sizes_to_time(fit.micro_batch, None if target is None else target // ranks.count),
+            sizes_to_time(fit.micro_batch, shares, fit.smallest),
             lambda speed: progress(
                 "what is fast", f"micro-batch {speed.micro_batch}: {speed.limit_per_second:.4g} samples per second"
             ),
+            needed=shares,
         )
     noise = None
     if noise_windows:
         with ranks.phase("what helps training"):
             progress("what helps training", f"gradient noise over {noise_windows} windows")
-            noise = measure_noise(preserved, min(fit.micro_batch, _NOISE_MICRO_BATCH), noise_windows)
+            size = min(fit.micro_batch, max(fit.smallest, _NOISE_MICRO_BATCH))
+            noise = measure_noise(preserved, size, noise_windows)
             progress("what helps training", f"gradient noise scale {noise.noise_scale:.3g} samples")
     peaks = {trial.micro_batch: trial.peak_bytes for trial in fit.trials if trial.fits}
     powers = [size for size in sorted(peaks) if size & (size - 1) == 0 or size == max(peaks)]
@@ -156,13 +168,16 @@ def _measured_plan(
     by_size = {speed.micro_batch: speed for speed in speeds}
     sizes = list(by_size)
 
-    def rate(micro_batch: int, accumulation_steps: int) -> float:
+    def rate(micro_batch: int, accumulation_steps: float) -> float:
         return by_size[micro_batch].samples_per_second(accumulation_steps)
 
+    def way_on(n: int, batch: int | None) -> Split:
+        batch = batch or law_batch(laws, n)
+        return best_way(n, sizes, rate, noise) if batch is None else split(batch, n, sizes, rate)
+
     with ranks.phase("the plan"):
-        batch = target or best_batch(ranks.count, sizes, rate, math.inf if noise is None else noise.noise_scale)
-        way = ranks.gathered(split(batch, ranks.count, sizes, rate))[0]
-        progress("the plan", f"micro-batch {way.micro_batch}, {way.accumulation_steps} accumulation steps")
+        way = ranks.gathered(way_on(ranks.count, target))[0]
+        progress("the plan", f"micro-batch {way.micro_batch}, accumulation steps {way.accumulation_steps}")
         verified = verify(preserved, way.micro_batch, way.accumulation_steps, allowed)
         if not verified.fits:
             raise RuntimeError(
@@ -174,17 +189,18 @@ def _measured_plan(
 
     def prospects(way: Split) -> tuple[float, float | None, float | None]:
         speed = way.samples_per_second(rate)
-        if noise is None:
+        if noise is None or noise.basis is None:
             return speed, None, None
         return speed, *useful_batches(way.ranks, sizes, rate, (noise.low, noise.noise_scale, noise.high))
 
     return _plan_of(
         setup,
         way,
-        lambda n: split(way.effective_batch, n, sizes, rate),
+        lambda n: way_on(n, None if target is None else way.effective_batch),
         peaks,
         prospects,
         target=target,
+        laws=laws,
         buffer=preserved.buffer,
         master_weights=preserved.master_weights,
         accumulation_pays=accumulation_pays(way, sizes, rate, noise),
@@ -196,16 +212,18 @@ def _measured_plan(
         predictions=predictions,
         prediction_problem=problem,
         speeds=tuple(speeds),
-        knee=knee(speeds).micro_batch,
+        knee=knee(sizes, rate),
         noise=noise,
         batches=costs(way, sizes, rate, noise),
-        machine=_machine(setup.device),
+        machine=machine_of(setup.device),
+        warnings=busy_warnings(setup, speeds, load_before),
     )
 
 
 def _predicted_plan(
     function: SetupFunction,
     target: int | None,
+    tokens: int | None,
     limit: int,
     margin: float,
     buffer: str | None,
@@ -240,15 +258,20 @@ def _predicted_plan(
                 "checkpointing"
             )
         most = largest(fits, at_most)
-        way = split_by_size(target or most, 1, most)
+        laws = None if tokens is None else laws_of(setup, tokens)
+        batch = target or law_batch(laws, 1)
+        way = split_by_size(batch or most, 1, most)
         peak = predict(way.micro_batch, min(2, way.accumulation_steps)).memory.total
         return _plan_of(
             setup,
             way,
-            lambda n: split_by_size(way.effective_batch, n, most),
+            lambda n: (
+                Split(n, most, 1) if batch is None else split_by_size(target or law_batch(laws, n) or batch, n, most)
+            ),
             {size: prediction.memory.total for size, prediction in found.items()} | {way.micro_batch: peak},
             lambda way: (None, None, None),
             target=target,
+            laws=laws,
             buffer=buffer,
             master_weights=master_weights,
             memory_limit_bytes=limit,
@@ -256,7 +279,7 @@ def _predicted_plan(
             largest_micro_batch=most,
             is_limited_by_memory=most < at_most,
             predictions=tuple(found[size] for size in sorted(found)),
-            machine=_machine(None),
+            machine=machine_of(None),
         )
 
 
@@ -266,6 +289,7 @@ def _plan_of(
     way_on: Callable[[int], Split],
     peaks: dict[int, int],
     prospects: Callable[[Split], tuple[float | None, float | None, float | None]],
+    warnings: Sequence[str] = (),
     **known: Any,
 ) -> Plan:
     """Return a plan with its reasons; ``prospects`` gives samples per second of a way, and its useful batches."""
@@ -273,7 +297,7 @@ def _plan_of(
 
     def choice(of: Split) -> Choice:
         buckets = gradient_bytes if of.ranks > way.ranks == 1 else 0  # of DistributedDataParallel
-        memory = _interpolated(peaks, of.micro_batch) + buckets
+        memory = interpolated(peaks, of.micro_batch) + buckets
         return Choice(of.ranks, of.micro_batch, of.accumulation_steps, of.effective_batch, memory, *prospects(of))
 
     return explain(
@@ -284,7 +308,7 @@ def _plan_of(
             master_problem=masters_problem(setup) if known["master_weights"] is None else None,
             bfloat16_numel=sum(param.numel() for param in with_masters(setup)),
             step_bytes=step_bytes(setup),
-            warnings=_warnings(setup, way.micro_batch),
+            warnings=(*batch_norm_warnings(setup, way.micro_batch), *warnings),
             tokens_per_sample=setup.tokens_per_sample,
             gradient_bytes=gradient_bytes,
             adam="betas" in setup.optimizer.param_groups[0],
@@ -306,45 +330,3 @@ def _predictions(
         return (), str(error)
     progress("what would fit elsewhere", f"{format_bytes(predictions[-1].memory.total)} predicted for {sizes[-1]}")
     return predictions, None
-
-
-def _interpolated(peaks: dict[int, int], micro_batch: int) -> int:
-    """Return the peak of a size: memory grows in a straight line between those that are known."""
-    if micro_batch in peaks:
-        return peaks[micro_batch]
-    low = max(size for size in peaks if size < micro_batch)
-    high = min(size for size in peaks if size > micro_batch)
-    part = (micro_batch - low) / (high - low)
-    return round(peaks[low] + part * (peaks[high] - peaks[low]))
-
-
-def _warnings(setup: Setup, micro_batch: int) -> tuple[str, ...]:
-    names = [name for name, module in setup.model.named_modules() if isinstance(module, BatchNorm) and module.training]
-    if not names:
-        return ()
-    return (
-        f"the model has BatchNorm ({names[0] or 'the model itself'}{' and others' if len(names) > 1 else ''}): its "
-        f"statistics are those of a micro-batch of {micro_batch}, not of the effective batch, however many are "
-        "accumulated; keep the micro-batch that it was tuned for, or use GroupNorm or LayerNorm, or SyncBatchNorm over "
-        "ranks",
-    )
-
-
-def _machine(device: torch.device | None) -> dict[str, str]:
-    name = "none: predicted on fake tensors"
-    if device is not None:
-        name = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        )
-    return {
-        "device": name,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "accumkern": __version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _whole(name: str, number: int, least: int) -> int:
-    return integer(name, number, f"it must be an int of at least {least}", least)

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from accumkern.planning.fit import Fit, fit_reasons
 from accumkern.planning.memory import format_bytes
-from accumkern.planning.noise import Batch, Noise, samples_factor, steps_factor
+from accumkern.planning.noise import Batch, Noise, noise_reason
+from accumkern.planning.precision import buffer_reason, masters_reason
 from accumkern.planning.predict import Prediction
-from accumkern.planning.speed import Speed
-from accumkern.planning.trial import Fit
-
-_MASTER_BYTES = {"split24": 1, "split32": 2}  # per parameter, of a residual
-_FEW_MICRO_BATCHES = 8  # the gain of FP32 accumulation may be invisible up to here
+from accumkern.planning.scaling_laws import BatchLaws
+from accumkern.planning.speed import Speed, Split, accumulation_reason, fast_reason
+from accumkern.planning.token_budget import Schedule, law_reasons, schedule_of, schedule_reasons, target_reason
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class Plan:
         knee: the smallest micro-batch that is about as fast as any; None where speed was not measured.
         noise: the gradient noise scale; None where it was not measured.
         batches: what effective batches cost; none where noise or speed were not measured.
+        laws: what published laws say of the batch for the budget of tokens; None without one.
+        schedule: when to raise the batch in such a run; None where it was not asked for.
         tokens_per_sample: of the setup.
         gradient_bytes: of all parameters together, in their own dtypes.
         bfloat16_numel: elements of the bfloat16 weights that are trained.
@@ -101,6 +103,8 @@ class Plan:
     knee: int | None = None
     noise: Noise | None = None
     batches: tuple[Batch, ...] = ()
+    laws: BatchLaws | None = None
+    schedule: Schedule | None = None
     tokens_per_sample: float | None
     gradient_bytes: int
     bfloat16_numel: int
@@ -119,6 +123,11 @@ class Plan:
         if self.choice.accumulation_steps > 1:
             arguments.append(f"average_over={self.choice.accumulation_steps}")
         return f"accumkern.attach({', '.join(arguments)})"
+
+    @property
+    def by_laws(self) -> BatchLaws | None:
+        """The laws, where they chose the effective batch: none was asked for, and they were fitted on such runs."""
+        return self.laws if self.target is None and self.laws is not None and self.laws.best_samples else None
 
     @property
     def prediction_error(self) -> float | None:
@@ -154,8 +163,15 @@ class Plan:
 
 def explain(plan: Plan) -> Plan:
     """Return the plan with its reasons."""
-    parts = (_memory, _speed, _target, _accumulation, _noise, _verdict, _buffer, _masters, _ranks)
+    parts = (_memory, _speed, _target, _accumulation, _noise, _laws, _verdict, _schedule, _buffer, _masters, _ranks)
     return dataclasses.replace(plan, reasons=tuple(reason for part in parts for reason in part(plan)))
+
+
+def with_schedule(plan: Plan) -> Plan:
+    """Return a plan that has laws with its schedule, and with reasons."""
+    assert plan.laws is not None
+    way = Split(plan.choice.ranks, plan.choice.micro_batch, plan.choice.accumulation_steps)
+    return explain(dataclasses.replace(plan, schedule=schedule_of(plan.laws, way)))
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -166,11 +182,14 @@ def _memory(plan: Plan) -> Iterator[str]:
     if plan.is_limited_by_memory:
         what = f"a micro-batch of up to {size} samples"
     else:
-        what = f"memory is not the limit. A micro-batch of {size} samples, the largest that was to be tried,"
+        is_of_data = plan.fit is not None and plan.fit.data_problem is not None
+        largest = "the largest that there is data for" if is_of_data else "the largest that was to be tried"
+        what = f"memory is not the limit. A micro-batch of {size} samples, {largest},"
     yield f"What fits: {what} {how} into {limit}."
     if plan.fit is not None:
+        yield from fit_reasons(plan.fit)
         yield (
-            f"Expected memory: a peak of {format_bytes(plan.choice.memory_bytes)}, measured over several windows with "
+            f"Expected memory: a peak of {format_bytes(plan.choice.memory_bytes)}, measured while it trained with "
             f"micro-batches of {plan.choice.micro_batch}."
         )
     if plan.prediction_error is not None:
@@ -188,26 +207,35 @@ def _speed(plan: Plan) -> list[str]:
             "What is fast: not measured. Micro-batches of half the largest that fits or more are taken to be as fast; "
             "measure on the device."
         ]
-    best = max(plan.speeds, key=lambda speed: speed.limit_per_second)
-    at_knee = next(speed for speed in plan.speeds if speed.micro_batch == plan.knee)
-    return [
-        f"What is fast: {at_knee.limit_per_second:.3g} samples per second with a micro-batch of {plan.knee}, the "
-        f"smallest within 5% of the best ({best.limit_per_second:.3g} with {best.micro_batch}). Beyond it, more memory "
-        "buys little."
-    ]
+    return [fast_reason(_way(plan), plan.speeds, plan.knee)]
 
 
 def _target(plan: Plan) -> list[str]:
     choice = plan.choice
     if plan.target is None:
-        if plan.noise is None:
-            return ["Effective batch: none was asked for, so this is one micro-batch, without accumulation."]
-        return [
-            f"Effective batch: none was asked for. {choice.effective_batch} samples train in about the least time that "
-            "speed and noise allow, by the model below."
-        ]
+        if plan.by_laws is not None:
+            return [target_reason(plan.by_laws, choice.effective_batch)]
+        if plan.noise is None or plan.noise.basis is None:
+            which = "the largest that fits" if plan.knee is None else "the smallest that is fast"
+            return [
+                "Effective batch: none was asked for, and no noise scale is known to choose it by, so this is one "
+                f"micro-batch on each rank, {which}, without accumulation."
+            ]
+        reason = (
+            f"Effective batch: none was asked for. One of {choice.effective_batch} trains in about the least time that "
+            "speed and noise allow, by the model below"
+        )
+        if plan.knee is not None and choice.micro_batch < plan.knee:
+            reason += ": a larger batch trains more samples per second, but needs still more of them"
+        return [reason + "."]
     if choice.effective_batch == plan.target:
         return [f"Effective batch: the {plan.target} that was asked for is kept exactly."]
+    smallest = min((speed.micro_batch for speed in plan.speeds), default=1)
+    if choice.accumulation_steps == 1 and plan.target < choice.effective_batch == choice.ranks * smallest:
+        return [
+            f"Effective batch: {choice.effective_batch}, more than the {plan.target} that was asked for, because each "
+            f"of {_count(choice.ranks)} trains {choice.micro_batch} at least."
+        ]
     return [
         f"Effective batch: {choice.effective_batch}, the nearest to the {plan.target} that was asked for. No "
         f"micro-batch on {_count(choice.ranks)} divides {plan.target} at a good speed; if it has to be exact, take a "
@@ -217,40 +245,17 @@ def _target(plan: Plan) -> list[str]:
 
 
 def _accumulation(plan: Plan) -> list[str]:
-    choice = plan.choice
-    if not plan.speeds or choice.accumulation_steps == 1:
+    if not plan.speeds or plan.choice.accumulation_steps == 1:
         return []
-    own = next(speed for speed in plan.speeds if speed.micro_batch == choice.micro_batch)
-    window = own.window_seconds(choice.accumulation_steps)
-    reason = (
-        f"Cost of accumulation: a window of {choice.accumulation_steps} micro-batches takes {window:.3g} s, of which "
-        f"the optimizer's step is {100 * own.step_seconds / window:.1f}%"
-    )
-    largest = plan.speeds[-1]
-    if largest.micro_batch != choice.micro_batch:
-        per_rank = choice.micro_batch * choice.accumulation_steps
-        other = largest.window_seconds(1) * per_rank / largest.micro_batch
-        reason += f"; in micro-batches of {largest.micro_batch} the same samples would take about {other:.3g} s"
-    return [reason + "."]
+    return [accumulation_reason(_way(plan), plan.speeds)]
 
 
 def _noise(plan: Plan) -> list[str]:
     if plan.noise is None:
         return ["What helps training: the gradient noise scale was not measured."]
-    noise, batch = plan.noise, plan.choice.effective_batch
-    if math.isinf(noise.noise_scale) or noise.noise_scale == 0:
-        what = "only noise" if noise.noise_scale else "no noise"
-        return [
-            f"What helps training: {noise.windows} windows of {noise.batch} samples showed {what}; measure over more "
-            "windows (noise_windows), or with a larger largest_micro_batch."
-        ]
-    high = "unbounded" if math.isinf(noise.high) else f"{noise.high:.3g}"
-    reasons = [
-        f"What helps training: the gradient noise scale is {noise.noise_scale:.3g} samples (80% interval "
-        f"{noise.low:.3g} to {high}, from {noise.windows} windows, where the loss was about {noise.last_loss:.3g}). By "
-        f"its model an effective batch of {batch} needs {samples_factor(batch, noise.noise_scale):.2g} times the "
-        f"fewest samples and {steps_factor(batch, noise.noise_scale):.2g} times the fewest steps.",
-    ]
+    reasons = [noise_reason(plan.noise, plan.choice.effective_batch)]
+    if plan.noise.noise_scale in (0, math.inf):
+        return reasons
     low, most = plan.choice.useful_low, plan.choice.useful_high
     if low is not None and most is not None:
         upper = "no upper end in sight" if math.isinf(most) else f"to {most:.0f}"
@@ -260,6 +265,17 @@ def _noise(plan: Plan) -> list[str]:
             "model is of plain gradient steps, and it is disputed (arXiv 2505.23971). A sweep is the proof."
         )
     return reasons
+
+
+def _laws(plan: Plan) -> Iterator[str]:
+    if plan.laws is not None:
+        noise_scale = None if plan.noise is None else plan.noise.noise_scale
+        yield from law_reasons(plan.laws, plan.choice.effective_batch, noise_scale)
+
+
+def _schedule(plan: Plan) -> Iterator[str]:
+    if plan.laws is not None and plan.schedule is not None:
+        yield from schedule_reasons(plan.schedule, plan.laws, plan.choice.effective_batch)
 
 
 def _verdict(plan: Plan) -> list[str]:
@@ -275,6 +291,8 @@ def _verdict(plan: Plan) -> list[str]:
         f"an effective batch of {smaller}, without accumulation{beta2} and its own learning rate, often trains as well "
         "per sample (arXiv 2507.07101)"
     )
+    if plan.by_laws is not None:
+        return [f"Accumulation: it makes the batch that the laws say is best for so many tokens; {advice}."]
     if plan.accumulation_pays:
         return [
             "Accumulation: worth it here. Its windows spread the optimizer's step over more samples than the noise "
@@ -289,53 +307,36 @@ def _verdict(plan: Plan) -> list[str]:
 
 
 def _buffer(plan: Plan) -> list[str]:
-    steps = plan.choice.accumulation_steps
-    if plan.buffer is None:
-        return ["Buffer: none. The parameters are float32, and stock PyTorch accumulates in FP32 already."]
-    if steps == 1:
-        return []
-    reason = f"Buffer: {plan.buffer!r}, so that {steps} micro-gradients are summed in FP32"
-    if steps <= _FEW_MICRO_BATCHES:
-        reason += "; with so few, the loss may not show the difference to stock accumulation"
-    return [reason + "."]
+    reason = buffer_reason(plan.buffer, plan.choice.accumulation_steps)
+    return [] if reason is None else [reason]
 
 
 def _masters(plan: Plan) -> list[str]:
     if not plan.bfloat16_numel:
         return []
-    lost = "updates below 1/512 of a weight are lost in rounding it to bfloat16"
-    if plan.master_problem is not None:
-        return [f"Master weights: none, and {lost}; {plan.master_problem}."]
-    name = plan.master_weights or "split32"
-    each = _MASTER_BYTES[name]
-    cost = f"{each} byte{'s' if each > 1 else ''} per parameter ({format_bytes(each * plan.bfloat16_numel)})"
-    states = "optimizer states in FP32"
-    if plan.adam:
-        states += " (4 bytes more per parameter for Adam's two moments, where they were bfloat16)"
-    if plan.master_weights is None:
-        return [
-            f"Master weights: none were asked for, and {lost}. master_weights={name!r} would keep them for {cost} and "
-            f"{states}."
-        ]
-    bucket = ""  # of an optimizer that is stepped in one pass
-    if plan.step_bytes:
-        bucket = f", up to {format_bytes(plan.step_bytes)} for the FP32 weights and gradients of a step"
-    kept = "what that rounds off" if name == "split32" else "8 bits of what that rounds off"
-    return [
-        f"Master weights: {name!r}, because without them {lost}. The step reads and writes FP32 weights; a residual "
-        f"beside each bfloat16 weight keeps {kept}. This costs {cost}, {states}{bucket}, and time of the step. Memory "
-        "and speeds here are with all of it."
-    ]
+    return [masters_reason(plan.master_weights, plan.master_problem, plan.bfloat16_numel, plan.step_bytes, plan.adam)]
 
 
 def _ranks(plan: Plan) -> list[str]:
     if not plan.gradient_bytes:
         return []
+    batch = plan.choice.effective_batch
+    others = [f"{of.effective_batch} on {of.ranks}" for of in plan.by_ranks if of.effective_batch != batch]
+    if not others:
+        what = "each accumulates less for the same effective batch"
+    elif plan.target is None:
+        what = "the effective batch is chosen for each number of ranks in the same way"
+    else:
+        what = f"each accumulates less for the same effective batch, or for the nearest ({', '.join(others)})"
     return [
-        "More ranks: each accumulates less for the same effective batch. Speeds leave out the reduction of "
+        f"More ranks: {what}. Speeds leave out the reduction of "
         f"{format_bytes(plan.gradient_bytes)} of gradients per step, and memory on several ranks has that much for the "
         "buckets of DistributedDataParallel, where the model was not wrapped yet."
     ]
+
+
+def _way(plan: Plan) -> Split:
+    return Split(plan.choice.ranks, plan.choice.micro_batch, plan.choice.accumulation_steps)
 
 
 def _count(ranks: int) -> str:

@@ -14,10 +14,14 @@ from accumkern.formats import BUFFERS
 from accumkern.fused_step import is_fused
 from accumkern.master_weights import MASTER_FORMATS
 from accumkern.optimizers import is_stepped_in_parts, refusal
+from accumkern.planning.memory import format_bytes
 from accumkern.planning.protocol import Setup
 from accumkern.stand_ins import STAND_IN_BYTES
 from accumkern.stepping import bucket_bytes_on
 from accumkern.wiring import attach
+
+_FEW_MICRO_BATCHES = 8  # the gain of FP32 accumulation may be invisible up to here
+_MASTER_BYTES = {"split24": 1, "split32": 2}  # per parameter, of a residual
 
 
 def choose_buffer(setup: Setup, buffer: str | None) -> str | None:
@@ -80,6 +84,47 @@ def step_bytes(setup: Setup) -> int:
     if not is_stepped_in_parts(stepped_by(setup.optimizer)):
         return sum(sizes)
     return max([min(sum(sizes), bucket_bytes_on(setup.device)), *sizes])
+
+
+def buffer_reason(buffer: str | None, accumulation_steps: int) -> str | None:
+    """Say why a buffer was chosen; None where there is nothing to say."""
+    if buffer is None:
+        return "Buffer: none. The parameters are float32, and stock PyTorch accumulates in FP32 already."
+    if accumulation_steps == 1:
+        return None
+    reason = f"Buffer: {buffer!r}, so that {accumulation_steps} micro-gradients are summed in FP32"
+    if accumulation_steps <= _FEW_MICRO_BATCHES:
+        reason += "; with so few, the loss may not show the difference to stock accumulation"
+    return f"{reason}."
+
+
+def masters_reason(
+    master_weights: str | None, problem: str | None, bfloat16_numel: int, step_bytes: int, adam: bool
+) -> str:
+    """Say what master weights cost or would cost, or why there are none."""
+    lost = "updates below 1/512 of a weight are lost in rounding it to bfloat16"
+    if problem is not None:
+        return f"Master weights: none, and {lost}; {problem}."
+    name = master_weights or "split32"
+    each = _MASTER_BYTES[name]
+    cost = f"{each} byte{'s' if each > 1 else ''} per parameter ({format_bytes(each * bfloat16_numel)})"
+    states = "optimizer states in FP32"
+    if adam:
+        states += " (4 bytes more per parameter for Adam's two moments, where they were bfloat16)"
+    if master_weights is None:
+        return (
+            f"Master weights: none were asked for, and {lost}. master_weights={name!r} would keep them for {cost} and "
+            f"{states}."
+        )
+    bucket = ""  # of an optimizer that is stepped in one pass
+    if step_bytes:
+        bucket = f", up to {format_bytes(step_bytes)} for the FP32 weights and gradients of a step"
+    kept = "what that rounds off" if name == "split32" else "8 bits of what that rounds off"
+    return (
+        f"Master weights: {name!r}, because without them {lost}. The step reads and writes FP32 weights; a residual "
+        f"beside each bfloat16 weight keeps {kept}. This costs {cost}, {states}{bucket}, and time of the step. Memory "
+        "and speeds here are with all of it."
+    )
 
 
 def accumulation(

@@ -21,15 +21,17 @@ More can be said by returning a :class:`Setup` with its optional fields.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
+from inspect import Parameter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from accumkern.checks import real
+from accumkern.checks import describe, real
 from accumkern.planning.memory import is_out_of_memory
 from accumkern.torch_private import tree_leaves
 
@@ -145,6 +147,7 @@ def check_setup(returned: Any) -> Setup:
         if not 0 < tokens < float("inf"):
             raise ValueError(f"tokens_per_sample of setup() is {tokens}; {right}")
     _check_parameters(setup)
+    _check_step(setup.optimizer)
     return setup._replace(tokens_per_sample=tokens)
 
 
@@ -166,6 +169,20 @@ def _check_parameters(setup: Setup) -> None:
         raise ValueError("model of setup() is on the meta device, without memory; put it on the device to train on")
 
 
+def _check_step(optimizer: torch.optim.Optimizer) -> None:
+    parameters = inspect.signature(optimizer.step).parameters.values()
+    named = [
+        parameter for parameter in parameters if parameter.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    ]
+    needed = [parameter.name for parameter in named if parameter.default is Parameter.empty]
+    if needed:
+        raise TypeError(
+            f"optimizer of setup() is a {type(optimizer).__name__}, whose step() needs {', '.join(needed)}; memory and "
+            "time are those of windows that end with step(), which has to work without arguments: let setup() return "
+            "an optimizer whose step() does, or derive one whose step() gives them"
+        )
+
+
 def make_batch(setup: Setup, size: int, kind: str = "make_batch") -> Any:
     """Return a batch of ``size`` samples from the setup's function of the name ``kind``, checked.
 
@@ -177,7 +194,11 @@ def make_batch(setup: Setup, size: int, kind: str = "make_batch") -> Any:
     function = getattr(setup, kind)
     if function is None:
         function, kind = setup.make_batch, "make_batch"
-    batch = _called(f"{kind}({size})", function, size)
+    advice = (
+        f"; where there are fewer samples than {size}, or they have come to an end, let {kind} draw with replacement, "
+        "or give a smaller largest_micro_batch"
+    )
+    batch = _called(f"{kind}({size})", function, size, advice=advice)
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     if not tensors:
         raise TypeError(f"{kind}({size}) of setup() returned a {type(batch).__name__} without a tensor in it")
@@ -185,7 +206,7 @@ def make_batch(setup: Setup, size: int, kind: str = "make_batch") -> Any:
     if not any(shape[:1] == (size,) for shape in shapes):
         raise ValueError(
             f"{kind}({size}) of setup() made tensors of shape {', '.join(map(str, shapes))}; the first dimension of "
-            f"one of them must be {size}"
+            f"one of them must be {size}{advice}"
         )
     return batch
 
@@ -211,18 +232,22 @@ def compute_loss(setup: Setup, batch: Any) -> Tensor:
     return loss
 
 
-def _called(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+def step(setup: Setup) -> None:
+    """Step the setup's optimizer.
+
+    Raises:
+        RuntimeError: it raised an error of its own; running out of memory is passed on as it is.
+    """
+    _called("step() of the optimizer", setup.optimizer.step, advice="; it is called without arguments")
+
+
+def _called(name: str, function: Callable[..., Any], *arguments: Any, advice: str = "") -> Any:
     try:
         return function(*arguments)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise RuntimeError(f"{name} of setup() raised {describe(error)}") from error
+        raise RuntimeError(f"{name} of setup() raised {describe(error)}{advice}") from error
 
 
 _WANTED = "model, optimizer, make_batch and loss"
-
-
-def describe(error: BaseException) -> str:
-    """Return an error's type and message."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

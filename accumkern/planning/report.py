@@ -17,7 +17,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from accumkern.planning.memory import format_bytes
 from accumkern.planning.plan_result import Plan
-from accumkern.planning.sweep_result import Sweep, write_json
+from accumkern.planning.sweep_result import Sweep
+from accumkern.planning.sweep_runs import Planned, write_json
 
 _PLAN, _RESULTS, _PAGE = "plan.json", "results.json", "report.html"
 _CATEGORIES = {
@@ -88,7 +89,10 @@ def write_page(folder: Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, or write it again") from error
 
 
 def _plan_rows(plan: dict[str, Any]) -> list[dict[str, Any]]:
@@ -253,14 +257,17 @@ def _losses(sweep: dict[str, Any], label: str, x: Callable[[dict[str, Any]], flo
     seen = set()
     for run in sweep["runs"]:
         points = [point for point in run["points"] if point["loss"] is not None]
-        size, rule = run["effective_batch"], run["rule"]
-        name = f"{size:,}" if size == sweep["base_batch"] else f"{size:,}, {rule}"
+        size, rule, decay_rule = run["effective_batch"], run["rule"], run["weight_decay_rule"]
+        name = f"{size:,}"
+        if size != sweep["base_batch"]:
+            name += f", {Planned(size, rule, decay_rule, 0).rules}"
         axes.plot(
             [x(point) for point in points],
             [point["loss"] for point in points],
             color=color[size],
             ls="-" if size == sweep["base_batch"] else _STYLES[rule],
             lw=1.6,
+            marker="" if decay_rule == "none" else ".",
             alpha=0.85,
             label=None if name in seen else name,
         )
@@ -273,7 +280,7 @@ def _losses(sweep: dict[str, Any], label: str, x: Callable[[dict[str, Any]], flo
     axes.set_ylabel("validation loss")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(FuncFormatter(_plain))
-    _legend_below(figure, axes, title="effective batch (samples), learning-rate rule")
+    _legend_below(figure, axes, title="effective batch (samples), rule of the learning rate")
     return figure
 
 

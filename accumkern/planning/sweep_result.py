@@ -1,101 +1,24 @@
-"""What ``accumkern.sweep`` returns: its runs, which files keep, the way to a target loss, and what follows."""
+"""What ``accumkern.sweep`` returns: its runs, a row for each batch and rule, the way to a loss, and what follows."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
+from accumkern.planning.critical_batch import CriticalBatch, critical_batch
+from accumkern.planning.sweep_runs import Planned, Run, plain
+
 _LEARNT = 0.99  # of the first loss
-
-
-@dataclass(frozen=True)
-class Point:
-    """The loss at a moment of a run.
-
-    Attributes:
-        samples: trained so far.
-        seconds: trained so far.
-        loss: on the validation samples; NaN or infinite where the run diverged.
-    """
-
-    samples: int
-    seconds: float
-    loss: float
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training.
-
-    Attributes:
-        effective_batch: samples between two optimizer steps.
-        micro_batch: samples of one forward and backward pass.
-        accumulation_steps: micro-batches between two optimizer steps.
-        rule: of the learning rate.
-        seed: of the random numbers.
-        learning_rate: of the optimizer's first group.
-        status: ``"finished"``, ``"diverged"`` or ``"out of memory"``.
-        steps: of the optimizer.
-        seconds: of training alone.
-        peak_bytes: of a few windows before.
-        points: the loss on the way.
-    """
-
-    effective_batch: int
-    micro_batch: int
-    accumulation_steps: int
-    rule: str
-    seed: int
-    learning_rate: float
-    status: str
-    steps: int
-    seconds: float
-    peak_bytes: int
-    points: tuple[Point, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data for JSON: a loss that is not finite becomes None."""
-        data: dict[str, Any] = plain(dataclasses.asdict(self))
-        return data
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Run:
-        """Return what :meth:`to_dict` made a dictionary of; a loss of None becomes NaN."""
-        points = [
-            Point(p["samples"], p["seconds"], math.nan if p["loss"] is None else p["loss"]) for p in data["points"]
-        ]
-        return cls(**{**data, "points": tuple(points)})
-
-    @property
-    def best_loss(self) -> float:
-        """The lowest on the way; infinite where there is none."""
-        return min((point.loss for point in self.points if math.isfinite(point.loss)), default=math.inf)
-
-    def reaches(self, loss: float) -> tuple[float, float] | None:
-        """Return samples and seconds until the loss was reached first, in a straight line between points; else None."""
-        if self.points and self.points[0].loss <= loss:
-            return 0.0, 0.0
-        for before, after in pairwise(self.points):
-            if after.loss <= loss:
-                part = (before.loss - loss) / (before.loss - after.loss)
-                return (
-                    before.samples + part * (after.samples - before.samples),
-                    before.seconds + part * (after.seconds - before.seconds),
-                )
-        return None
+_HIGH = 2.0  # times it
 
 
 @dataclass(frozen=True)
 class Row:
-    """The runs of an effective batch and a learning-rate rule, over seeds.
+    """The runs of an effective batch, a learning-rate and a weight-decay rule, over seeds.
 
     Attributes:
         effective_batch: samples between two optimizer steps.
@@ -109,6 +32,8 @@ class Row:
         seconds_range: the least and the most.
         last_loss: mean of the finished runs' last losses; None where none finished.
         peak_bytes: the most.
+        weight_decay_rule: how the weight decay follows the effective batch.
+        weight_decay: of the optimizer's first group that has one; None where no group has.
     """
 
     effective_batch: int
@@ -122,6 +47,13 @@ class Row:
     seconds_range: tuple[float, float] | None
     last_loss: float | None
     peak_bytes: int
+    weight_decay_rule: str
+    weight_decay: float | None
+
+    @property
+    def rules(self) -> str:
+        """For people; that of the weight decay only where it changes."""
+        return Planned(self.effective_batch, self.rule, self.weight_decay_rule, 0).rules
 
 
 @dataclass(frozen=True)
@@ -132,9 +64,12 @@ class Sweep:
         runs: in the order in which they ran.
         asked_target_loss: None where none was asked for.
         tokens_per_sample: of the setup.
-        base_batch: the effective batch that the setup's learning rate is for.
+        base_batch: the effective batch that the learning rate is for.
         master_weights: of :func:`accumkern.attach` in all runs.
         master_problem: why bfloat16 weights have no masters; None where they have, or where none were asked for.
+        learning_rate: of the optimizer's first group, as the setup or the checkpoint has it.
+        start_sha256: of the checkpoint that every run began with; None where they began with what the setup makes.
+        same_weights: whether the setup makes the same ones whatever the seed.
     """
 
     runs: tuple[Run, ...]
@@ -143,26 +78,35 @@ class Sweep:
     base_batch: int
     master_weights: str | None = None
     master_problem: str | None = None
+    learning_rate: float | None = None
+    start_sha256: str | None = None
+    same_weights: bool = False
 
     @property
     def learnt(self) -> bool:
-        """Whether a run brought its loss down by one percent or more."""
-        return any(run.points and run.best_loss < _LEARNT * run.points[0].loss for run in self.runs)
+        """Whether a run brought its loss down by one percent or more; from a checkpoint, at all."""
+        part = _LEARNT if self.start_sha256 is None else 1.0
+        return any(run.points and run.best_loss < part * run.points[0].loss for run in self.runs)
+
+    @property
+    def critical_batch(self) -> CriticalBatch | None:
+        """The largest effective batch that loses nothing; None where fewer than two can be compared."""
+        return critical_batch(self.runs)
 
     @property
     def target_loss(self) -> float | None:
         """The target asked for, or the lowest loss that every finished run reached; None where nothing was learnt."""
         if self.asked_target_loss is not None:
             return self.asked_target_loss
-        finished = [run.best_loss for run in self.runs if run.status == "finished"]
+        finished = [run.best_loss for run in self.runs if run.status == "finished" and math.isfinite(run.best_loss)]
         return max(finished) if finished and self.learnt else None
 
     @property
     def rows(self) -> list[Row]:
-        """A row for each effective batch and rule."""
-        groups: dict[tuple[int, str], list[Run]] = {}
+        """A row for each effective batch and its rules."""
+        groups: dict[tuple[int, str, str], list[Run]] = {}
         for run in self.runs:
-            groups.setdefault((run.effective_batch, run.rule), []).append(run)
+            groups.setdefault((run.effective_batch, run.rule, run.weight_decay_rule), []).append(run)
         return [self._row(runs) for _, runs in sorted(groups.items())]
 
     def _row(self, runs: Sequence[Run]) -> Row:
@@ -170,7 +114,7 @@ class Sweep:
         reached = [None if target is None else run.reaches(target) for run in runs]
         ways = [way for way in reached if way is not None]
         complete = len(ways) == len(runs)
-        last = [run.points[-1].loss for run in runs if run.status == "finished"]
+        last = [run.points[-1].loss for run in runs if _finished(run)]
         failed = [run.status for run in runs if run.status != "finished"]
         seconds = [way[1] for way in ways]
         return Row(
@@ -183,70 +127,124 @@ class Sweep:
             samples_to_target=statistics.fmean(way[0] for way in ways) if complete else None,
             seconds_to_target=statistics.fmean(seconds) if complete else None,
             seconds_range=(min(seconds), max(seconds)) if complete else None,
-            last_loss=statistics.fmean(last) if last else None,
+            last_loss=statistics.fmean(last) if last and all(map(math.isfinite, last)) else None,
             peak_bytes=max(run.peak_bytes for run in runs),
+            weight_decay_rule=runs[0].weight_decay_rule,
+            weight_decay=runs[0].weight_decay,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data for JSON."""
         rows = [dataclasses.asdict(row) for row in self.rows]
-        own = {"target_loss": self.target_loss, "rows": rows, "findings": self.findings}
+        critical = self.critical_batch
+        own = {
+            "target_loss": self.target_loss,
+            "rows": rows,
+            "critical_batch": None if critical is None else dataclasses.asdict(critical),
+            "findings": self.findings,
+        }
         data: dict[str, Any] = plain(dataclasses.asdict(self) | own)
         return data
 
     @property
     def findings(self) -> list[str]:
         """What follows, in words."""
-        findings = []
+        critical = self.critical_batch
+        where = "over this training" if self.start_sha256 is None else "from the checkpoint on"
+        return [
+            *self._about_target(),
+            *([] if critical is None else [critical.finding(where)]),
+            *self._about_losses(),
+            *self._about_settings(),
+        ]
+
+    def _about_target(self) -> list[str]:
+        """Return what reached the target loss first."""
         reached = [row for row in self.rows if row.seconds_to_target is not None]
         if not self.learnt:
-            findings.append(
-                "Nothing was learnt: no run brought the loss down by 1%. Train with more samples, check the learning "
-                "rate and the loss, and let the base batch be the one that the learning rate was chosen for."
-            )
-        elif not reached:
-            findings.append(
+            found = "by 1%" if self.start_sha256 is None else "below that of the checkpoint"
+            return [
+                f"Nothing was learnt: no run brought the loss down {found}. Train with more samples, check the "
+                "learning rate and the loss, and let the base batch be the one that the learning rate was chosen for."
+            ]
+        if self.target_loss is None:
+            return ["No run finished, so there is no loss to compare at: lower the learning rate, or name a target."]
+        if not reached:
+            return [
                 f"No effective batch reached the loss {self.target_loss:.4g} with every seed. Choose a higher target, "
                 "or more samples."
-            )
-        else:
-            fastest = min(reached, key=lambda row: row.seconds_to_target or 0.0)
-            thriftiest = min(reached, key=lambda row: row.samples_to_target or 0.0)
-            findings.append(
-                f"Fastest to the loss {self.target_loss:.4g}: an effective batch of {fastest.effective_batch} (rule "
-                f"{fastest.rule}, {fastest.accumulation_steps} accumulation steps), {fastest.seconds_to_target:.3g} s."
-            )
-            findings.append(
-                f"Fewest samples to it: an effective batch of {thriftiest.effective_batch} (rule {thriftiest.rule}), "
-                f"{thriftiest.samples_to_target:,.0f} samples."
-            )
-            if fastest.accumulation_steps == 1 and any(row.accumulation_steps > 1 for row in self.rows):
-                findings.append("Accumulation was not worth it here: the fastest batch is a single micro-batch.")
-        failed = [
-            f"{run.effective_batch} ({run.rule}, seed {run.seed}): {run.status} after {run.steps} steps"
-            for run in self.runs
-            if run.status != "finished"
+            ]
+        fastest = min(reached, key=lambda row: row.seconds_to_target or 0.0)
+        thriftiest = min(reached, key=lambda row: row.samples_to_target or 0.0)
+        findings = [
+            f"Fastest to the loss {self.target_loss:.4g}: an effective batch of {fastest.effective_batch} (rule "
+            f"{fastest.rules}, {fastest.accumulation_steps} accumulation steps), {fastest.seconds_to_target:.3g} s.",
+            f"Fewest samples to it: an effective batch of {thriftiest.effective_batch} (rule {thriftiest.rules}), "
+            f"{thriftiest.samples_to_target:,.0f} samples.",
         ]
+        if fastest.accumulation_steps == 1 and any(row.accumulation_steps > 1 for row in self.rows):
+            findings.append("Accumulation was not worth it here: the fastest batch is a single micro-batch.")
+        return findings
+
+    def _about_losses(self) -> list[str]:
+        """Return which runs did not finish, and where losses are not what they seem."""
+        findings = []
+        failed = [f"{_name(run)}: {run.status} after {run.steps} steps" for run in self.runs if not _finished(run)]
         if failed:
             findings.append(f"Not finished: {', '.join(failed)}.")
+        finished = [run for run in self.runs if _finished(run)]
+        lagging = [run for run in finished if not all(p.loss <= _HIGH * run.points[0].loss for p in run.points[1:])]
+        if lagging and lagging[0].points[0].loss > 0:
+            findings.append(
+                f"In evaluation mode the loss of {', '.join(map(_name, lagging))} was for a time more than twice that "
+                "at the beginning. That is no divergence, which the training loss decides: running statistics, such as "
+                "BatchNorm's, lag behind at first. The loss at the end counts, where they have caught up."
+            )
+        most = max((run.points[-1].samples for run in finished), default=0)
+        short = {
+            run.effective_batch: run.points[-1].samples for run in finished if run.points[-1].samples < 0.98 * most
+        }
+        if short:
+            found = ", ".join(f"{batch} with {samples:,}" for batch, samples in short.items())
+            findings.append(
+                f"Not all trained with as many samples: effective batches of {found} of {most:,}, since only full "
+                "windows count; let samples be a multiple of every effective batch."
+            )
+        return findings
+
+    def _about_settings(self) -> list[str]:
+        """Return what all runs had in common."""
+        findings = []
+        of_what = "setup()" if self.start_sha256 is None else "the checkpoint"
+        if self.learning_rate is not None:
+            findings.append(
+                f"The learning rate of {of_what}, {self.learning_rate:.3g}, is taken to be for the base batch, "
+                f"{self.base_batch} (the smallest effective batch, unless base_batch names another)."
+            )
         if self.master_weights is not None:
             findings.append(
                 f"All runs stepped FP32 master weights: attach with master_weights={self.master_weights!r}."
             )
         elif self.master_problem is not None:
             findings.append(f"No run had master weights: {self.master_problem}.")
-        if len({run.seed for run in self.runs}) == 1:
+        seeds = len({run.seed for run in self.runs})
+        if seeds == 1:
             findings.append("There was one seed: small differences may be chance.")
+        elif self.start_sha256 is not None or self.same_weights:
+            reason = "all runs begin with those of the checkpoint" if self.start_sha256 else "setup() makes no others"
+            findings.append(f"The {seeds} seeds had the same initial weights ({reason}): they differ in their batches.")
+        jobs = max((run.jobs for run in self.runs), default=1)
+        if jobs > 1:
+            findings.append(
+                f"Seconds are of runs that shared the machine, up to {jobs} at once: compare them with each other with "
+                "care, and with no other's. Samples and losses are not touched by that."
+            )
         return findings
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write a JSON file so that nobody ever finds half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+def _finished(run: Run) -> bool:
+    return run.status == "finished"
 
 
-def plain(data: Any) -> Any:
-    """Return what JSON makes of data, with None for numbers that it does not have: infinite ones and NaN."""
-    return json.loads(json.dumps(data), parse_constant=lambda _: None)
+def _name(run: Run) -> str:
+    return f"{run.effective_batch} ({run.planned.rules}, seed {run.seed})"

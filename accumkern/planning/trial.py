@@ -1,4 +1,4 @@
-"""Trials: windows that a setup trains before everything is put back, and the largest micro-batch that trains so.
+"""Trials: windows that a setup trains before everything is put back.
 
 All that is measured is measured on such windows: micro-batches, forward and backward, and an optimizer step.
 """
@@ -7,32 +7,25 @@ from __future__ import annotations
 
 import copy
 import gc
-import random
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from accumkern.accumulator import GradAccumulator
 from accumkern.casting import set_cut_off_aside
+from accumkern.checks import describe
 from accumkern.memory import storage_bytes
-from accumkern.planning.memory import MemoryMeter, format_bytes, held_tensors, is_out_of_memory
+from accumkern.out_of_memory import is_out_of_memory
+from accumkern.planning.memory import MemoryMeter, held_tensors
 from accumkern.planning.precision import accumulation
-from accumkern.planning.protocol import Setup, compute_loss, make_batch
-from accumkern.planning.ranks import Ranks
+from accumkern.planning.protocol import Setup, compute_loss, make_batch, step
+from accumkern.random_state import RandomState
+from accumkern.ranks import Ranks
 from accumkern.torch_private import tree_flatten, tree_unflatten
-
-# The optimizer's states appear in its first step, so only the second window needs all the memory that training needs.
-_TRIAL_WINDOWS = 2
-_TRIAL_MICRO_BATCHES = 2  # the residuals appear at the second
-_VERIFY_WINDOWS = 4
-_VERIFY_MICRO_BATCHES = 4
-_LEAK_TRIALS = 4
-_LEAK_FRACTION = 0.01  # of what a trial allocates
 
 
 class Preserved:
@@ -112,26 +105,6 @@ class Preserved:
             torch.cuda.empty_cache()
 
 
-class RandomState:
-    """The random numbers of torch (on the CPU and one device), Python and numpy, as they are now."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self._python = random.getstate()
-        self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
-
-    def put_back(self) -> None:
-        """Go on from there again."""
-        torch.set_rng_state(self._torch)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-
-
 class _Values:
     """Tensors in lists and dicts, with copies of their values in the host's memory; other things are copied too."""
 
@@ -162,30 +135,61 @@ def accumulate(setup: Setup, batch: Any, micro_batches: int, accumulator: GradAc
     return loss.detach()
 
 
+class Stopwatch:
+    """Times pieces of work, and adds up what they took.
+
+    Attributes:
+        seconds: of all pieces.
+        cpu_seconds: that the process spent in them, all threads together.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = self.cpu_seconds = 0.0
+
+    def start(self, setup: Setup) -> None:
+        """Begin a piece."""
+        self._begin, self._cpu_begin = now(setup), cpu_now()
+
+    def stop(self, setup: Setup) -> float:
+        """Return the seconds of the piece."""
+        seconds = now(setup) - self._begin
+        self.seconds += seconds
+        self.cpu_seconds += cpu_now() - self._cpu_begin
+        return seconds
+
+
 def train_window(
-    setup: Setup, batches: Iterable[Any], micro_batches: int, accumulator: GradAccumulator | None
+    setup: Setup,
+    batches: Iterable[Any],
+    micro_batches: int,
+    accumulator: GradAccumulator | None,
+    watch: Stopwatch | None = None,
+    losses: list[Tensor] | None = None,
 ) -> tuple[list[float], float]:
     """Accumulate a window, step, and begin a new one; return the seconds of each micro-batch, and of the step.
 
-    Making the batches is not timed: a data loader does that while the model trains.
+    Making the batches is not timed: a data loader does that while the model trains. ``watch`` adds all of it up. The
+    micro-batches' losses are appended to ``losses``, on the device.
 
     Raises:
         ValueError: no parameter of the optimizer got a gradient.
     """
-    seconds = []
+    seconds, watch = [], watch or Stopwatch()
     for batch in batches:
-        begin = now(setup)
-        accumulate(setup, batch, micro_batches, accumulator)
-        seconds.append(now(setup) - begin)
-        del batch  # before the next one is made
+        watch.start(setup)
+        loss = accumulate(setup, batch, micro_batches, accumulator)
+        seconds.append(watch.stop(setup))
+        if losses is not None:
+            losses.append(loss)
+        del batch, loss  # before the next one is made
     if all(param.grad is None for group in setup.optimizer.param_groups for param in group["params"]):
         raise ValueError(
             "loss of setup() gives no parameter of the optimizer a gradient; compute it with the model that it is given"
         )
-    begin = now(setup)
-    setup.optimizer.step()
+    watch.start(setup)
+    step(setup)
     setup.optimizer.zero_grad()
-    return seconds, now(setup) - begin
+    return seconds, watch.stop(setup)
 
 
 def now(setup: Setup) -> float:
@@ -193,6 +197,11 @@ def now(setup: Setup) -> float:
     if setup.device.type == "cuda" and torch.cuda.is_initialized():  # predictions may have a device that is not there
         torch.cuda.synchronize(setup.device)
     return time.perf_counter()
+
+
+def cpu_now() -> float:
+    """Return the seconds that this process has had of all cores."""
+    return time.process_time()
 
 
 @dataclass(frozen=True)
@@ -203,135 +212,63 @@ class Trial:
         micro_batch: samples in it.
         fits: whether it trained under the limit, on every rank.
         peak_bytes: the most memory that was allocated, the worst rank's; up to where it ran out if it did not fit.
+        problem: what kept it from training that was not memory, on some rank; None where there was nothing.
     """
 
     micro_batch: int
     fits: bool
     peak_bytes: int
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What fits.
-
-    Attributes:
-        micro_batch: the largest that does, up to what was asked for.
-        is_limited_by_memory: False where memory was not the reason to stop.
-        limit_bytes: what was allowed, the safety margin taken off.
-        held_bytes: what model and optimizer held before.
-        trials: all that was tried, in order.
-        verified: the last trial, of several windows.
-    """
-
-    micro_batch: int
-    is_limited_by_memory: bool
-    limit_bytes: int
-    held_bytes: int
-    trials: tuple[Trial, ...]
-    verified: Trial
-
-
-def find_fit(
-    preserved: Preserved, limit_bytes: int, at_most: int, progress: Callable[[Trial], None] = lambda trial: None
-) -> Fit:
-    """Try micro-batches: one sample, doubled until memory runs out or ``at_most`` is reached, then a binary search.
-
-    Each trial trains two windows of two micro-batches with the longest samples, steps included, from the same state.
-    What was found is verified with more and longer windows, and made smaller until they pass. With a process group,
-    all ranks try the same and agree: what does not fit on one does not fit.
-
-    Raises:
-        ValueError: the limit is less than what the model holds.
-        RuntimeError: not even one sample fits, the setup leaks memory from trial to trial, or another rank failed.
-            What the setup itself raises is passed on.
-    """
-    held = _held_bytes(preserved.setup)
-    if held > limit_bytes:
-        parameters = storage_bytes(preserved.setup.model.parameters())
-        raise ValueError(
-            f"the memory limit, {format_bytes(limit_bytes)} after the safety margin, is less than what the model and "
-            f"its optimizer hold already, {format_bytes(held)} (parameters {format_bytes(parameters)}); raise the "
-            "limit, or use a smaller model or dtype"
-        )
-    trials: list[Trial] = []
-
-    def fits(micro_batch: int, windows: int = _TRIAL_WINDOWS, micro_batches: int = _TRIAL_MICRO_BATCHES) -> bool:
-        trials.append(try_windows(preserved, micro_batch, windows, micro_batches, limit_bytes)[0])
-        progress(trials[-1])
-        return trials[-1].fits
-
-    if not fits(1):
-        raise RuntimeError(
-            f"no micro-batch fits: one sample needs more than {format_bytes(limit_bytes)} after the safety margin "
-            f"(model and optimizer held {format_bytes(held)}; it ran out at {format_bytes(trials[-1].peak_bytes)}); "
-            "raise the limit, use activation checkpointing, shorter samples, or an optimizer with smaller states"
-        )
-    _check_leaks(preserved, limit_bytes)
-    found = largest(fits, at_most)
-    is_limited = found < at_most
-    while not fits(found, _VERIFY_WINDOWS, _VERIFY_MICRO_BATCHES):
-        is_limited = True
-        if found == 1:
-            raise RuntimeError(
-                f"no micro-batch fits: one sample trained for {_TRIAL_WINDOWS} windows, but not for {_VERIFY_WINDOWS}; "
-                "memory grows or fragments while it trains"
-            )
-        found -= max(1, found // 16)
-    return Fit(found, is_limited, limit_bytes, held, tuple(trials), trials[-1])
-
-
-def verify(preserved: Preserved, micro_batch: int, micro_batches: int, limit_bytes: int) -> Trial:
-    """Try a micro-batch as :func:`find_fit` verifies, in windows of up to ``micro_batches``; return what happened."""
-    count = min(micro_batches, _VERIFY_MICRO_BATCHES)
-    return try_windows(preserved, micro_batch, _VERIFY_WINDOWS, count, limit_bytes)[0]
-
-
-def largest(fits: Callable[[int], bool], at_most: int) -> int:
-    """Return the largest size up to ``at_most`` that fits; 1 is known to."""
-    fitting, size = 1, min(2, at_most)
-    while size > fitting and fits(size):
-        fitting, size = size, min(2 * size, at_most)
-    while size - fitting > 1:
-        middle = (fitting + size) // 2
-        if fits(middle):
-            fitting = middle
-        else:
-            size = middle
-    return fitting
+    problem: str | None = None
 
 
 def try_windows(
-    preserved: Preserved, micro_batch: int, windows: int, micro_batches: int, limit_bytes: int
+    preserved: Preserved,
+    micro_batch: int,
+    windows: int,
+    micro_batches: int,
+    limit_bytes: int,
+    tolerated: Literal["none", "batches", "all"] = "none",
 ) -> tuple[Trial, int]:
-    """Train some windows of the longest samples; return what happened, and the bytes still there after the rewind."""
+    """Train some windows of the longest samples; return what happened, and the bytes still there after the rewind.
+
+    Running out of memory is an outcome. Other errors are raised, unless they are ``tolerated``: those of making a
+    batch, which one rank may have alone, or all that every rank has alike.
+    """
     setup = preserved.setup
-    fits = True
-    with MemoryMeter(setup.device, _held_bytes(setup), limit_bytes) as meter:
+    fits, is_making = True, False
+    failure: Exception | None = None
+
+    def batch() -> Any:
+        nonlocal is_making
+        is_making = True
+        made = make_batch(setup, micro_batch, "longest_batch")
+        is_making = False
+        return made
+
+    with MemoryMeter(setup.device, held_bytes(setup), limit_bytes) as meter:
         try:
             with accumulation(setup, preserved.buffer, micro_batches, preserved.master_weights) as accumulator:
                 for _ in range(windows):
-                    batches = (make_batch(setup, micro_batch, "longest_batch") for _ in range(micro_batches))
-                    train_window(setup, batches, micro_batches, accumulator)
+                    train_window(setup, (batch() for _ in range(micro_batches)), micro_batches, accumulator)
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
             fits = False
+            if not is_out_of_memory(error):
+                if tolerated == "none" or (tolerated == "batches" and not is_making):
+                    raise
+                failure = error
         preserved.rewind()
-    outcomes = preserved.ranks.gathered((fits and meter.peak_bytes <= limit_bytes, meter.peak_bytes))
-    trial = Trial(micro_batch, all(fits for fits, _ in outcomes), max(peak for _, peak in outcomes))
-    return trial, meter.left_bytes
+    own = None
+    if failure is not None:
+        own = str(failure) if is_making else describe(failure.__cause__ or failure)
+    outcomes = preserved.ranks.gathered((fits and meter.peak_bytes <= limit_bytes, meter.peak_bytes, own))
+    all_fit, peaks, problems = zip(*outcomes, strict=True)
+    if failure is not None and not is_making and any(problem != own for problem in problems):
+        raise failure
+    failure = None  # which holds this frame, and tensors with it
+    problem = next((problem for problem in problems if problem is not None), None)
+    return Trial(micro_batch, all(all_fit), max(peaks), problem), meter.left_bytes
 
 
-def _check_leaks(preserved: Preserved, limit_bytes: int) -> None:
-    """Try one sample several times more: caches may grow at first, but not again and again."""
-    tried = [try_windows(preserved, 1, _TRIAL_WINDOWS, _TRIAL_MICRO_BATCHES, limit_bytes) for _ in range(_LEAK_TRIALS)]
-    left = min(left_bytes for _, left_bytes in tried[1:])
-    if left > _LEAK_FRACTION * (tried[-1][0].peak_bytes - _held_bytes(preserved.setup)):
-        raise RuntimeError(
-            f"setup() leaks memory: each of {_LEAK_TRIALS} equal trials left {format_bytes(left)} or more behind; look "
-            "for losses or outputs that are kept without detach(), or batches kept in a list"
-        )
-
-
-def _held_bytes(setup: Setup) -> int:
+def held_bytes(setup: Setup) -> int:
+    """Return the bytes that a setup's model and optimizer hold."""
     return storage_bytes(held_tensors(setup.model, setup.optimizer))

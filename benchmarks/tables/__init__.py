@@ -7,6 +7,7 @@ A file for each benchmark. docs/benchmarks.md shows them by :data:`SECTIONS`; th
 from __future__ import annotations
 
 from tables.accuracy import accuracy_summary, accuracy_tables
+from tables.batch import batch_summary, batch_tables
 from tables.convergence import convergence_summary, convergence_tables
 from tables.finish import finish_summary, finish_tables
 from tables.kernels import kernels_summary, kernels_tables
@@ -25,6 +26,7 @@ SECTIONS = {
     "accuracy": Section("Error of the sum", accuracy_tables, accuracy_summary),
     "finish": Section("The end of a window", finish_tables, finish_summary),
     "overhead": Section("Host time of the hook", overhead_tables, overhead_summary),
+    "batch": Section("A batch that is split at run time", batch_tables, batch_summary),
     "training": Section("Training", training_tables, training_summary),
     "step": Section("The step", step_tables, step_summary),
     "convergence": Section("Convergence", convergence_tables, convergence_summary),

@@ -1,0 +1,172 @@
+"""A window under fully_shard (FSDP2): every collective of a pass is one that all ranks have agreed to run.
+
+A forward or backward pass of ``fully_shard`` gathers weights and reduces gradients, again and again. Were a rank to run
+out of memory between two of these collectives, the others would wait in the next one for ever. So before each, all
+ranks meet: a short message on the CPUs. A rank that has run out of memory comes to the same meeting with that news
+instead of the collective, and all leave their passes there, with an error, and begin the window again in more parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from accumkern.fully_shard_private import (
+    dtypes_of_sums,
+    forget_failed_pass,
+    has_whole_gradients,
+    is_reduced,
+    sharded_groups,
+    wrap_collectives,
+)
+from accumkern.out_of_memory import is_out_of_memory
+from accumkern.rank_window import Name, RankWindow
+from accumkern.ranks import OutOfMemoryElsewhereError, Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.fsdp import FSDPModule
+
+
+class FsdpWindow(RankWindow):
+    """The window of a rank under fully_shard, which runs as many parts as every other.
+
+    Args:
+        modules: those under fully_shard, roots first.
+        group: a gloo group of its ranks for their agreements.
+        reduce_once: reduce gradients in the last part only. Until then each rank keeps whole gradients, in the dtype
+            that they are reduced in, which must be float32, since ``fully_shard`` adds them up. Otherwise each part's
+            gradients are reduced, and their shards folded in FP32.
+
+    Raises:
+        ValueError: on entering, gradients are not to be reduced, or some were not, or not in FP32 and ``reduce_once``.
+    """
+
+    skips_parts = False
+
+    def __init__(self, modules: list[FSDPModule], group: ProcessGroup, reduce_once: bool) -> None:
+        self._agreement = Ranks(group, "in acc.backward()")
+        self._modules = modules
+        self._reduce_once = reduce_once
+        self._stack = ExitStack()
+        self._news = ""  # of memory that has run out on another rank, in this attempt
+
+    def whole(self, counts: Mapping[Name, float]) -> dict[Name, float]:
+        """Return the counts of all ranks, divided by their number."""
+        return self._agreement.means(counts)
+
+    def agreed_parts(self, parts: int, samples: int) -> int:
+        """Return the most parts that a rank needs.
+
+        Raises:
+            ValueError: that is more than a rank has samples.
+        """
+        most, least = [], []
+        for of_rank, samples_of_rank in self._agreement.gathered((parts, samples)):
+            most.append(of_rank)
+            least.append(samples_of_rank)
+        if max(most) > min(least):
+            raise ValueError(
+                f"the ranks have {least} samples, and one of them needs {max(most)} parts; with fully_shard all run "
+                "equally many parts, of at least one sample: give them equally many samples"
+            )
+        return max(most)
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Return a block around all passes of a window.
+
+        Raises:
+            OutOfMemoryElsewhereError: memory has run out on another rank.
+        """
+        self._news = ""
+        try:
+            yield
+            self._meet()
+        except BaseException as error:
+            is_known = bool(self._news) or isinstance(error, OutOfMemoryElsewhereError)
+            if is_out_of_memory(error) and not is_known:
+                self._agreement.meet_out_of_memory(error)
+            for module in self._modules:
+                forget_failed_pass(module)
+            raise
+
+    @contextmanager
+    def part(self, is_last: bool) -> Iterator[None]:
+        """Return a block around forward and backward pass of a part."""
+        if self._reduce_once:
+            self._reduce_in_backward(is_last)
+        yield
+
+    def __enter__(self) -> RankWindow:
+        self._agreement.__enter__()
+        with ExitStack() as stack:
+            stack.push(self._agreement)
+            groups = sharded_groups(self._modules)
+            if not all(map(is_reduced, groups)):
+                raise ValueError(
+                    "set_requires_gradient_sync(False) or set_requires_all_reduce(False) is set, and acc.backward() "
+                    "reduces the gradients of its batch itself; set it to True before"
+                )
+            if any(map(has_whole_gradients, groups)):
+                raise ValueError(
+                    "fully_shard keeps gradients of earlier passes that were not reduced, which acc.backward() could "
+                    "not put back where memory runs out; run a backward pass before that reduces them"
+                )
+            dtypes = {dtype for group in groups for dtype in dtypes_of_sums(group)}
+            if self._reduce_once and dtypes - {torch.float32, torch.float64}:
+                found = ", ".join(sorted(map(str, dtypes)))
+                raise ValueError(
+                    f"reduce_once is True, and fully_shard would add up gradients in {found}; give it "
+                    "MixedPrecisionPolicy(reduce_dtype=torch.float32), or reduce in each part"
+                )
+            self._agreement.meet()
+            for group in groups:
+                stack.callback(wrap_collectives(group, lambda comm: AgreedCollective(comm, self._meet)))
+            stack.callback(self._reduce_in_backward, True)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+    def _meet(self) -> None:
+        """Return when all ranks have come here; raise on all of them when memory has run out on one."""
+        if self._news:  # loss_fn went on after it
+            raise OutOfMemoryElsewhereError(self._news)
+        try:
+            self._agreement.meet()
+        except OutOfMemoryElsewhereError as error:
+            self._news = str(error)
+            raise
+
+    def _reduce_in_backward(self, yes: bool) -> None:
+        for module in self._modules:
+            module.set_requires_gradient_sync(yes, recurse=False)
+
+
+class AgreedCollective:
+    """A collective of fully_shard that every rank runs, or none.
+
+    Args:
+        comm: the collective, as ``FSDPModule.set_custom_all_gather`` takes it.
+        meet: is called before it.
+    """
+
+    def __init__(self, comm: Any, meet: Callable[[], None]) -> None:
+        self._comm, self._meet = comm, meet
+
+    def allocate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return memory for what it sends or receives."""
+        return self._comm.allocate(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it, when all ranks have come to it."""
+        self._meet()
+        return self._comm(*args, **kwargs)

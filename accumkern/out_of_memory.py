@@ -1,0 +1,113 @@
+"""Memory that runs out: how an error says so, sizes as people write them, and a limit for the CPU, which has none."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accumkern.checks import integer
+from accumkern.torch_private import TorchDispatchMode, tree_leaves
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+class MemoryLimitError(MemoryError):
+    """Raised under a limit on the CPU at the operation that goes beyond it."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, of a GPU or of the CPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+def parse_bytes(size: int | str) -> int:
+    """Return a size in bytes: a whole number of them, or text such as ``"24GB"`` (10^9) or ``"16 GiB"`` (2^30).
+
+    Raises:
+        TypeError: ``size`` is neither.
+        ValueError: it is not such text, or not positive.
+    """
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]+)\s*", size)
+        if match is None or match[2].upper() not in _UNITS:
+            raise ValueError(f"memory is {size!r}; it must be a number and a unit, such as '24GB' or '512MiB'")
+        size = int(Fraction(match[1]) * _UNITS[match[2].upper()])
+    return integer("memory", size, "it must be a positive number of bytes, or text such as '24GB'", least=1)
+
+
+def format_bytes(size: float) -> str:
+    """Return ``size`` for people, in decimal units like the memory of a GPU on its box."""
+    for unit, one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if abs(size) >= one:
+            return f"{size / one:.3g} {unit}" if abs(size) < 1000 * one else f"{size / one:,.0f} {unit}"
+    return f"{size:.0f} B"
+
+
+class CpuLimit(TorchDispatchMode):
+    """A block in which the first operation whose results go beyond a limit raises :class:`MemoryLimitError`.
+
+    Every operation's results are looked at, and counted until they are released, which takes time. What an operation
+    allocates inside of itself is not seen, nor what is not torch's.
+
+    Args:
+        held_bytes: what is allocated already and counts.
+        limit_bytes: of everything together.
+    """
+
+    def __init__(self, held_bytes: int, limit_bytes: int) -> None:
+        super().__init__()
+        self.bytes = held_bytes
+        self.limit_bytes = limit_bytes
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        before = self.bytes
+        for storage in _storages(result):
+            if storage._cdata not in given and storage._cdata not in self._alive:
+                self._count(storage)
+        if self.bytes > max(before, self.limit_bytes):  # what allocates nothing, such as putting values back, may go on
+            raise MemoryLimitError(f"{func} needs {format_bytes(self.bytes)} of {format_bytes(self.limit_bytes)}")
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+
+        def forget(_reference: object) -> None:
+            del self._alive[key]
+            self.bytes -= size
+
+        self._alive[key] = weakref.ref(storage, forget)
+        self.bytes += size
+
+
+@contextmanager
+def gpu_limit(device: torch.device, limit_bytes: int) -> Iterator[None]:
+    """Limit what torch's caching allocator takes of a GPU, and put back the limit that was."""
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    """Return the memory of all tensors in arguments or results."""
+    leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout is torch.strided)
+    return [leaf.untyped_storage() for leaf in leaves]
