@@ -25,7 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import accumkern
 from accumkern.memory import storage_bytes
-from accumkern.planning.memory import MemoryMeter, held_tensors, parse_bytes
+from accumkern.out_of_memory import parse_bytes
+from accumkern.planning.memory import MemoryMeter, held_tensors
 from accumkern.planning.plan_result import Plan
 from accumkern.planning.protocol import Setup, run_setup
 

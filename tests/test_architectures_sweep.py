@@ -9,7 +9,7 @@ import pytest
 from planned import old_objects_aside  # noqa: F401
 
 import accumkern
-from accumkern.planning.memory import parse_bytes
+from accumkern.out_of_memory import parse_bytes
 
 pytest.importorskip("transformers")
 from architectures import ARCHITECTURES, CASES, MARGIN, architectures, random_numbers
