@@ -27,6 +27,7 @@ from accumkern.hooks import owner_of
 from accumkern.memory import storage_bytes, tensors_in
 from accumkern.out_of_memory import CpuLimit, gpu_limit, is_out_of_memory
 from accumkern.rank_window import RankWindow
+from accumkern.ranks import RanksError
 from accumkern.snapshot import Snapshot
 from accumkern.splitting import Split, bounds, part_of, samples_of
 from accumkern.torch_private import tree_leaves
@@ -133,14 +134,15 @@ def run(asked: Request, attachment: Attachment, model: nn.Module | None, window:
     parts, found = _parts_for(asked.samples, asked.largest), None
     whole: Counts = {}
     while True:
+        parts = window.agreed_parts(parts, asked.samples)
         try:
-            parts = window.agreed_parts(parts, asked.samples)
             with window.attempt(), _limit(asked, attachments, params, model):
                 losses = _window(asked, parts, whole, window, params[0].device)
             break
         except BaseException as error:
             _begin_again(attachments, before)
-            if not asked.may_halve or not is_out_of_memory(error):
+            # What ends another rank, for whatever reason, ends this one.
+            if not asked.may_halve or isinstance(error, RanksError) or not is_out_of_memory(error):
                 raise
             if parts == asked.samples:
                 _explain(error)

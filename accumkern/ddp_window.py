@@ -103,9 +103,8 @@ class DdpWindow(RankWindow):
         return dist.all_reduce(buffer, group=self._model.process_group, async_op=True).get_future()
 
     def __enter__(self) -> RankWindow:
-        self._agreement.__enter__()
         with ExitStack() as stack:
-            stack.push(self._agreement)
+            stack.enter_context(self._agreement)
             reduction_of(self._model)
             refusal = refusal_of_ddp(self._model)
             if refusal is not None:

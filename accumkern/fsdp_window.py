@@ -25,7 +25,7 @@ from accumkern.fully_shard_private import (
 )
 from accumkern.out_of_memory import is_out_of_memory
 from accumkern.rank_window import Name, RankWindow
-from accumkern.ranks import OutOfMemoryElsewhereError, Ranks
+from accumkern.ranks import OutOfMemoryElsewhereError, Ranks, RanksError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,16 +65,14 @@ class FsdpWindow(RankWindow):
         Raises:
             ValueError: that is more than a rank has samples.
         """
-        most, least = [], []
-        for of_rank, samples_of_rank in self._agreement.gathered((parts, samples)):
-            most.append(of_rank)
-            least.append(samples_of_rank)
-        if max(most) > min(least):
+        of_ranks = self._agreement.gathered((parts, samples))
+        most, available = max(parts for parts, _ in of_ranks), [samples for _, samples in of_ranks]
+        if most > min(available):
             raise ValueError(
-                f"the ranks have {least} samples, and one of them needs {max(most)} parts; with fully_shard all run "
+                f"the ranks have {available} samples, and one of them needs {most} parts; with fully_shard all run "
                 "equally many parts, of at least one sample: give them equally many samples"
             )
-        return max(most)
+        return most
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -88,7 +86,7 @@ class FsdpWindow(RankWindow):
             yield
             self._meet()
         except BaseException as error:
-            is_known = bool(self._news) or isinstance(error, OutOfMemoryElsewhereError)
+            is_known = bool(self._news) or isinstance(error, (OutOfMemoryElsewhereError, RanksError))
             if is_out_of_memory(error) and not is_known:
                 self._agreement.meet_out_of_memory(error)
             for module in self._modules:
@@ -103,9 +101,8 @@ class FsdpWindow(RankWindow):
         yield
 
     def __enter__(self) -> RankWindow:
-        self._agreement.__enter__()
         with ExitStack() as stack:
-            stack.push(self._agreement)
+            stack.enter_context(self._agreement)
             groups = sharded_groups(self._modules)
             if not all(map(is_reduced, groups)):
                 raise ValueError(

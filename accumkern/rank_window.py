@@ -16,18 +16,18 @@ class RankWindow:
     ::
 
         with window_of(model) as window:               # all ranks; before anything that may fail on one of them
-            whole = window.whole(counts)
             while True:
                 parts = window.agreed_parts(parts, samples)
                 try:
                     with window.attempt():
+                        whole = ...                    # window.whole(counts), once
                         for i in range(parts):
                             with window.part(is_last=i + 1 == parts):
                                 ...                    # forward and backward
-                    window.reduce()
                     break
                 except BaseException as error:
                     ...                                # put back; raise, or more parts
+            window.reduce()                            # where memory runs out in here, it ends the ranks
 
     The block is left with an error on all ranks, or on none: a rank that fails, with anything but memory that runs out
     inside of :meth:`attempt`, ends the others with its name and error (:class:`accumkern.ranks.RanksError`).

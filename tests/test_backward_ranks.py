@@ -684,6 +684,21 @@ def test_memory_may_run_out_anywhere(ranks: Ranks, wrap: str, checkpoints: bool)
     ranks.run(anywhere, wrap, checkpoints, 30, at_least=2)
 
 
+def never_enough(wrap: str) -> str:
+    """Return how a window ends where one rank has no more samples to split, and the other one has."""
+    module = net(0)
+    model = sharded(module) if wrap == "fully_shard" else replicated(module)
+    acc = attached(module)
+    return error_of(lambda: acc.backward(loss_of(model), batch_of((8, 2)[dist.get_rank()]), model=model))
+
+
+@pytest.mark.parametrize("wrap", ["DistributedDataParallel", "fully_shard"])
+def test_what_ends_one_rank_is_not_this_ones_memory(ranks: Ranks, wrap: str) -> None:
+    one, other = ranks.run(never_enough, wrap, at_least=2)
+    assert other.startswith("OutOfMemoryError: CUDA out of memory. Tried to allocate 1 samples.")
+    assert one.startswith(f"RanksError: rank 1 failed in acc.backward() with {other}")
+
+
 def under_a_limit(wrap: str) -> None:
     """Let a limit be what makes memory run out, on one rank."""
     torch.manual_seed(1)

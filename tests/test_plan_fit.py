@@ -446,13 +446,22 @@ def test_the_smallest_that_trains_is_found(least: int, at_most: int) -> None:
     assert all(trial.problem is None for trial in found.trials)
 
 
-@pytest.mark.parametrize(("least", "at_most", "last"), [(9, 64, 8), (3, 2, 2)], ids=["never", "not up to the target"])
-def test_an_error_of_every_size_is_raised_as_that_of_one_sample(least: int, at_most: int, last: int) -> None:
+@pytest.mark.parametrize(("least", "at_most", "last"), [(9, 64, 8), (3, 2, 2), (2, 1, 1)])
+def test_an_error_of_every_size_is_raised_as_it_is(least: int, at_most: int, last: int) -> None:
     tried: list[int] = []
-    with pytest.raises(RuntimeError, match=r"loss of setup\(\) raised ZeroDivisionError: not of 1$") as raised:
+    raises = min(2, at_most)
+    with pytest.raises(RuntimeError, match=rf"^loss of setup\(\) raised ZeroDivisionError: not of {raises}$") as raised:
         fit_of(needs(least, tried), 10**9, at_most)
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
-    assert tried == [*range(1, last + 1), 1]
+    assert tried == [*range(1, last + 1), raises]
+
+
+def test_what_one_sample_raises_does_not_hide_what_is_wrong() -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        raise KeyError("labels") if len(model(batch)) > 1 else AssertionError
+
+    with pytest.raises(RuntimeError, match=r"loss of setup\(\) raised KeyError: 'labels'"):
+        fit_of(batch_norm()._replace(loss=loss), 10**9)
 
 
 def test_an_error_of_larger_sizes_alone_is_raised_at_once() -> None:
@@ -510,7 +519,7 @@ def test_the_data_may_be_the_limit(maker: Callable[[int], Tensor], problem: str,
         assert found.data_problem is None
     else:
         assert str(found.data_problem).startswith(problem)
-        assert "let make_batch draw with replacement, or give a smaller largest_micro_batch" in str(found.data_problem)
+        assert "let make_batch draw with replacement, or ask for smaller micro-batches" in str(found.data_problem)
 
 
 def test_a_plan_says_that_the_data_is_the_limit() -> None:

@@ -536,7 +536,7 @@ def none_left() -> Setup:
 
 @pytest.mark.parametrize(("setup", "error"), [(few, ValueError), (none_left, RuntimeError)])
 def test_a_data_set_smaller_than_a_batch_is_told_what_to_do(tmp_path: Path, setup: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match=r"make_batch\(16\) of setup\(\) .*fewer than 16 samples.*smaller micro-batch"):
+    with pytest.raises(error, match=r"make_batch\(16\) of setup\(\) .*fewer samples than 16.*smaller micro-batches"):
         small(setup, tmp_path, micro_batch=16)
     assert small(setup, tmp_path / "smaller", micro_batch=8).runs[1].status == "finished"
 

@@ -137,7 +137,7 @@ def _smallest(
 ) -> tuple[Trial, str | None]:
     """Return the trial of the fewest samples that train, or run out of memory, and what one less raises.
 
-    Where no number of them does, it is the error of a single one that counts, and it is raised as it is.
+    Where no number of them does, the error of two is raised as it is: that of one may only say that it is too few.
     """
     size, problem = (_TRIAL_WINDOWS, _TRIAL_MICRO_BATCHES), None
     for micro_batch in range(1, min(_MOST_SMALLEST, at_most) + 1):
@@ -146,7 +146,7 @@ def _smallest(
         if trial.problem is None:
             return trial, problem
         problem = trial.problem
-    return try_windows(preserved, 1, *size, limit_bytes)[0], None
+    return try_windows(preserved, min(2, at_most), *size, limit_bytes)[0], None
 
 
 def verify(preserved: Preserved, micro_batch: int, micro_batches: int, limit_bytes: int) -> Trial:

@@ -196,7 +196,7 @@ def make_batch(setup: Setup, size: int, kind: str = "make_batch") -> Any:
         function, kind = setup.make_batch, "make_batch"
     advice = (
         f"; where there are fewer samples than {size}, or they have come to an end, let {kind} draw with replacement, "
-        "or give a smaller largest_micro_batch"
+        "or ask for smaller micro-batches"
     )
     batch = _called(f"{kind}({size})", function, size, advice=advice)
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
