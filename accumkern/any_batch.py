@@ -25,7 +25,7 @@ from accumkern.attachment import Attachment
 from accumkern.checks import integer, one_of
 from accumkern.hooks import owner_of
 from accumkern.memory import storage_bytes, tensors_in
-from accumkern.out_of_memory import CpuLimit, gpu_limit, is_out_of_memory
+from accumkern.out_of_memory import CpuLimit, forget_failed_pass, gpu_limit, is_out_of_memory
 from accumkern.rank_window import RankWindow
 from accumkern.ranks import RanksError
 from accumkern.snapshot import Snapshot
@@ -252,8 +252,7 @@ def _begin_again(attachments: list[Attachment], before: Snapshot) -> None:
 
 def _free(params: list[Tensor]) -> None:
     """Let go of what the failed window has left behind."""
-    with torch.enable_grad():  # what waited in autograd's queue when a backward pass failed stays until the next one
-        torch.zeros((), requires_grad=True).backward()
+    forget_failed_pass()
     gc.collect()
     if any(param.device.type == "cuda" for param in params):
         torch.cuda.empty_cache()

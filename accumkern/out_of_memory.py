@@ -54,6 +54,15 @@ def format_bytes(size: float) -> str:
     return f"{size:.0f} B"
 
 
+def forget_failed_pass() -> None:
+    """Let go of what a backward pass that failed has left behind.
+
+    What waited in autograd's queue of this thread stays there, with all that it needs, until the next backward pass.
+    """
+    with torch.enable_grad():
+        torch.zeros((), requires_grad=True).backward()
+
+
 class CpuLimit(TorchDispatchMode):
     """A block in which the first operation whose results go beyond a limit raises :class:`MemoryLimitError`.
 

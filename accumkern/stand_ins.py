@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,27 @@ from accumkern.slot import Slot
 
 STAND_IN_BYTES = 8  # of an element: FP32 weight and gradient
 _ALIGNMENT = 64  # elements
+
+_as_on: str | None = None
+
+
+def kind_of(device: torch.device) -> str:
+    """Return the type of a device, or in the block of :func:`as_on` the one that is named there."""
+    return _as_on or device.type
+
+
+@contextmanager
+def as_on(device_type: str) -> Iterator[None]:
+    """Let stand-ins be made and kept as on a kind of device, wherever the parameters are, in all threads.
+
+    For predictions of memory.
+    """
+    global _as_on
+    before, _as_on = _as_on, device_type
+    try:
+        yield
+    finally:
+        _as_on = before
 
 
 class StandIn(NamedTuple):
@@ -55,7 +77,7 @@ class StandIns:
 
     def keep(self, memory: dict[torch.device, Tensor]) -> None:
         """Keep what stand-ins were in, where that is the host's memory."""
-        self.kept = {device: flat for device, flat in memory.items() if device.type == "cpu"}
+        self.kept = {device: flat for device, flat in memory.items() if kind_of(device) == "cpu"}
 
     def __call__(self, params: list[Tensor], memory: dict[torch.device, Tensor], is_known: bool) -> list[StandIn]:
         """Return the stand-ins of parameters: master weight and accumulated gradient in FP32.

@@ -30,7 +30,7 @@ from accumkern.master_weights import MasterWeights, dense, local_of, sum_of_bits
 from accumkern.optimizers import is_stepped_in_parts, raw_step
 from accumkern.passes import BackwardPasses
 from accumkern.slot import Slot
-from accumkern.stand_ins import STAND_IN_BYTES, StandIn, StandIns
+from accumkern.stand_ins import STAND_IN_BYTES, StandIn, StandIns, kind_of
 from accumkern.torch_private import HOOKS_OF_STEP, LastHook, call_first_after_step
 
 #: Bytes of a bucket. On a CPU it stays in the cache; elsewhere each one takes a few launches. docs/performance.md
@@ -41,7 +41,7 @@ _Members = dict[int, list[Tensor]]  # index of a parameter group -> parameters i
 
 def bucket_bytes_on(device: torch.device) -> int:
     """Return the bytes of a bucket where none were asked for."""
-    return _CPU_BUCKET if device.type == "cpu" else _BUCKET
+    return _CPU_BUCKET if kind_of(device) == "cpu" else _BUCKET
 
 
 class Stepping:

@@ -11,7 +11,8 @@ import importlib.util
 import operator
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -268,13 +269,38 @@ def sync_before_passes(model: Any) -> None:
 tree_flatten = _find("utils._pytree.tree_flatten", "planning")
 tree_unflatten = _find("utils._pytree.tree_unflatten", "planning")
 pop_mode_temporarily = _find("utils._python_dispatch._pop_mode_temporarily", "planning")
-FakeTensor = _find("_subclasses.fake_tensor.FakeTensor", "planning")
 FakeTensorMode = _find("_subclasses.fake_tensor.FakeTensorMode", "planning")
+#: A block in which tensors are real, inside of one of FakeTensorMode too.
+without_fake_tensors = _find("_subclasses.fake_tensor.unset_fake_temporarily", "planning")
 BatchNorm = _find("nn.modules.batchnorm._BatchNorm", "planning")
+#: What operations on fake tensors raise that need values of tensors, or have results of a shape that depends on them.
+NEEDS_VALUES = tuple(
+    _find(f"_subclasses.fake_tensor.{name}", "planning")
+    for name in ("DataDependentOutputException", "DynamicOutputShapeException")
+)
+unset_fake_temporarily = _find("_subclasses.fake_tensor.unset_fake_temporarily", "planning")
+tree_map = _find("utils._pytree.tree_map", "planning")
+_find("nn.init._no_grad_trunc_normal_", "planning")
+
+_engine_run_backward = _find("autograd.graph._engine_run_backward", "planning")
 
 
-def memory_tracker() -> tuple[Any, Any]:
-    """Return a tracker of all tensors' memory, and the kinds that it tells apart."""
-    from torch.distributed._tools import mem_tracker
+def run_backward(loss: Tensor) -> None:
+    """Do what ``loss.backward()`` does, without asking the modes of ``__torch_function__``."""
+    gradients = (torch.ones_like(loss),)
+    _engine_run_backward((loss,), gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
-    return mem_tracker.MemTracker(), mem_tracker._MemRefType
+
+@contextmanager
+def without_rejection() -> Iterator[None]:
+    """Let ``nn.init.trunc_normal_`` leave fake tensors as they are: it looks at values, to draw some of them again."""
+    draw = torch.nn.init._no_grad_trunc_normal_
+
+    def draw_or_leave(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return tensor if is_fake(tensor) else draw(tensor, *args, **kwargs)
+
+    torch.nn.init._no_grad_trunc_normal_ = draw_or_leave
+    try:
+        yield
+    finally:
+        torch.nn.init._no_grad_trunc_normal_ = draw

@@ -12,7 +12,8 @@ import torch
 
 import accumkern
 from accumkern.noise_scale import check_group, check_smoothing, counts_of
-from accumkern.planning.memory import check_margin, parse_bytes
+from accumkern.out_of_memory import parse_bytes
+from accumkern.planning.memory import check_margin
 from accumkern.planning.protocol import Setup, check_setup
 
 HUGE = 10**400

@@ -5,7 +5,6 @@ import json
 import random
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,13 +28,13 @@ from torch import nn
 import accumkern
 from accumkern import stepping
 from accumkern.memory import storage_bytes
+from accumkern.planning.fakes import PredictionError, fake_setup
 from accumkern.planning.precision import choose_buffer, choose_masters, step_bytes
-from accumkern.planning.predict import PredictionError, fake_setup, predict_memory
+from accumkern.planning.predict import predict
 from accumkern.planning.protocol import (
     Setup,
     check_setup,
     compute_loss,
-    load_setup,
     make_batch,
     run_setup,
 )
@@ -190,26 +189,6 @@ def test_a_loss_without_the_model_is_named() -> None:
         accumkern.plan(lambda: changed(loss=lambda model, batch: torch.zeros((), requires_grad=True)))
 
 
-def test_load_setup(tmp_path: Path) -> None:
-    (tmp_path / "helper_of_script.py").write_text("value = 3\n")
-    script = tmp_path / "script.py"
-    script.write_text("from helper_of_script import value\nnumber = 3\ndef setup(): return value\n")
-    assert load_setup(f"{script}:setup")() == 3
-    for target, error, message in [
-        (str(script), ValueError, "such as 'train.py:setup'"),
-        (f"{script}:set up", ValueError, "such as 'train.py:setup'"),
-        (f"{tmp_path}/none.py:setup", FileNotFoundError, "there is no script"),
-        (f"{script}:main", AttributeError, "has no function 'main'; write one that returns model, optimizer"),
-        (f"{script}:number", TypeError, "number in"),
-    ]:
-        with pytest.raises(error) as raised:
-            load_setup(target)
-        assert message in str(raised.value)
-    script.write_text("raise SystemExit(3)\n")
-    with pytest.raises(RuntimeError, match="raised SystemExit: 3 while it was imported"):
-        load_setup(f"{script}:setup")
-
-
 # ---- what would fit elsewhere ------------------------------------------------------------------------------------
 
 
@@ -217,19 +196,18 @@ def test_load_setup(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [1, 8, 32])
 @pytest.mark.parametrize(
     ("maker", "least", "most"),
-    [(gpt, -0.03, 0.001), (hungry, -0.001, 0.001), (conv, -0.30, 0.001)],
+    [(gpt, -0.03, 0.001), (hungry, -0.001, 0.001), (conv, -0.05, 0.05)],
     ids=["gpt", "hungry", "conv"],
 )
 def test_predictions_are_near_what_is_measured(
     maker: Callable[[], Setup], least: float, most: float, size: int, micro_batches: int
 ) -> None:
-    # What is missing is what kernels allocate inside themselves, such as the CPU's convolutions.
     setup = maker()
     buffer = choose_buffer(setup, None)
     with Preserved(setup, buffer) as preserved:
         tried, _ = try_windows(preserved, size, 2, micro_batches, 10**10)
     with fake_setup(maker) as fake:
-        memory = predict_memory(fake, size, buffer, micro_batches)
+        memory = predict(fake, size, buffer, micro_batches).memory
     assert least <= memory.total / tried.peak_bytes - 1 <= most
     assert memory.parameters >= storage_bytes(setup.model.parameters())
 
@@ -270,7 +248,7 @@ def test_predictions_with_master_weights_are_near_what_is_measured(
     with Preserved(maker(), "split24", master_weights=master_weights) as preserved:
         tried, _ = try_windows(preserved, size, 2, micro_batches, 10**10)
     with fake_setup(maker) as fake:
-        memory = predict_memory(fake, size, "split24", micro_batches, master_weights)
+        memory = predict(fake, size, "split24", micro_batches, master_weights).memory
     assert memory.total == pytest.approx(tried.peak_bytes, rel=0.001)
 
 
@@ -278,11 +256,11 @@ def test_categories_of_a_prediction_with_master_weights(monkeypatch: pytest.Monk
     with fake_setup(tuned(torch.optim.AdamW)) as fake:
         numel = sum(p.numel() for p in fake.model.parameters())
         assert step_bytes(fake) == 0
-        in_one_pass = predict_memory(fake, 8, "split24", 2, "split32").optimizer_state
+        in_one_pass = predict(fake, 8, "split24", 2, "split32").memory.optimizer_state
         assert 8 * numel <= in_one_pass <= 8.1 * numel  # two moments
     with fake_setup(tuned(OwnAdamW, fused=True)) as fake:
         assert step_bytes(fake) == 8 * numel
-        memories = {name: predict_memory(fake, 8, "split24", 2, name) for name in ("split24", "split32")}
+        memories = {name: predict(fake, 8, "split24", 2, name).memory for name in ("split24", "split32")}
     for name, per_param in (("split24", 1), ("split32", 2)):
         assert memories[name].master_residuals == per_param * numel
         assert (memories[name].parameters, memories[name].residuals) == (2 * numel, numel)
@@ -291,7 +269,7 @@ def test_categories_of_a_prediction_with_master_weights(monkeypatch: pytest.Monk
     monkeypatch.setattr(stepping, "bucket_bytes_on", lambda device: 1)
     with fake_setup(tuned(OwnAdamW, fused=True)) as fake:
         largest_numel = max(p.numel() for p in fake.model.parameters())
-        small = predict_memory(fake, 8, "split24", 2, "split32")
+        small = predict(fake, 8, "split24", 2, "split32").memory
         assert 8 * (numel + largest_numel) <= small.optimizer_state <= 8.1 * (numel + largest_numel)
         assert dataclasses.replace(small, optimizer_state=0) == dataclasses.replace(
             memories["split32"], optimizer_state=0
@@ -301,7 +279,7 @@ def test_categories_of_a_prediction_with_master_weights(monkeypatch: pytest.Monk
 def test_categories_of_a_prediction() -> None:
     with fake_setup(gpt) as fake:
         numel = sum(p.numel() for p in fake.model.parameters())
-        memories = {buffer: predict_memory(fake, 8, buffer) for buffer in ("split24", "split32", "fp32")}
+        memories = {buffer: predict(fake, 8, buffer).memory for buffer in ("split24", "split32", "fp32")}
     for buffer, per_param in (("split24", 1), ("split32", 2), ("fp32", 4)):
         assert memories[buffer].residuals == per_param * numel
         assert memories[buffer].parameters == 2 * numel
@@ -321,20 +299,21 @@ def test_a_model_larger_than_the_machine_is_predicted_without_its_memory() -> No
             lambda model, batch: model(batch).mean(),
         )
 
-    plan = accumkern.plan(giant, effective_batch=64, memory="200 GB", master_weights=None, measure=False)
+    how: Any = {"memory": "200 GB", "measure": False, "device": "cpu"}
+    plan = accumkern.plan(giant, effective_batch=64, **how, master_weights=None)
     parameters = 8 * 2**32
     assert plan.predictions[0].memory.parameters == parameters  # 34 GB
     assert plan.predictions[0].memory.residuals == parameters // 2
     assert (plan.choice.micro_batch, plan.choice.accumulation_steps, plan.fit) == (64, 1, None)
     with pytest.raises(ValueError, match=r"no micro-batch would fit into 100 GB with a margin of 10%: .* 34\.4 GB"):
-        accumkern.plan(giant, memory="100 GB", master_weights=None, measure=False)
+        accumkern.plan(giant, **how | {"memory": "100 GB"}, master_weights=None)
     with pytest.raises(ValueError, match=r"parameters 34\.4 GB, their master weights 34\.4 GB, .* residuals 51\.5 GB"):
-        accumkern.plan(giant, memory="200 GB", measure=False)
+        accumkern.plan(giant, **how)
 
 
 def test_a_script_that_needs_values_is_not_predicted_and_says_why() -> None:
     def peeking() -> Setup:
-        return mlp()._replace(make_batch=lambda size: torch.randn(size, 16 + int(torch.rand(1).item())).bfloat16())
+        return mlp()._replace(loss=lambda model, batch: model(batch).mean() * batch.max().item())
 
     with pytest.raises(PredictionError, match="does not run on fake tensors"):
         accumkern.plan(peeking, memory="1 GB", measure=False)
@@ -344,14 +323,14 @@ def test_a_script_that_needs_values_is_not_predicted_and_says_why() -> None:
     assert "does not run on fake tensors" in str(plan)
 
 
-def test_a_model_that_was_made_before_is_not_predicted_and_not_touched() -> None:
+def test_a_model_that_was_made_before_is_predicted_and_not_touched() -> None:
     setup = mlp()
     before = fingerprint(setup)
-    with pytest.raises(PredictionError, match="a model that was made before it was called"):
-        accumkern.plan(lambda: setup, memory="1 GB", measure=False)
+    plan = accumkern.plan(lambda: setup, memory="1 GB", measure=False)
+    assert plan.predictions == accumkern.plan(mlp, memory="1 GB", measure=False).predictions
     assert same(before, fingerprint(setup))
-    plan = accumkern.plan(lambda: setup, effective_batch=4, noise_windows=0)  # measuring works
-    assert "made before it was called" in str(plan.prediction_problem)
+    plan = accumkern.plan(lambda: setup, effective_batch=4, noise_windows=0)  # both
+    assert plan.prediction_problem is None
     assert same(before, fingerprint(setup))
 
 
@@ -575,6 +554,6 @@ def test_a_plan_on_a_gpu_respects_its_limit_and_gives_the_memory_back() -> None:
     with fake_setup(setup) as fake:
         size = plan.choice.micro_batch
         micro_batches = min(2, plan.choice.accumulation_steps)
-        predicted = predict_memory(fake, size, "split24", micro_batches, plan.master_weights).total
+        predicted = predict(fake, size, "split24", micro_batches, plan.master_weights).memory.total
     print(f"predicted {predicted / plan.choice.memory_bytes - 1:+.1%} of the measured peak on {plan.machine['device']}")
     assert predicted == pytest.approx(plan.choice.memory_bytes, rel=0.25)

@@ -21,23 +21,18 @@ from planned import (  # noqa: F401
     same,
     short_timings,
 )
+from scarce import Scarce
 from torch import Tensor, nn
 
 import accumkern
 from accumkern.memory import storage_bytes
+from accumkern.out_of_memory import MemoryLimitError, format_bytes, is_out_of_memory, parse_bytes
 from accumkern.planning.fit import Fit, find_fit, largest
-from accumkern.planning.memory import (
-    MemoryLimitError,
-    MemoryMeter,
-    available_bytes,
-    format_bytes,
-    held_tensors,
-    is_out_of_memory,
-    parse_bytes,
-)
+from accumkern.planning.memory import MemoryMeter, available_bytes, held_tensors
 from accumkern.planning.precision import accumulation, choose_buffer, choose_masters
 from accumkern.planning.protocol import (
     Setup,
+    check_setup,
     compute_loss,
     make_batch,
 )
@@ -551,3 +546,27 @@ def test_the_noise_scale_is_not_measured_with_fewer_than_train() -> None:
     plan = accumkern.plan(lambda: needs(6), effective_batch=12, largest_micro_batch=6, noise_windows=4)
     assert plan.noise is not None
     assert plan.noise.batch == 8 * 6
+
+
+def test_a_trial_that_failed_in_a_backward_pass_leaves_nothing_for_the_next_to_let_go() -> None:
+    """What waits in autograd's queue is gone before the next trial is measured, or that seems to need less."""
+
+    def setup() -> Any:
+        torch.manual_seed(0)
+        scarce = Scarce(4, "backward")
+        model = nn.ModuleDict({"first": nn.Linear(8, 64), "side": nn.Linear(64, 4), "last": nn.Linear(64, 4)})
+
+        def loss(model: Any, batch: Tensor) -> Tensor:
+            hidden = model["first"](batch)
+            side = model["side"](hidden.exp()).square().mean()  # waits while the other branch fails
+            return side + model["last"](scarce(hidden.tanh())).square().mean()
+
+        return model, torch.optim.SGD(model.parameters(), lr=0.1), lambda size: torch.randn(size, 8), loss
+
+    def peak_of_four(fails_before: bool) -> int:
+        with Preserved(check_setup(setup())) as preserved:
+            if fails_before:
+                assert not try_windows(preserved, 256, 2, 2, 10**9)[0].fits
+            return try_windows(preserved, 4, 2, 2, 10**9)[0].peak_bytes
+
+    assert peak_of_four(True) == peak_of_four(False)

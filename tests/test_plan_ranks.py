@@ -103,8 +103,9 @@ def test_what_does_not_fit_on_one_rank_does_not_fit(ranks: Ranks) -> None:
     one, other = ranks.run(plan_where_one_runs_out, at_least=2)
     assert one == other
     assert one.largest_micro_batch == 3
-    assert one.prediction_problem is not None
-    assert "\n" not in one.prediction_problem
+    assert one.prediction_problem is None  # of what DistributedDataParallel wraps
+    assert one.prediction_error is not None
+    assert one.prediction_error < 0.01
 
 
 def plan_of_few_samples(phase: str, samples: list[int]) -> Any:

@@ -135,7 +135,7 @@ def test_json_is_all_that_goes_to_stdout(script: Path, capsys: pytest.CaptureFix
     assert plan["choice"]["effective_batch"] == 64
     assert plan["fit"] is None
     assert plan["predictions"][0]["memory"]["total"] <= 0.9e6
-    assert plan["machine"]["device"] == "none: predicted on fake tensors"
+    assert plan["machine"]["device"] == "none: predicted for a GPU on fake tensors"
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,17 @@ def test_master_weights_are_an_option(
     master_weights: str | None,
     reason: str,
 ) -> None:
-    command = ["plan", f"{script}:{function}", "--predict", "--memory", "1MB", "--effective-batch", "64"]
+    command = [
+        "plan",
+        f"{script}:{function}",
+        "--predict",
+        "--device",
+        "cpu",
+        "--memory",
+        "1MB",
+        "--effective-batch",
+        "64",
+    ]
     assert main([*command, "--master-weights", asked, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["master_weights"] == master_weights
@@ -185,16 +195,14 @@ def test_sweep_prints_a_table_and_fails_where_nothing_was_learnt(
     [
         (["plan", "{script}:raising"], "accumkern plan: setup() raised ZeroDivisionError: division by zero"),
         (["plan", "{script}:raising"], "script.py:17: return 1 / 0"),
-        (["plan", "{script}:setup", "--master-weights", "fp32"], "it must be one of auto, split24, split32, or None"),
         (["plan", "{script}:refused", "--master-weights", "split32"], "is 'split32', and SGD cannot step FP32 weights"),
         (["plan", "{script}:wrong_shapes"], "loss of setup() raised RuntimeError: mat1 and mat2 shapes cannot be"),
         (["plan", "{script}:wrong_shapes"], "script.py:12: lambda model, batch: (model(batch)"),
-        (["plan", "{script}:none"], "has no function 'none'"),
-        (["plan", "{script}"], "it must be a script and a function in it"),
+        (["plan", "{script}:none"], "script.py has no 'none'; name a function that returns model, optimizer"),
+        (["plan", "{script}"], "it must be a script and a name in it"),
         (["plan", "nowhere.py:setup"], "there is no script 'nowhere.py'"),
         (["plan", "{script}:setup", "--memory", "1kB"], "less than what the model and its optimizer hold"),
         (["plan", "{script}:setup", "--memory", "12 kB"], "no micro-batch fits"),
-        (["plan", "{script}:setup", "--predict"], "memory is None; a prediction (measure=False) needs it"),
         (["plan", "{script}:setup", "--predict", "--memory", "5kB"], "no micro-batch would fit into 5 kB"),
     ],
 )

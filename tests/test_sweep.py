@@ -505,13 +505,6 @@ def test_damaged_settings_are_named_with_their_cure(tmp_path: Path) -> None:
         small(regression, tmp_path)
 
 
-def test_a_damaged_plan_beside_a_sweep_is_named(tmp_path: Path) -> None:
-    report = pytest.importorskip("accumkern.planning.report")
-    (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(ValueError, match=f"{tmp_path / 'plan.json'} is damaged .*; delete it, or write it again"):
-        report.write_sweep(small(regression, tmp_path), tmp_path)
-
-
 def few(**fields: Any) -> Setup:
     """A setup with a data set of 10 samples."""
     made = regression()

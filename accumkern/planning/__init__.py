@@ -4,12 +4,18 @@ The road through the files, from the ground up; each imports only from those bef
 
     memory.py          sizes as people write them; what a device has, and what a piece of code allocates under a limit
     protocol.py        what a script's setup() provides, and the checks of it
+    samples.py         batches of any size from a data set or a data loader
+    frameworks.py      setups derived from transformers' Trainer, Lightning's modules, and models with data loaders
+    derived.py         the setup function of whatever was named
+    script.py          the script of a command: imported and run as Python would, its prints apart from the result
     precision.py       what FP32 it trains in: buffer and master weights, and attach() with them
     trial.py           windows trained before everything is put back
     fit.py             what fits: the smallest micro-batch that trains, and the largest
     speed.py           what is fast, and how to split an effective batch by it
     noise.py           what helps training: the gradient noise scale, and which effective batches it makes useful
     options.py         how large the options may be; caveats.py: what a plan warns of
+    kernels.py         what kernels need inside themselves, and what a GPU's differ in, for fake tensors of a CPU
+    fakes.py           a setup whose tensors are fake; tracker.py: the memory of all tensors, and its peak
     predict.py         what would fit elsewhere, on fake tensors
     scaling_laws.py    what published laws say of the batch for a budget of tokens
     token_budget.py    the laws in words, and when to raise the batch during a run

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from rich.table import Table
 from rich.text import Text
 
-from accumkern.planning.memory import format_bytes
+from accumkern.out_of_memory import format_bytes
 from accumkern.planning.plan import plan
 from accumkern.planning.plan_result import Plan
-from accumkern.planning.protocol import load_setup
-from accumkern.planning.report import format_rate, format_useful, write_plan, write_sweep
+from accumkern.planning.report import check_folder, format_rate, format_useful, write_plan, write_sweep
 from accumkern.planning.scaling_laws import format_count
+from accumkern.planning.script import Script, ScriptSetup
 from accumkern.planning.sweep import sweep
 from accumkern.planning.sweep_result import Sweep
 from accumkern.planning.sweep_runs import Run
@@ -30,54 +29,59 @@ from accumkern.planning.token_budget import Schedule
 from accumkern.ranks import is_first
 
 _OWN = ("command", "setup", "output", "json", "predict")  # options of the command line; the others are arguments
+_NOT_THE_SCRIPTS = (Path(__file__).parent.parent, Path(torch.__file__).parent)
 _LEAST_WIDTH = 100  # where there is no terminal to fit into
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, script_arguments: Sequence[str] = ()) -> int:
     """Run a command; return its exit status: 1 where nothing was learnt, 2 where it failed.
 
-    Of several ranks, the first prints and writes the result, and every rank its own error.
+    Of several ranks, the first prints and writes the result, and every rank its own error. The result alone goes to
+    stdout.
+
+    Args:
+        args: from the command line.
+        script_arguments: what the script is to see in ``sys.argv``.
     """
     errors = _console(stderr=True)
+    script = None
     folder: Any = args.output
+    arguments = {name: value for name, value in vars(args).items() if name not in _OWN}
     try:
+        script = Script(args.setup, script_arguments)
+        if arguments.get("start") is not None:
+            arguments["start"] = arguments["start"].expanduser().resolve()
         if folder is not None:
-            folder = folder.expanduser()
-            folder.mkdir(parents=True, exist_ok=True)  # before hours of measuring
-        with _Live(errors) as live:
-            arguments = {name: value for name, value in vars(args).items() if name not in _OWN}
+            folder = folder.expanduser().resolve()  # before the script changes directory, and hours of measuring
+            folder.mkdir(parents=True, exist_ok=True)
+            check_folder(folder, Plan if args.command == "plan" else Sweep)
+        with script.running(), _Live(errors) as live:
             result: Plan | Sweep
+            setup = ScriptSetup(script, in_place=args.command == "plan")
             if args.command == "plan":
-                result = plan(load_setup(args.setup), **arguments, measure=not args.predict, progress=live.tell)
+                result = plan(setup, **arguments, measure=not args.predict, progress=live.tell)
             else:
-                result = sweep(args.setup, **arguments, folder=folder, progress=live.tell_of_run)
-            if not is_first():
-                return 0
-            page = None
-            if folder is not None:
-                page = write_plan(result, folder) if isinstance(result, Plan) else write_sweep(result, folder)
+                result = sweep(setup, **arguments, folder=folder, progress=live.tell_of_run)
             live.finish()
+        if not is_first():
+            return 0
+        if args.json:
+            print(json.dumps(result.to_dict(), indent=1, allow_nan=False))
+        else:
+            _console().print(_plan_table(result) if isinstance(result, Plan) else _sweep_table(result))
+        if folder is not None:  # last: a full disk does not keep the result from being seen
+            page = write_plan(result, folder) if isinstance(result, Plan) else write_sweep(result, folder)
+            errors.print(f"\nreport: {page}", markup=False, highlight=False)
     except (AttributeError, OSError, TypeError, ValueError, RuntimeError) as error:
         errors.print(f"accumkern {args.command}: {error}", style="red", markup=False, highlight=False)
-        for frame in _frames_of_script(error.__cause__ or error, args.setup.rpartition(":")[0])[-1:]:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        frame = script and script.last_frame(cause, _NOT_THE_SCRIPTS)
+        if frame:
             errors.print(f"  raised at {frame.filename}:{frame.lineno}: {frame.line}", markup=False, highlight=False)
         return 2
-    if args.json:
-        print(json.dumps(result.to_dict(), indent=1, allow_nan=False))
-    else:
-        _console().print(_plan_table(result) if isinstance(result, Plan) else _sweep_table(result))
-    if page is not None:
-        errors.print(f"\nreport: {page}", markup=False, highlight=False)
     return 0 if isinstance(result, Plan) or result.learnt else 1
-
-
-def _frames_of_script(error: BaseException, script: str) -> list[traceback.FrameSummary]:
-    """Return where an error passed through the code in a script's folder, called from accumkern."""
-    own, of_torch = Path(__file__).parent.parent, Path(torch.__file__).parent
-    frames = [(frame, Path(frame.filename).parents) for frame in traceback.extract_tb(error.__traceback__)]
-    called = itertools.dropwhile(lambda frame: own not in frame[1], frames)
-    folder = Path(script).expanduser().resolve().parent
-    return [frame for frame, parents in called if folder in parents and not {own, of_torch} & set(parents)]
 
 
 class _Live(Progress):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from accumkern.memory import storage_bytes
-from accumkern.planning.memory import format_bytes
+from accumkern.out_of_memory import format_bytes
 from accumkern.planning.trial import Preserved, Trial, held_bytes, try_windows
 
 # The optimizer's states appear in its first step, so only the second window needs all the memory that training needs.

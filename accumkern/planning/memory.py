@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import re
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -14,10 +16,6 @@ from torch import Tensor, nn
 
 from accumkern.checks import real
 from accumkern.out_of_memory import CpuLimit, gpu_limit
-from accumkern.out_of_memory import MemoryLimitError as MemoryLimitError
-from accumkern.out_of_memory import format_bytes as format_bytes
-from accumkern.out_of_memory import is_out_of_memory as is_out_of_memory
-from accumkern.out_of_memory import parse_bytes as parse_bytes
 from accumkern.torch_private import tree_leaves
 from accumkern.version import __version__
 
@@ -136,11 +134,17 @@ class MemoryMeter:
             self._limit.__enter__()
         else:
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its start and end to stderr otherwise
+            gc.collect()  # torch's allocator warns of what is freed while it is profiled and was not when it was made
             self._profile = torch.autograd.profiler.profile(use_kineto=True, profile_memory=True)
             self._guard = CpuLimit(self.held_bytes, self.limit_bytes)
             self._profile.__enter__()
             self._guard.__enter__()
         return self
+
+    def lift_limit(self) -> None:
+        """Let the rest of the block allocate what it needs, on a CPU, because it puts things back."""
+        if self.device.type != "cuda":
+            self._guard.limit_bytes = sys.maxsize
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None

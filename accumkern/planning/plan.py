@@ -8,14 +8,16 @@ from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
+from accumkern.out_of_memory import format_bytes, parse_bytes
 from accumkern.planning.caveats import batch_norm_warnings, busy_warnings, load
+from accumkern.planning.fakes import PredictionError, fake_setup
 from accumkern.planning.fit import find_fit, largest, verify
-from accumkern.planning.memory import available_bytes, check_margin, format_bytes, interpolated, machine_of, parse_bytes
+from accumkern.planning.memory import available_bytes, check_margin, interpolated, machine_of
 from accumkern.planning.noise import accumulation_pays, best_way, costs, measure_noise, useful_batches
 from accumkern.planning.options import check_sizes
 from accumkern.planning.plan_result import Choice, Plan, explain, with_schedule
 from accumkern.planning.precision import choose_buffer, choose_masters, masters_problem, step_bytes, with_masters
-from accumkern.planning.predict import Prediction, PredictionError, fake_setup, predict_memory
+from accumkern.planning.predict import DEVICES, Prediction, choose_device, no_fit, predict, smallest_size
 from accumkern.planning.protocol import Setup, SetupFunction, run_setup
 from accumkern.planning.scaling_laws import BatchLaws, law_batch, laws_of
 from accumkern.planning.speed import Split, knee, measure_speeds, sizes_to_time, split, split_by_size
@@ -25,6 +27,7 @@ from accumkern.ranks import Ranks
 
 _RANKS = (1, 2, 4, 8)
 _NOISE_MICRO_BATCH = 4
+
 
 Progress = Callable[[str, str], None]  # of (what is being done, what came of it)
 
@@ -42,6 +45,7 @@ def plan(
     largest_micro_batch: int = 1024,
     noise_windows: int = 32,
     measure: bool = True,
+    device: str | None = None,
     progress: Progress = lambda stage, detail: None,
 ) -> Plan:
     """Find the micro-batch and the accumulation steps to train with, and say why.
@@ -66,6 +70,8 @@ def plan(
         largest_micro_batch: not to be exceeded, if memory allows more; 2^20 at most.
         noise_windows: windows to train for the noise scale, 4 to 10,000, or 0 to leave it out.
         measure: False predicts what fits on fake tensors, and uses neither the device nor its memory.
+        device: that a prediction (``measure=False``) is for, ``"cuda"`` or ``"cpu"``. None predicts for a GPU, also
+            where ``setup()`` puts the model on the CPU; see :func:`accumkern.planning.predict.predict`.
         progress: is called with what is being done and with what came of it.
 
     Raises:
@@ -85,6 +91,8 @@ def plan(
             limit = None if memory is None else parse_bytes(memory)
             if limit is None and not measure:
                 raise ValueError("memory is None; a prediction (measure=False) needs it, such as memory='24GB'")
+            if device is not None and measure:
+                raise ValueError(f"device is {device!r}; what is measured (measure=True) is the device of the model")
             ranks.check_same(
                 effective_batch=effective_batch,
                 tokens=tokens,
@@ -95,11 +103,12 @@ def plan(
                 largest_micro_batch=largest_micro_batch,
                 noise_windows=noise_windows,
                 measure=measure,
+                device=device,
             )
         if limit is not None and not measure:
             limit = min(ranks.gathered(limit))
             with ranks.phase("what would fit"):
-                wanted = effective_batch, tokens, limit, margin, buffer, master_weights, largest_micro_batch
+                wanted = effective_batch, tokens, limit, margin, buffer, master_weights, largest_micro_batch, device
                 plan = _predicted_plan(setup, *wanted, progress)
             return ranks.gathered(with_schedule(plan) if schedule else plan)[0]
         with ranks.phase("setup()"):
@@ -229,6 +238,7 @@ def _predicted_plan(
     buffer: str | None,
     master_weights: str | None,
     at_most: int,
+    device: str | None,
     progress: Progress,
 ) -> Plan:
     """Plan from memory alone, without running anything."""
@@ -237,38 +247,37 @@ def _predicted_plan(
     found: dict[int, Prediction] = {}
     with fake_setup(function) as setup:
         buffer, master_weights = choose_buffer(setup, buffer), choose_masters(setup, master_weights)
+        device = choose_device(setup, device)
 
-        def predict(micro_batch: int, micro_batches: int = 2) -> Prediction:
-            return Prediction(micro_batch, predict_memory(setup, micro_batch, buffer, micro_batches, master_weights))
+        def predicted(micro_batch: int, micro_batches: int = 2) -> Prediction:
+            return predict(setup, micro_batch, buffer, micro_batches, master_weights, device)
 
         def fits(micro_batch: int) -> bool:
-            prediction = found[micro_batch] = predict(micro_batch)
+            prediction = found[micro_batch] = predicted(micro_batch)
             total = prediction.memory.total
             progress("what would fit", f"micro-batch {micro_batch}: {format_bytes(total)} predicted")
             return total <= allowed
 
-        if not fits(1):
-            memory = found[1].memory
-            raise ValueError(
-                f"no micro-batch would fit into {format_bytes(limit)} with a margin of {margin:.0%}: one sample needs "
-                f"{format_bytes(memory.total)}, of which parameters {format_bytes(memory.parameters)}, their master "
-                f"weights {format_bytes(memory.master_residuals)}, gradients and residuals "
-                f"{format_bytes(memory.gradients + memory.residuals)}, optimizer state "
-                f"{format_bytes(memory.optimizer_state)}; take more memory, a smaller model, or activation "
-                "checkpointing"
-            )
-        most = largest(fits, at_most)
+        smallest = smallest_size(fits, at_most)
+        memory = found[smallest].memory
+        if memory.total > allowed:
+            raise ValueError(no_fit(found[smallest], limit, margin))
+        most = largest(fits, at_most, smallest)
+        peaks = dict.fromkeys(range(1, smallest), memory.total) | {size: of.memory.total for size, of in found.items()}
         laws = None if tokens is None else laws_of(setup, tokens)
-        batch = target or law_batch(laws, 1)
-        way = split_by_size(batch or most, 1, most)
-        peak = predict(way.micro_batch, min(2, way.accumulation_steps)).memory.total
+
+        def way_on(ranks: int) -> Split:
+            batch = target or law_batch(laws, ranks)
+            way = Split(ranks, most, 1) if batch is None else split_by_size(batch, ranks, most)
+            return way if way.micro_batch >= smallest else Split(ranks, smallest, 1)
+
+        way = way_on(1)
+        peak = predicted(way.micro_batch, min(2, way.accumulation_steps)).memory.total
         return _plan_of(
             setup,
             way,
-            lambda n: (
-                Split(n, most, 1) if batch is None else split_by_size(target or law_batch(laws, n) or batch, n, most)
-            ),
-            {size: prediction.memory.total for size, prediction in found.items()} | {way.micro_batch: peak},
+            way_on,
+            peaks | {way.micro_batch: peak},
             lambda way: (None, None, None),
             target=target,
             laws=laws,
@@ -279,7 +288,7 @@ def _predicted_plan(
             largest_micro_batch=most,
             is_limited_by_memory=most < at_most,
             predictions=tuple(found[size] for size in sorted(found)),
-            machine=machine_of(None),
+            machine=machine_of(None) | {"device": DEVICES[device]},
         )
 
 
@@ -324,7 +333,7 @@ def _predictions(
     try:
         with fake_setup(function) as setup:
             how = preserved.buffer, 2, preserved.master_weights
-            predictions = tuple(Prediction(size, predict_memory(setup, size, *how)) for size in sizes)
+            predictions = tuple(predict(setup, size, *how) for size in sizes)
     except PredictionError as error:
         progress("what would fit elsewhere", str(error))
         return (), str(error)

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from accumkern.out_of_memory import format_bytes
 from accumkern.planning.fit import Fit, fit_reasons
-from accumkern.planning.memory import format_bytes
 from accumkern.planning.noise import Batch, Noise, noise_reason
 from accumkern.planning.precision import buffer_reason, masters_reason
-from accumkern.planning.predict import Prediction
+from accumkern.planning.predict import DEVICES, Prediction
 from accumkern.planning.scaling_laws import BatchLaws
 from accumkern.planning.speed import Speed, Split, accumulation_reason, fast_reason
 from accumkern.planning.token_budget import Schedule, law_reasons, schedule_of, schedule_reasons, target_reason
@@ -192,6 +192,8 @@ def _memory(plan: Plan) -> Iterator[str]:
             f"Expected memory: a peak of {format_bytes(plan.choice.memory_bytes)}, measured while it trained with "
             f"micro-batches of {plan.choice.micro_batch}."
         )
+    else:
+        yield from _predicted(plan)
     if plan.prediction_error is not None:
         yield (
             f"Without the device: peaks predicted on fake tensors are within {100 * plan.prediction_error:.1f}% of the "
@@ -199,6 +201,21 @@ def _memory(plan: Plan) -> Iterator[str]:
         )
     if plan.prediction_problem is not None:
         yield f"Without the device: {plan.prediction_problem}."
+
+
+def _predicted(plan: Plan) -> Iterator[str]:
+    of = next((of for of in plan.predictions if of.micro_batch == plan.choice.micro_batch), None)
+    if of is not None and of.memory.total > of.low:
+        yield (
+            f"Expected memory: {format_bytes(of.low)} to {format_bytes(of.memory.total)} with micro-batches of "
+            f"{of.micro_batch}. Tensors alone take the least; the most has what kernels such as convolutions need "
+            "inside themselves, as far as it is known of torch's CPU kernels, and decides what fits."
+        )
+    if plan.machine["device"] == DEVICES["cuda"]:
+        yield (
+            "Predicted for a GPU, with fused attention and an optimizer that steps many parameters at a time. CUDA's "
+            "context and workspaces are not in it; leave a margin. device='cpu' predicts for a CPU."
+        )
 
 
 def _speed(plan: Plan) -> list[str]:

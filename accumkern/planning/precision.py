@@ -14,7 +14,7 @@ from accumkern.formats import BUFFERS
 from accumkern.fused_step import is_fused
 from accumkern.master_weights import MASTER_FORMATS
 from accumkern.optimizers import is_stepped_in_parts, refusal
-from accumkern.planning.memory import format_bytes
+from accumkern.out_of_memory import format_bytes
 from accumkern.planning.protocol import Setup
 from accumkern.stand_ins import STAND_IN_BYTES
 from accumkern.stepping import bucket_bytes_on

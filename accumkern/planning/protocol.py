@@ -20,19 +20,16 @@ More can be said by returning a :class:`Setup` with its optional fields.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
 from inspect import Parameter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from accumkern.checks import describe, real
-from accumkern.planning.memory import is_out_of_memory
+from accumkern.out_of_memory import is_out_of_memory
 from accumkern.torch_private import tree_leaves
 
 
@@ -69,40 +66,11 @@ class Setup(NamedTuple):
 
 SetupFunction = Callable[[], Any]
 
+WANTED = "model, optimizer, make_batch and loss"
 
-def load_setup(target: str) -> SetupFunction:
-    """Return the function that ``"script.py:function"`` names. The script runs, with its folder in ``sys.path``.
 
-    Raises:
-        ValueError: ``target`` is not of that form.
-        FileNotFoundError: there is no such script.
-        AttributeError: the script has no such function.
-        TypeError: what it has under that name is not a function.
-        RuntimeError: the script raised an error of its own.
-    """
-    path_text, colon, name = target.rpartition(":")
-    if not colon or not path_text or not name.isidentifier():
-        raise ValueError(f"target is {target!r}; it must be a script and a function in it, such as 'train.py:setup'")
-    path = Path(path_text).expanduser().resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no script {path_text!r}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path_text!r} is not a Python script; its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses and pickle look a class's module up there
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[path.stem]
-        raise RuntimeError(f"{path_text} raised {describe(error)} while it was imported") from error
-    if not hasattr(module, name):
-        raise AttributeError(f"{path_text} has no function {name!r}; write one that returns {_WANTED}")
-    function: SetupFunction = getattr(module, name)
-    if not callable(function):
-        raise TypeError(f"{name} in {path_text} is a {type(function).__name__}; it must be a function")
-    return function
+class SetupError(ValueError):
+    """What was given cannot be made a setup of; it is told as it is."""
 
 
 def run_setup(function: SetupFunction) -> Setup:
@@ -112,11 +80,14 @@ def run_setup(function: SetupFunction) -> Setup:
         TypeError: a part is of the wrong kind, or ``function`` is not one.
         ValueError: there are not four parts, a parameter of the optimizer is not of the model, or nothing is trained.
         RuntimeError: ``function`` raised an error of its own.
+        SetupError: it says why what it was made of cannot be planned for.
     """
     if not callable(function):
-        raise TypeError(f"setup is a {type(function).__name__}; it must be a function that returns {_WANTED}")
+        raise TypeError(f"setup is a {type(function).__name__}; it must be a function that returns {WANTED}")
     try:
         returned = function()
+    except SetupError:
+        raise
     except (Exception, SystemExit) as error:
         raise RuntimeError(f"setup() raised {describe(error)}; run it by itself to see where") from error
     return check_setup(returned)
@@ -125,9 +96,9 @@ def run_setup(function: SetupFunction) -> Setup:
 def check_setup(returned: Any) -> Setup:
     """Return what ``setup()`` returned as a :class:`Setup`, or raise as :func:`run_setup` says."""
     if not isinstance(returned, tuple):
-        raise TypeError(f"setup() returned a {type(returned).__name__}; it must return {_WANTED}, as a tuple")
+        raise TypeError(f"setup() returned a {type(returned).__name__}; it must return {WANTED}, as a tuple")
     if not isinstance(returned, Setup) and len(returned) != 4:
-        raise ValueError(f"setup() returned {len(returned)} things; it must return {_WANTED}")
+        raise ValueError(f"setup() returned {len(returned)} things; it must return {WANTED}")
     setup = returned if isinstance(returned, Setup) else Setup(*returned)
     tokens = setup.tokens_per_sample
     parts = {
@@ -248,6 +219,3 @@ def _called(name: str, function: Callable[..., Any], *arguments: Any, advice: st
         if is_out_of_memory(error):
             raise
         raise RuntimeError(f"{name} of setup() raised {describe(error)}{advice}") from error
-
-
-_WANTED = "model, optimizer, make_batch and loss"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from accumkern.planning.memory import format_bytes
+from accumkern.out_of_memory import format_bytes
 from accumkern.planning.plan_result import Plan
 from accumkern.planning.sweep_result import Sweep
 from accumkern.planning.sweep_runs import Planned, write_json
@@ -28,6 +29,7 @@ _CATEGORIES = {
     "master_residuals": ("master residuals", "#6a4c93"),
     "optimizer_state": ("optimizer state", "#2a9d8f"),
     "activations": ("activations and batch", "#f2b134"),
+    "kernels": ("inside kernels", "#d9d2c0"),
 }
 _BLUE, _RED, _GREY = "#1f77b4", "#d1495b", "#8a8f98"
 _LINES = ("#1f77b4", "#d1495b", "#2a9d8f", "#f2b134", "#6a4c93", "#30343f", "#8a8f98", "#c06c84")
@@ -59,7 +61,7 @@ def write_page(folder: Path) -> Path:
 
     The page holds its images and style: it can be sent to somebody, and loads nothing.
     """
-    plan, sweep = (_read(folder / name) for name in (_PLAN, _RESULTS))
+    plan, sweep = _read(folder / _PLAN, Plan), _read(folder / _RESULTS, Sweep)
     figures = (plan_figures(plan) if plan else {}) | (sweep_figures(sweep) if sweep else {})
     images = []
     for name, figure in figures.items():
@@ -88,11 +90,35 @@ def write_page(folder: Path) -> Path:
     return path
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def check_folder(folder: Path, but: type[Plan] | type[Sweep]) -> None:
+    """Raise a ValueError that names it if a folder holds a result that the page cannot show, one of ``but`` aside."""
+    for name, kind in ((_PLAN, Plan), (_RESULTS, Sweep)):
+        if kind is not but:
+            _read(folder / name, kind)
+
+
+def _read(path: Path, kind: type[Plan] | type[Sweep]) -> dict[str, Any] | None:
+    """Return what ``to_dict()`` of a kind has written; None where there is no file.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not path.is_file():
+        return None
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, or write it again") from error
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        problem = "" if isinstance(data, dict) else f"it holds a {type(data).__name__}"
+    except ValueError as error:  # of the JSON, or of the characters
+        problem = f"{type(error).__name__}: {error}"
+    missing = "" if problem else ", ".join({field.name for field in dataclasses.fields(kind)} - set(data))
+    if missing:
+        problem = f"it has no {missing}"
+    if problem:
+        raise ValueError(
+            f"{str(path)!r} is not a result of accumkern {kind.__name__.lower()}, or damaged ({problem}); the page of "
+            "its folder would show it: remove it, or choose another folder"
+        )
+    return data
 
 
 def _plan_rows(plan: dict[str, Any]) -> list[dict[str, Any]]:

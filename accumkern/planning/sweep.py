@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import inspect
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -16,11 +17,13 @@ from typing import Any
 import torch
 
 from accumkern.checks import integer, real
+from accumkern.out_of_memory import parse_bytes
 from accumkern.planning.checkpoint import Checkpoint
 from accumkern.planning.fit import find_fit
-from accumkern.planning.memory import available_bytes, check_margin, parse_bytes
+from accumkern.planning.memory import available_bytes, check_margin
 from accumkern.planning.precision import choose_buffer, choose_masters, masters_problem
-from accumkern.planning.protocol import Setup, SetupFunction, load_setup
+from accumkern.planning.protocol import Setup, SetupFunction
+from accumkern.planning.script import Script, ScriptSetup
 from accumkern.planning.sweep_jobs import Work, portable, run_at_once, shares
 from accumkern.planning.sweep_result import Sweep
 from accumkern.planning.sweep_runs import Planned, Run, plain, read_run, write_json
@@ -34,7 +37,8 @@ from accumkern.planning.sweep_settings import (
     source_hash,
 )
 from accumkern.planning.sweep_training import Runner, check_decay_rules, check_setup, seeded_setup, weight_decay_of
-from accumkern.planning.trial import Preserved, RandomState
+from accumkern.planning.trial import Preserved
+from accumkern.random_state import RandomState
 from accumkern.ranks import Ranks
 
 Progress = Callable[[Run], None]
@@ -126,7 +130,7 @@ def sweep(
         if not math.isfinite(target_loss):
             raise ValueError(f"target_loss is {target_loss}; it must be finite, or None")
     checkpoint = None if start is None else Checkpoint(start)
-    function = load_setup(setup) if isinstance(setup, str) else setup
+    function = ScriptSetup(Script(setup), in_place=False) if isinstance(setup, str) else setup
     random_state = RandomState(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         same_weights = check_setup(function, len(settings["seeds"]))
@@ -143,10 +147,11 @@ def sweep(
         check_decay_rules(made, settings)
         limit = int((available_bytes(made.device) if memory is None else parse_bytes(memory)) * (1 - margin))
         if jobs > 1:
-            words, (threads, devices) = portable(setup, jobs), shares(jobs, made.device)
+            words, (threads, devices) = portable(function, jobs), shares(jobs, made.device)
             limit = limit if devices else limit // jobs
         settings |= {"buffer": choose_buffer(made, buffer), "master_weights": masters}
-        settings |= {"script_sha256": source_hash(function)}
+        settings |= {"script_sha256": source_hash(inspect.unwrap(function))}
+        settings |= {"script_arguments": function.arguments if isinstance(function, ScriptSetup) else []}
         settings |= {"start_sha256": None if checkpoint is None else checkpoint.sha256}
         settings |= plain({"learning_rate": _learning_rate(made), "weight_decay": weight_decay_of(made)})
         folder = Path(folder).expanduser()

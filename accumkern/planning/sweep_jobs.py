@@ -23,7 +23,7 @@ import torch
 
 from accumkern.checks import describe
 from accumkern.planning.checkpoint import Checkpoint
-from accumkern.planning.protocol import SetupFunction, load_setup
+from accumkern.planning.protocol import SetupFunction
 from accumkern.planning.sweep_runs import Planned, Run, write_json
 from accumkern.planning.sweep_training import Runner
 
@@ -35,7 +35,7 @@ class Work:
     """What a worker needs beside the run that it trains.
 
     Attributes:
-        setup: a function in pickle's words, or ``"script.py:function"``.
+        setup: a function in pickle's words.
         settings: of the sweep.
         start: path of a checkpoint, or None.
         limit_bytes: of memory, for each worker.
@@ -45,7 +45,7 @@ class Work:
         devices: what each may see of the GPUs; empty on a CPU.
     """
 
-    setup: bytes | str
+    setup: bytes
     settings: dict[str, Any]
     start: Path | None
     limit_bytes: int
@@ -55,14 +55,12 @@ class Work:
     devices: tuple[str, ...]
 
 
-def portable(setup: SetupFunction | str, jobs: int) -> bytes | str:
+def portable(setup: SetupFunction, jobs: int) -> bytes:
     """Return a setup as it can be handed to another process.
 
     Raises:
         ValueError: it is a function that another process cannot import.
     """
-    if isinstance(setup, str):
-        return setup
     try:
         return pickle.dumps(setup)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -160,7 +158,7 @@ def _train(work: Work, planned: Planned) -> Run:
     global _runner
     try:
         if _runner is None:
-            setup = load_setup(work.setup) if isinstance(work.setup, str) else pickle.loads(work.setup)
+            setup = pickle.loads(work.setup)
             start = None if work.start is None else Checkpoint(work.start)
             if start is not None and start.sha256 != work.settings["start_sha256"]:
                 raise ValueError(f"{work.start} was changed since the sweep began")

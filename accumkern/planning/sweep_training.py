@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from accumkern.attachment import stepped_by
+from accumkern.out_of_memory import is_out_of_memory
 from accumkern.planning.checkpoint import Checkpoint
 from accumkern.planning.fit import verify
-from accumkern.planning.memory import is_out_of_memory
 from accumkern.planning.precision import accumulation
 from accumkern.planning.protocol import Setup, SetupFunction, compute_loss, make_batch, run_setup
 from accumkern.planning.sweep_runs import Planned, Point, Run

@@ -19,7 +19,7 @@ from accumkern.accumulator import GradAccumulator
 from accumkern.casting import set_cut_off_aside
 from accumkern.checks import describe
 from accumkern.memory import storage_bytes
-from accumkern.out_of_memory import is_out_of_memory
+from accumkern.out_of_memory import forget_failed_pass, is_out_of_memory
 from accumkern.planning.memory import MemoryMeter, held_tensors
 from accumkern.planning.precision import accumulation
 from accumkern.planning.protocol import Setup, compute_loss, make_batch, step
@@ -256,6 +256,9 @@ def try_windows(
                 if tolerated == "none" or (tolerated == "batches" and not is_making):
                     raise
                 failure = error
+        if not fits:
+            meter.lift_limit()
+            forget_failed_pass()  # or the next trial would seem to need less, by what it lets go
         preserved.rewind()
     own = None
     if failure is not None:
