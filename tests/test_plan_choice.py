@@ -294,7 +294,10 @@ def test_accumulation_that_is_not_worth_it_is_called_so(clock: Clock) -> None:
     assert plan.accumulation_pays is False
     assert "probably not worth it" in str(plan)
     assert "arXiv 2507.07101" in str(plan)
-    assert "beta2 raised to the power" in str(plan)
+    assert "beta2" not in str(plan)  # the recipe's is far from one micro-batch's
+    assert "16, without accumulation, is far from 4096, so let a sweep try some between" in str(plan)
+    near = accumkern.plan(setup, effective_batch=64, largest_micro_batch=16, noise_windows=0)
+    assert "16, without accumulation, with Adam's beta2 raised to the power 0.25 so that it" in str(near)
     alone = accumkern.plan(setup, effective_batch=4, noise_windows=0)
     assert (alone.choice.accumulation_steps, alone.attach) == (1, True)
     assert "not needed" in str(alone)

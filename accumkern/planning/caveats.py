@@ -1,10 +1,11 @@
-"""What a plan warns of: a machine that others used while it was measured, and BatchNorm."""
+"""What a plan warns of: a CPU that was measured for another device, a machine that others used, and BatchNorm."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 
+from accumkern.out_of_memory import format_bytes
 from accumkern.planning.protocol import Setup
 from accumkern.planning.speed import UNEVEN, Speed
 from accumkern.torch_private import BatchNorm
@@ -46,6 +47,16 @@ def busy_warnings(setup: Setup, speeds: Sequence[Speed], load_before: tuple[floa
     return [
         f"the machine seems to have been busy with other things while speed was measured: {'; '.join(seen)}. Speeds, "
         "and what was chosen by them, may be far off; plan again when it is idle"
+    ]
+
+
+def cpu_warnings(setup: Setup, limit: int) -> list[str]:
+    """Return a warning where a limit of memory was given, of a GPU perhaps, and what is measured is the CPU."""
+    if setup.device.type != "cpu":
+        return []
+    return [
+        f"setup() puts the model on the CPU, so this is a plan for this machine's CPU with {format_bytes(limit)}, its "
+        "speed and all; for a GPU that is not here, predict (--predict, measure=False)"
     ]
 
 
