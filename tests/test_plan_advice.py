@@ -95,7 +95,7 @@ def warned(setup: Setup, way: Split = WAY, largest: int = 32) -> list[str]:
     before = fingerprint(setup)
     with Preserved(setup) as preserved:
         found = parts_warnings(preserved, way, largest)
-    assert same(fingerprint(setup), before)
+        assert same(fingerprint(setup), before)  # at once, for what is measured next
     return found
 
 

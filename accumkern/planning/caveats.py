@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from accumkern.out_of_memory import format_bytes
 from accumkern.planning.protocol import Setup
-from accumkern.planning.speed import UNEVEN, Speed
+from accumkern.planning.speed import UNEVEN, Speed, plain
 from accumkern.torch_private import BatchNorm
 
 _BUSY_LOAD = 1.5  # processes that want to run, per core
@@ -29,7 +29,7 @@ def busy_warnings(setup: Setup, speeds: Sequence[Speed], load_before: tuple[floa
     uneven = max(speeds, key=lambda speed: speed.spread)
     if uneven.spread > UNEVEN and setup.longest_batch is None:
         seen.append(
-            f"some micro-batches of {uneven.micro_batch} took {uneven.spread:.2g} times as long as others (unless "
+            f"some micro-batches of {uneven.micro_batch} took {plain(uneven.spread)} times as long as others (unless "
             "samples differ in length: see longest_batch)"
         )
     if setup.device.type == "cpu":
