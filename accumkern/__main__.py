@@ -14,7 +14,8 @@ from accumkern.formats import BUFFERS
 _TARGET = "a script and a name in it, such as train.py:setup (see below)"
 _PLAN = """\
 Find the micro-batch and the accumulation steps to train with, and say why: what fits into memory, what is fast, and
-which effective batches help training (by the gradient noise scale). Afterwards nothing has been trained."""
+which effective batches help training (by the gradient noise scale). It trains for that, seconds with a small model and
+minutes with a large one, and puts everything back. With --predict it runs nothing on the device."""
 _SWEEP = """\
 Train with equally many samples at several effective batch sizes, learning-rate rules and seeds, and compare. A sweep
 that was interrupted goes on where it was when the same command is given again."""
@@ -126,12 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     runs = sweep.add_argument_group("what is trained")
     batches = "samples per optimizer step, to compare"
     runs.add_argument("--effective-batches", type=_list(_whole(1)), required=True, metavar="N,N,…", help=batches)
-    runs.add_argument("--samples", type=_whole(1), required=True, metavar="N", help="to train with in each run")
+    runs.add_argument("--samples", type=_whole(1), required=True, metavar="N", help="samples to train with in each run")
     rules = "how the learning rate follows the batch: none, sqrt, linear (default: sqrt)"
     runs.add_argument(
         "--rules", type=_list(_one_of("none", "sqrt", "linear")), default=["sqrt"], metavar="…", help=rules
     )
-    seeds = "of the random numbers; each is a run (default: 0)"
+    seeds = "seeds of the random numbers; each is a run (default: 0)"
     runs.add_argument("--seeds", type=_list(_whole(0)), default=[0], metavar="N,N,…", help=seeds)
     decays = "how decoupled weight decay follows batch and learning rate: none, timescale (default: none)"
     runs.add_argument(
@@ -150,10 +151,10 @@ def _parser() -> argparse.ArgumentParser:
     at_once = "runs at once, each in a process and on a GPU or a share of the cores (default: 1)"
     runs.add_argument("--jobs", type=_whole(1), default=1, metavar="N", help=at_once)
     loss = sweep.add_argument_group("how it is compared")
-    loss.add_argument("--target-loss", type=_number, metavar="X", help="to reach (default: what all runs reach)")
-    evaluations = "of the validation loss in each run (default: 20)"
+    loss.add_argument("--target-loss", type=_number, metavar="X", help="loss to reach (default: what all runs reach)")
+    evaluations = "times to measure the validation loss in each run (default: 20)"
     loss.add_argument("--evaluations", type=_whole(1, 10**6), default=20, metavar="N", help=evaluations)
-    validation = "to measure it on (default: 256)"
+    validation = "samples to measure that loss on (default: 256)"
     loss.add_argument("--validation-samples", type=_whole(1), default=256, metavar="N", help=validation)
 
     for command in (plan, sweep):
@@ -161,9 +162,9 @@ def _parser() -> argparse.ArgumentParser:
         how.add_argument(
             "--memory", type=_memory, metavar="SIZE", help="limit, such as 24GB (default: what is available)"
         )
-        margin = "the part of it to leave free, 0 to 1 (default: 0.1)"
+        margin = "the part of the memory to leave free, 0 to 1 (default: 0.1)"
         how.add_argument("--margin", type=_margin, default=0.1, metavar="X", help=margin)
-        buffer = f"of gradients: {', '.join(BUFFERS)} (default: by the weights' dtype)"
+        buffer = f"how gradients are summed: {', '.join(BUFFERS)} (default: by the weights' dtype)"
         how.add_argument("--buffer", type=_one_of(*BUFFERS), metavar="NAME", help=buffer)
         masters = "how FP32 masters of bfloat16 weights are kept: auto, split24, split32 or none (default: auto)"
         how.add_argument("--master-weights", type=_masters, default="auto", metavar="NAME", help=masters)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from accumkern.attachment import Attachment
-from accumkern.checks import integer, one_of
+from accumkern.checks import describe, integer, one_of
 from accumkern.hooks import owner_of
 from accumkern.memory import storage_bytes, tensors_in
 from accumkern.out_of_memory import CpuLimit, forget_failed_pass, gpu_limit, is_out_of_memory
@@ -118,7 +118,8 @@ def run(asked: Request, attachment: Attachment, model: nn.Module | None, window:
         model: what is trained, if that is known.
         window: of this rank, entered already.
 
-    After an error gradients, buffers and random numbers are what they were before.
+    After an error gradients, buffers and random numbers are what they were before. One of another kind than memory that
+    ran out, in a try after that, has it as its cause.
     """
     attachments = _attachments(attachment, model)
     params = [param for each in attachments for param in each.params]
@@ -133,6 +134,7 @@ def run(asked: Request, attachment: Attachment, model: nn.Module | None, window:
     before = Snapshot(params, slots, model)
     parts, found = _parts_for(asked.samples, asked.largest), None
     whole: Counts = {}
+    ran_out: str | None = None
     while True:
         parts = window.agreed_parts(parts, asked.samples)
         try:
@@ -143,10 +145,13 @@ def run(asked: Request, attachment: Attachment, model: nn.Module | None, window:
             _begin_again(attachments, before)
             # What ends another rank, for whatever reason, ends this one.
             if not asked.may_halve or isinstance(error, RanksError) or not is_out_of_memory(error):
+                if ran_out is not None and error.__cause__ is None and not isinstance(error, RanksError):
+                    error.__cause__ = MemoryError(ran_out)  # such as BatchNorm's, whose parts have become too small
                 raise
             if parts == asked.samples:
                 _explain(error)
                 raise
+            ran_out = f"memory ran out with micro-batches of {-(-asked.samples // parts)} samples: {describe(error)}"
         # Outside of the handler nothing holds the frames in which it happened, and their tensors, any more.
         _free(params)
         found = max(1, -(-asked.samples // parts) // 2)

@@ -406,6 +406,35 @@ def test_circles_of_the_failed_window_are_collected() -> None:
     assert held == [0, 0, 1]  # a part that went through waits for Python's collector, as always
 
 
+@pytest.mark.parametrize("memory_ran_out", [True, False])
+def test_what_a_retry_raises_names_the_memory_that_led_to_it(memory_ran_out: bool) -> None:
+    model = network(Scarce(1 if memory_ran_out else 9), FP32, nn.BatchNorm1d(8))
+    acc = attached(model)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel") as raised:
+        acc.backward(loss_of(model), batch_of(4 if memory_ran_out else 1, FP32), model=model)
+    cause = raised.value.__cause__
+    if not memory_ran_out:
+        assert cause is None
+        return
+    assert isinstance(cause, MemoryError)
+    assert str(cause).startswith("memory ran out with micro-batches of 2 samples: OutOfMemoryError: ")
+    assert str(cause).endswith("Tried to allocate 2 samples.")
+    assert model[2].seen == [4, 2, 1]
+
+
+def test_what_a_retry_raises_keeps_a_cause_of_its_own() -> None:
+    model = network(Scarce(2))
+
+    def loss_fn(part: Any) -> Tensor:
+        if len(part[0]) == 2:
+            raise ValueError("of two") from KeyError("own")
+        return loss_of(model)(part)
+
+    with pytest.raises(ValueError, match="of two") as raised:
+        attached(model).backward(loss_fn, batch_of(4))
+    assert isinstance(raised.value.__cause__, KeyError)
+
+
 # ---- a limit on the CPU ------------------------------------------------------------------------------------------
 
 

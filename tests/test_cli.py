@@ -120,7 +120,7 @@ def test_a_table_is_all_of_stdout_too(tmp_path: Path, capfd: pytest.CaptureFixtu
     script = write(tmp_path, before=PRINTING.replace('atexit.register(everywhere, "exit")', ""), after=PRINTING_CALLS)
     assert main(["plan", f"{script}:setup", *PREDICT]) == 0
     out, err = capfd.readouterr()
-    assert out.startswith("the plan")
+    assert out.startswith("predicted for a GPU on fake tensors\nthe plan")
     assert "loss" not in out
     assert "printf loss []" in err
     print("afterwards")

@@ -20,10 +20,10 @@ from torch import nn
 
 import accumkern
 from accumkern.planning import plan as plan_module
-from accumkern.planning.noise import Noise, accumulation_pays, best_way, costs, useful_batches
+from accumkern.planning.noise import Noise, accumulation_pays, best_way, costs, noise_reason, useful_batches
 from accumkern.planning.plan_result import Plan
 from accumkern.planning.protocol import Setup
-from accumkern.planning.speed import Speed, Split, as_fast, fast_reason, knee, split, split_by_size
+from accumkern.planning.speed import Speed, Split, as_fast, fast_reason, knee, plain, split, split_by_size
 
 pytestmark = pytest.mark.usefixtures("one_thread", "old_objects_aside", "short_timings")
 
@@ -124,6 +124,22 @@ def test_words_say_why_it_is_not_the_knee(way: Split, words: str) -> None:
     reason = fast_reason(way, speeds, 32)
     assert reason.startswith("What is fast: 970 samples per second with a micro-batch of 32, the smallest within 5%")
     assert words in reason
+
+
+def test_words_name_the_best_once_and_no_power_of_ten() -> None:
+    speeds = [Speed(size, 0.0001 * max(size, 4), 0.01) for size in (1, 2, 4, 8)]
+    reason = fast_reason(Split(1, 4, 2), speeds, 4)
+    assert reason.startswith("What is fast: 10,000 samples per second with a micro-batch of 4, the best, without the")
+    assert [plain(number) for number in (2048.4, 100.0, 99.96, 0.01234, -1234.5)] == [
+        "2,048",
+        "100",
+        "100",
+        "0.0123",
+        "-1,234",
+    ]
+    noise = noise_reason(Noise(2048.4, 1234.5, math.inf, 8, 32, 4.0, 3.0), 10**6)
+    assert "is 2,048 samples (80% interval 1,234 or more, from 8 windows" in noise
+    assert "489 times as many samples" in noise
 
 
 def test_splits_without_measured_speeds() -> None:
@@ -294,7 +310,10 @@ def test_accumulation_that_is_not_worth_it_is_called_so(clock: Clock) -> None:
     assert plan.accumulation_pays is False
     assert "probably not worth it" in str(plan)
     assert "arXiv 2507.07101" in str(plan)
-    assert "beta2 raised to the power" in str(plan)
+    assert "beta2" not in str(plan)  # the recipe's is far from one micro-batch's
+    assert "16, without accumulation, is far from 4096, so let a sweep try some between" in str(plan)
+    near = accumkern.plan(setup, effective_batch=64, largest_micro_batch=16, noise_windows=0)
+    assert "16, without accumulation, with Adam's beta2 raised to the power 0.25 so that it" in str(near)
     alone = accumkern.plan(setup, effective_batch=4, noise_windows=0)
     assert (alone.choice.accumulation_steps, alone.attach) == (1, True)
     assert "not needed" in str(alone)

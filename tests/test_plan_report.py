@@ -126,6 +126,12 @@ def test_plan_prints_a_table_and_reasons(results: Results) -> None:
     line = r"^accumkern.attach\(optimizer, 'split24', master_weights='split32', average_over=\d+\)$"
     assert re.search(line, results.plan_out, re.MULTILINE)
     assert "tokens/s" in results.plan_out
+    assert results.plan_out.startswith("measured on: CPU, 1 thread\n")
+    settings = " ".join(results.plan_out.partition("\nWhat to set: micro-batch ")[2].split())
+    assert re.match(r"\d+, accumulation steps \d+, ranks 1: effective batch 48 accumkern.attach\(", settings)
+    assert "• Learning rate: that of your recipe for an effective batch of 48" in settings
+    assert settings.endswith("with batches of 48 (docs/any-batch.md).")
+    assert "this is a plan for this machine's CPU with 10 MB" in " ".join(results.plan_out.split())
     assert "what fits: micro-batch 8:" in results.plan_err
 
 
@@ -381,6 +387,10 @@ def test_the_page_and_its_bars_have_master_weights(folder: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     page = (folder / "report.html").read_text()
     assert f"<pre>{plan['attach_line'].replace(chr(39), '&#39;')}</pre>" in page
+    settings = re.search(r'<ul id="settings">(.*?)</ul>', page, re.DOTALL)
+    assert settings is not None
+    assert settings[1].count("<li>") == len(plan["settings"]) == 4
+    assert '<p class="sub">measured on: CPU, 1 thread</p>' in page
     assert "<li><b>Master weights:</b> &#39;split32&#39;, because without them" in page
     (axes,) = plan_figures(plan)["memory"].axes
     labels = [text.get_text() for legend in axes.figure.legends for text in legend.get_texts()]  # type: ignore[union-attr]

@@ -198,7 +198,7 @@ def test_the_laws_choose_the_batch_where_they_were_fitted() -> None:
     told = str(plan)
     assert "128 samples are the power of two per rank that is nearest to 173, the geometric mean of the optimal" in told
     assert "the optimal batch is 207 samples (424K tokens) by Power Lines (arXiv 2505.13738) and 145 samples" in told
-    assert "Accumulation: it makes the batch that the laws say is best for so many tokens; an effective" in told
+    assert "Accumulation: it makes the batch that the laws say is best for so many tokens; smaller" in told
     data = json.loads(json.dumps(plan.to_dict(), allow_nan=False))
     assert data["laws"]["optima"][0]["law"] == POWER_LINES
     assert data["laws"]["critical"]["samples"] == plan.laws.critical.samples

@@ -1,12 +1,13 @@
-"""What a plan warns of: a machine that others used while it was measured, and BatchNorm."""
+"""What a plan warns of: a CPU that was measured for another device, a machine that others used, and BatchNorm."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 
+from accumkern.out_of_memory import format_bytes
 from accumkern.planning.protocol import Setup
-from accumkern.planning.speed import UNEVEN, Speed
+from accumkern.planning.speed import UNEVEN, Speed, plain
 from accumkern.torch_private import BatchNorm
 
 _BUSY_LOAD = 1.5  # processes that want to run, per core
@@ -28,7 +29,7 @@ def busy_warnings(setup: Setup, speeds: Sequence[Speed], load_before: tuple[floa
     uneven = max(speeds, key=lambda speed: speed.spread)
     if uneven.spread > UNEVEN and setup.longest_batch is None:
         seen.append(
-            f"some micro-batches of {uneven.micro_batch} took {uneven.spread:.2g} times as long as others (unless "
+            f"some micro-batches of {uneven.micro_batch} took {plain(uneven.spread)} times as long as others (unless "
             "samples differ in length: see longest_batch)"
         )
     if setup.device.type == "cpu":
@@ -46,6 +47,16 @@ def busy_warnings(setup: Setup, speeds: Sequence[Speed], load_before: tuple[floa
     return [
         f"the machine seems to have been busy with other things while speed was measured: {'; '.join(seen)}. Speeds, "
         "and what was chosen by them, may be far off; plan again when it is idle"
+    ]
+
+
+def cpu_warnings(setup: Setup, limit: int) -> list[str]:
+    """Return a warning where a limit of memory was given, of a GPU perhaps, and what is measured is the CPU."""
+    if setup.device.type != "cpu":
+        return []
+    return [
+        f"setup() puts the model on the CPU, so this is a plan for this machine's CPU with {format_bytes(limit)}, its "
+        "speed and all; for a GPU that is not here, predict (--predict, measure=False)"
     ]
 
 

@@ -141,14 +141,16 @@ def _plan_table(plan: Plan) -> RenderableType:
         }
         for choice in plan.by_ranks
     ]
-    lines: list[RenderableType] = [_table("the plan", rows, chosen=plan.by_ranks.index(plan.choice))]
+    lines: list[RenderableType] = [Text(plan.basis), _table("the plan", rows, chosen=plan.by_ranks.index(plan.choice))]
     lines += [_bullet(reason, "") for reason in plan.reasons]
     lines += [_bullet(f"Warning: {warning}", "yellow") for warning in plan.warnings]
-    if plan.attach_line is not None:
-        lines.append(Text(f"\n{plan.attach_line}", style="bold"))
     if plan.schedule is not None:
         lines += [Text(), _table("when to raise the batch", _stage_rows(plan.schedule))]
         lines.append(Text(plan.schedule.line, style="bold"))
+    lines.append(Text(f"\nWhat to set: {plan.headline}", style="bold"))
+    for setting in plan.settings:
+        is_code = setting == plan.attach_line
+        lines.append(Text(setting, style="bold", no_wrap=True, overflow="ignore") if is_code else _bullet(setting, ""))
     return Group(*lines)
 
 

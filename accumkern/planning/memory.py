@@ -70,9 +70,10 @@ def machine_of(device: torch.device | None) -> dict[str, str]:
     """Return what a plan was made on, and when; None is no device."""
     name = "none: predicted on fake tensors"
     if device is not None:
-        name = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        )
+        threads = torch.get_num_threads()
+        name = f"CPU, {threads} {'thread' if threads == 1 else 'threads'}"
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
     return {
         "device": name,
         "system": platform.platform(),

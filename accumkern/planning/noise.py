@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from accumkern.noise_scale import Estimate
 from accumkern.planning.precision import choose_buffer
 from accumkern.planning.protocol import make_batch, step
-from accumkern.planning.speed import Rate, Split, knee, split
+from accumkern.planning.speed import Rate, Split, knee, plain, split
 from accumkern.planning.trial import Preserved, accumulate
 from accumkern.wiring import attach
 
@@ -233,17 +233,19 @@ def noise_reason(noise: Noise, batch: int) -> str:
     if noise.noise_scale in (0, math.inf):
         what = "only noise" if noise.noise_scale else "no noise"
         least = (
-            "" if noise.basis is None else f": a noise scale of {noise.basis:.3g} samples or more (90%), to go by here"
+            ""
+            if noise.basis is None
+            else f": a noise scale of {plain(noise.basis)} samples or more (90%), to go by here"
         )
         return (
             f"What helps training: {noise.windows} windows of {noise.batch} samples showed {what}{least}; measure over "
             "more windows (noise_windows), or with a larger largest_micro_batch."
         )
-    high = "unbounded" if math.isinf(noise.high) else f"{noise.high:.3g}"
+    high = "or more" if math.isinf(noise.high) else f"to {plain(noise.high)}"
+    samples, steps = samples_factor(batch, noise.noise_scale), steps_factor(batch, noise.noise_scale)
     return (
-        f"What helps training: the gradient noise scale is {noise.noise_scale:.3g} samples (80% interval "
-        f"{noise.low:.3g} to {high}, from {noise.windows} windows, where the loss was about {noise.last_loss:.3g}). By "
-        f"its model an effective batch of {batch} needs {samples_factor(batch, noise.noise_scale):.2g} times as many "
-        f"samples as the smallest batches and {steps_factor(batch, noise.noise_scale):.2g} times as many steps as the "
-        "largest."
+        f"What helps training: the gradient noise scale is {plain(noise.noise_scale)} samples (80% interval "
+        f"{plain(noise.low)} {high}, from {noise.windows} windows, where the loss was about {noise.last_loss:.3g}). By "
+        f"its model an effective batch of {batch} needs {plain(samples)} times as many samples as the smallest batches "
+        f"and {plain(steps)} times as many steps as the largest."
     )

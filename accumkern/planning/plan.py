@@ -9,18 +9,19 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 
 from accumkern.out_of_memory import format_bytes, parse_bytes
-from accumkern.planning.caveats import batch_norm_warnings, busy_warnings, load
+from accumkern.planning.caveats import batch_norm_warnings, busy_warnings, cpu_warnings, load
 from accumkern.planning.fakes import PredictionError, fake_setup
 from accumkern.planning.fit import find_fit, largest, verify
 from accumkern.planning.memory import available_bytes, check_margin, interpolated, machine_of
 from accumkern.planning.noise import accumulation_pays, best_way, costs, measure_noise, useful_batches
 from accumkern.planning.options import check_sizes
+from accumkern.planning.parts import parts_warnings
 from accumkern.planning.plan_result import Choice, Plan, explain, with_schedule
 from accumkern.planning.precision import choose_buffer, choose_masters, masters_problem, step_bytes, with_masters
 from accumkern.planning.predict import DEVICES, Prediction, choose_device, no_fit, predict, smallest_size
 from accumkern.planning.protocol import Setup, SetupFunction, run_setup
 from accumkern.planning.scaling_laws import BatchLaws, law_batch, laws_of
-from accumkern.planning.speed import Split, knee, measure_speeds, sizes_to_time, split, split_by_size
+from accumkern.planning.speed import Split, knee, measure_speeds, plain, sizes_to_time, split, split_by_size
 from accumkern.planning.token_budget import check_budget
 from accumkern.planning.trial import Preserved, Trial
 from accumkern.ranks import Ranks
@@ -124,7 +125,8 @@ def plan(
             at_most = min(at_most, max(1, math.ceil(effective_batch / ranks.count)))
         with Preserved(made, buffer, ranks, master_weights) as preserved:
             asked = effective_batch, laws, limit, margin, at_most, noise_windows
-            plan = _measured_plan(setup, preserved, *asked, progress)
+            caveats = [] if memory is None else cpu_warnings(made, limit)
+            plan = _measured_plan(setup, preserved, *asked, caveats, progress)
         # Predictions, losses and the machine may differ.
         return ranks.gathered(with_schedule(plan) if schedule else plan)[0]
 
@@ -138,6 +140,7 @@ def _measured_plan(
     margin: float,
     at_most: int,
     noise_windows: int,
+    caveats: list[str],
     progress: Progress,
 ) -> Plan:
     setup, ranks = preserved.setup, preserved.ranks
@@ -158,7 +161,7 @@ def _measured_plan(
             preserved,
             sizes_to_time(fit.micro_batch, shares, fit.smallest),
             lambda speed: progress(
-                "what is fast", f"micro-batch {speed.micro_batch}: {speed.limit_per_second:.4g} samples per second"
+                "what is fast", f"micro-batch {speed.micro_batch}: {plain(speed.limit_per_second)} samples per second"
             ),
             needed=shares,
         )
@@ -168,7 +171,7 @@ def _measured_plan(
             progress("what helps training", f"gradient noise over {noise_windows} windows")
             size = min(fit.micro_batch, max(fit.smallest, _NOISE_MICRO_BATCH))
             noise = measure_noise(preserved, size, noise_windows)
-            progress("what helps training", f"gradient noise scale {noise.noise_scale:.3g} samples")
+            progress("what helps training", f"gradient noise scale {plain(noise.noise_scale)} samples")
     peaks = {trial.micro_batch: trial.peak_bytes for trial in fit.trials if trial.fits}
     powers = [size for size in sorted(peaks) if size & (size - 1) == 0 or size == max(peaks)]
     with ranks.phase("what would fit elsewhere"):
@@ -187,6 +190,7 @@ def _measured_plan(
     with ranks.phase("the plan"):
         way = ranks.gathered(way_on(ranks.count, target))[0]
         progress("the plan", f"micro-batch {way.micro_batch}, accumulation steps {way.accumulation_steps}")
+        caveats += parts_warnings(preserved, way, fit.micro_batch)
         verified = verify(preserved, way.micro_batch, way.accumulation_steps, allowed)
         if not verified.fits:
             raise RuntimeError(
@@ -225,7 +229,7 @@ def _measured_plan(
         noise=noise,
         batches=costs(way, sizes, rate, noise),
         machine=machine_of(setup.device),
-        warnings=busy_warnings(setup, speeds, load_before),
+        warnings=[*caveats, *busy_warnings(setup, speeds, load_before)],
     )
 
 

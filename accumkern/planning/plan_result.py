@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accumkern.out_of_memory import format_bytes
+from accumkern.planning.advice import attach_line, settings_of, verdict_reason
 from accumkern.planning.fit import Fit, fit_reasons
 from accumkern.planning.noise import Batch, Noise, noise_reason
 from accumkern.planning.precision import buffer_reason, masters_reason
@@ -61,6 +62,7 @@ class Plan:
             noise or speed were not measured.
         reasons: in words.
         warnings: likewise.
+        settings: what is to be set beside micro-batch and accumulation steps, in words and as lines of code.
         memory_limit_bytes: of the device, or as asked for.
         margin: the part of it that is left free.
         largest_micro_batch: that fits, or that was to be tried.
@@ -92,6 +94,7 @@ class Plan:
     accumulation_pays: bool | None = None
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...]
+    settings: tuple[str, ...] = ()
     memory_limit_bytes: int
     margin: float
     largest_micro_batch: int
@@ -115,14 +118,22 @@ class Plan:
     @property
     def attach_line(self) -> str | None:
         """The call of :func:`accumkern.attach`; None where there is no reason for it."""
-        if not self.attach:
-            return None
-        arguments = ["optimizer", repr(self.buffer)]
-        if self.master_weights is not None:
-            arguments.append(f"master_weights={self.master_weights!r}")
-        if self.choice.accumulation_steps > 1:
-            arguments.append(f"average_over={self.choice.accumulation_steps}")
-        return f"accumkern.attach({', '.join(arguments)})"
+        return attach_line(self.buffer, self.master_weights, self.choice.accumulation_steps) if self.attach else None
+
+    @property
+    def basis(self) -> str:
+        """What it was measured on, or predicted for."""
+        device = self.machine["device"]
+        if self.fit is None:
+            return device.removeprefix("none: ")
+        return f"measured on: {device}" + (f", on {self.choice.ranks} ranks" if self.choice.ranks > 1 else "")
+
+    @property
+    def headline(self) -> str:
+        """Micro-batch, accumulation steps, ranks, and the effective batch that they make."""
+        c = self.choice
+        split = f"micro-batch {c.micro_batch}, accumulation steps {c.accumulation_steps}, ranks {c.ranks}"
+        return f"{split}: effective batch {c.effective_batch}"
 
     @property
     def by_laws(self) -> BatchLaws | None:
@@ -140,7 +151,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data for JSON: infinite numbers become None."""
-        own = {"attach_line": self.attach_line, "prediction_error": self.prediction_error}
+        names = ("attach_line", "basis", "headline", "prediction_error")
+        own = {name: getattr(self, name) for name in names}
         data = dataclasses.asdict(self) | own
         for entry in data["speeds"]:
             entry["samples_per_second"] = entry["micro_batch"] / entry["seconds"]
@@ -150,21 +162,17 @@ class Plan:
         return plain
 
     def __str__(self) -> str:
-        c = self.choice
-        lines = [
-            f"micro-batch {c.micro_batch}, accumulation steps {c.accumulation_steps}, ranks {c.ranks}: "
-            f"effective batch {c.effective_batch}"
-        ]
-        if self.attach_line is not None:
-            lines.append(self.attach_line)
-        lines += [f"- {reason}" for reason in self.reasons] + [f"- warning: {warning}" for warning in self.warnings]
-        return "\n".join(lines)
+        reasons = [f"- {reason}" for reason in self.reasons] + [f"- warning: {warning}" for warning in self.warnings]
+        settings = [f"  {setting}" for setting in self.settings]
+        return "\n".join([self.basis, self.headline, *reasons, f"What to set: {self.headline}", *settings])
 
 
 def explain(plan: Plan) -> Plan:
-    """Return the plan with its reasons."""
+    """Return the plan with its reasons and settings."""
     parts = (_memory, _speed, _target, _accumulation, _noise, _laws, _verdict, _schedule, _buffer, _masters, _ranks)
-    return dataclasses.replace(plan, reasons=tuple(reason for part in parts for reason in part(plan)))
+    reasons = tuple(reason for part in parts for reason in part(plan))
+    settings = settings_of(_way(plan), plan.target, plan.attach_line, plan.buffer, plan.master_weights, plan.adam)
+    return dataclasses.replace(plan, reasons=reasons, settings=tuple(settings))
 
 
 def with_schedule(plan: Plan) -> Plan:
@@ -233,10 +241,15 @@ def _target(plan: Plan) -> list[str]:
         if plan.by_laws is not None:
             return [target_reason(plan.by_laws, choice.effective_batch)]
         if plan.noise is None or plan.noise.basis is None:
-            which = "the largest that fits" if plan.knee is None else "the smallest that is fast"
-            return [
+            reason = (
                 "Effective batch: none was asked for, and no noise scale is known to choose it by, so this is one "
-                f"micro-batch on each rank, {which}, without accumulation."
+                "micro-batch on each rank, "
+            )
+            if plan.knee is not None:
+                return [reason + "the smallest that is fast, without accumulation."]
+            return [
+                reason + "the largest that fits, without accumulation. That it fits is no reason to train with it: "
+                "ask for the effective batch of your recipe."
             ]
         reason = (
             f"Effective batch: none was asked for. One of {choice.effective_batch} trains in about the least time that "
@@ -296,31 +309,7 @@ def _schedule(plan: Plan) -> Iterator[str]:
 
 
 def _verdict(plan: Plan) -> list[str]:
-    choice = plan.choice
-    if choice.accumulation_steps == 1:
-        return ["Accumulation: not needed; the effective batch is one micro-batch."]
-    smaller = choice.ranks * choice.micro_batch
-    beta2 = ""
-    if plan.adam:
-        power = smaller / choice.effective_batch
-        beta2 = f", with Adam's beta2 raised to the power {power:.3g} so that it forgets as many samples as before,"
-    advice = (
-        f"an effective batch of {smaller}, without accumulation{beta2} and its own learning rate, often trains as well "
-        "per sample (arXiv 2507.07101)"
-    )
-    if plan.by_laws is not None:
-        return [f"Accumulation: it makes the batch that the laws say is best for so many tokens; {advice}."]
-    if plan.accumulation_pays:
-        return [
-            "Accumulation: worth it here. Its windows spread the optimizer's step over more samples than the noise "
-            "scale says they waste."
-        ]
-    if plan.accumulation_pays is False:
-        return [
-            f"Accumulation: probably not worth it here. It makes no sample faster, and {advice}. Accumulate if the "
-            "recipe needs the batch, if ranks have to communicate less often, or if a sweep says so."
-        ]
-    return [f"Accumulation: whether it is worth it was not measured; {advice}."]
+    return [verdict_reason(_way(plan), plan.accumulation_pays, plan.by_laws is not None, plan.adam)]
 
 
 def _buffer(plan: Plan) -> list[str]:

@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from accumkern.out_of_memory import format_bytes
 from accumkern.planning.plan_result import Plan
+from accumkern.planning.speed import plain
 from accumkern.planning.sweep_result import Sweep
 from accumkern.planning.sweep_runs import Planned, write_json
 
@@ -68,13 +69,8 @@ def write_page(folder: Path) -> Path:
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=_DPI)
         images.append((name, base64.b64encode(path.read_bytes()).decode()))
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    how: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **how)
     environment.filters |= {"bytes": format_bytes, "rate": format_rate, "useful": format_useful}
     machine = plan["machine"] if plan else {}
     page = environment.get_template("report.html").render(
@@ -146,8 +142,7 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def format_rate(samples: float, tokens_per_sample: float | None) -> str:
     """Return a number of samples, or of their tokens, for people."""
-    value = samples * (tokens_per_sample or 1)
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return plain(samples * (tokens_per_sample or 1))
 
 
 def format_useful(choice: dict[str, Any]) -> str:

@@ -235,17 +235,19 @@ def fast_reason(way: Split, speeds: Sequence[Speed], knee: int) -> str:
         if is_alone:
             why = f"an effective batch of {way.effective_batch} has no more samples for each rank"
         taken = f"{way.micro_batch}, at {by_size[way.micro_batch] / by_size[best]:.1%} of the best speed, because {why}"
-    what = f"{_per_second(by_size[knee])} with a micro-batch of {knee}"
+    what = f"{plain(by_size[knee])} samples per second with a micro-batch of {knee}"
     if knee == max(by_size):
         return f"What is fast: {what}, the largest; none that is smaller is within 5% of it. The plan takes {taken}."
+    rank = "the best" if knee == best else f"the smallest within 5% of the best ({plain(by_size[best])} with {best})"
     return (
-        f"What is fast: {what}, the smallest within 5% of the best ({_per_second(by_size[best])} with {best}), without "
-        f"the optimizer's step. Beyond it, more memory buys little. The plan takes {taken}."
+        f"What is fast: {what}, {rank}, without the optimizer's step. Beyond it, more memory buys little. The plan "
+        f"takes {taken}."
     )
 
 
-def _per_second(rate: float) -> str:
-    return f"{rate:,.0f} samples per second" if rate >= 100 else f"{rate:.3g} samples per second"
+def plain(number: float) -> str:
+    """Return a number for people: three digits of it or all before its point, and no powers of ten."""
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
 def accumulation_reason(way: Split, speeds: Sequence[Speed]) -> str:
