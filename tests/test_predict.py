@@ -21,8 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 import accumkern
 from accumkern.planning.fakes import PredictionError, fake_setup
-from accumkern.planning.kernels import scratch_bytes
-from accumkern.planning.memory import MemoryMeter
 from accumkern.planning.precision import choose_buffer
 from accumkern.planning.predict import Prediction, predict, smallest_size
 from accumkern.planning.protocol import Setup
@@ -195,9 +193,9 @@ def gpt(dropout: float = 0.0, checkpoints: bool = False) -> Callable[[], Setup]:
     ("maker", "least", "most"),
     [
         (resnet, -0.01, 0.01),
-        (unet, -0.02, 0.08),
-        (vit, -0.01, 0.02),
-        (convnext, -0.01, 0.02),
+        (unet, -0.01, 0.01),
+        (vit, -0.01, 0.01),
+        (convnext, -0.01, 0.01),
         (gpt(), -0.01, 0.01),
         (gpt(0.1), -0.01, 0.01),
         (gpt(0.1, checkpoints=True), -0.05, 0.01),
@@ -224,75 +222,6 @@ def test_an_lstm_is_predicted_with_what_its_kernel_saves() -> None:
 
     least = 0.95 if torch.__version__ >= "2.13" else 0.5  # oneDNN needed more before
     assert least <= predicted(setup, 8).memory.total / measured(setup, 8) <= 1.1
-
-
-LAST = {"given": torch.channels_last, "weight": torch.channels_last, "grad": torch.channels_last}
-CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
-    "3x3": ((8, 32, 32, 32), (32, 32, 3, 3), {"padding": 1}),
-    "3x3 stride 2": ((8, 32, 32, 32), (64, 32, 3, 3), {"padding": 1, "stride": 2}),
-    "1x1 stride 2": ((8, 32, 32, 32), (64, 32, 1, 1), {"stride": 2}),
-    "odd channels": ((8, 17, 32, 32), (33, 17, 3, 3), {"padding": 1}),
-    "to an image": ((8, 32, 32, 32), (3, 32, 3, 3), {"padding": 1}),
-    "of an image": ((8, 3, 64, 64), (32, 3, 7, 7), {"padding": 3, "stride": 2}),
-    "patches": ((16, 3, 32, 32), (32, 3, 8, 8), {"stride": 8}),
-    "groups": ((8, 32, 32, 32), (32, 8, 3, 3), {"padding": 1, "groups": 4}),
-    "small groups": ((8, 128, 14, 14), (128, 4, 3, 3), {"padding": 1, "groups": 32}),
-    "small groups stride 2": ((8, 128, 14, 14), (128, 4, 3, 3), {"padding": 1, "groups": 32, "stride": 2}),
-    "depthwise": ((8, 32, 32, 32), (32, 1, 7, 7), {"padding": 3, "groups": 32}),
-    "depthwise 3x3": ((8, 24, 16, 16), (24, 1, 3, 3), {"padding": 1, "groups": 24}),
-    "depthwise stride 2": ((4, 64, 28, 28), (64, 1, 5, 5), {"padding": 2, "groups": 64, "stride": 2}),
-    "depthwise of few": ((1, 96, 14, 14), (96, 1, 7, 7), {"padding": 3, "groups": 96}),
-    "transposed": ((8, 32, 32, 32), (32, 16, 2, 2), {"stride": 2, "transposed": True}),
-    "transposed stride 1": ((8, 32, 32, 32), (32, 16, 3, 3), {"transposed": True}),
-    "transposed 4x4": ((8, 64, 16, 16), (64, 32, 4, 4), {"stride": 2, "padding": 1, "transposed": True}),
-    "1d": ((8, 32, 1024), (32, 32, 3), {"padding": 1}),
-    "1d depthwise": ((4, 64, 128), (64, 1, 4), {"padding": 3, "groups": 64}),
-    "1d depthwise 3": ((4, 64, 128), (64, 1, 3), {"padding": 2, "groups": 64}),
-    "1d of one": ((1, 64, 256), (64, 64, 7), {"padding": 3}),
-    "3d": ((2, 16, 16, 16, 16), (16, 16, 3, 3, 3), {"padding": 1}),
-    "3d of one": ((1, 16, 16, 16, 16), (16, 16, 3, 3, 3), {"padding": 1}),
-    "one small image": ((1, 16, 32, 32), (32, 16, 3, 3), {"padding": 1}),
-    "FP64": ((4, 16, 16, 16), (16, 16, 3, 3), {"padding": 1, "dtype": torch.float64}),
-    "channels last": ((16, 64, 14, 14), (64, 64, 3, 3), {"padding": 1} | LAST),
-    "channels last of one": ((1, 16, 32, 32), (32, 16, 3, 3), {"padding": 1} | LAST | {"weight": None}),
-    "channels last in the input": ((4, 64, 14, 14), (64, 64, 3, 3), {"padding": 1, "given": torch.channels_last}),
-    "channels last in the weight": ((4, 64, 14, 14), (64, 64, 3, 3), {"padding": 1, "weight": torch.channels_last}),
-    "channels last, groups": ((8, 128, 14, 14), (128, 8, 3, 3), {"padding": 1, "groups": 16} | LAST),
-    "channels last, small groups": ((8, 64, 16, 16), (64, 2, 3, 3), {"padding": 1, "groups": 32} | LAST),
-    "channels last, depthwise": ((8, 32, 16, 16), (32, 1, 7, 7), {"padding": 3, "groups": 32} | LAST),
-    "channels last, one pixel": ((8, 64, 1, 1), (64, 1, 7, 7), {"padding": 3, "groups": 64, "given": LAST["given"]}),
-    "channels last, depthwise 3x3": ((8, 24, 16, 16), (24, 1, 3, 3), {"padding": 1, "groups": 24} | LAST),
-    "the gradient's channels last": ((8, 64, 14, 14), (64, 64, 3, 3), {"padding": 1, "grad": torch.channels_last}),
-}
-
-
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="the formulas are of torch 2.13's oneDNN")
-@pytest.mark.parametrize("case", CONVOLUTIONS)
-def test_what_a_convolution_needs_inside_itself(case: str) -> None:
-    given_shape, weight_shape, options = CONVOLUTIONS[case]
-
-    def made(name: str, shape: tuple[int, ...]) -> Tensor:
-        layout = options.get(name) or torch.contiguous_format
-        return torch.ones(shape, dtype=options.get("dtype", torch.float32)).to(memory_format=layout)
-
-    dims, transposed = len(given_shape) - 2, options.get("transposed", False)
-    each = [[options.get(name, standard)] * dims for name, standard in (("stride", 1), ("padding", 0), ("dilation", 1))]
-    rest = (transposed, [0] * dims, options.get("groups", 1))
-    given, weight = made("given", given_shape), made("weight", weight_shape)
-    convolution, backward = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
-    grad = made("grad", convolution(given, weight, None, *each, *rest).shape)
-    mask = [given_shape[1] > 3, True, False]
-    for function, args in (
-        (convolution, (given, weight, None, *each, *rest)),
-        (backward, (grad, given, weight, None, *each, *rest, mask)),
-    ):
-        function(*args)  # what is kept for the next time
-        with MemoryMeter(torch.device("cpu"), 0, 10**10) as meter:
-            result = function(*args)
-        left = sum(tensor.nbytes for tensor in (result if function is backward else [result]) if tensor is not None)
-        inside, needs = meter.peak_bytes - left, scratch_bytes(function, args, result)
-        print(f"{function}: {inside} inside, {needs} by the formula")
-        assert needs == pytest.approx(inside, rel=0.06, abs=9_000)
 
 
 @pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped matrix product")
@@ -467,6 +396,57 @@ def test_what_stays_impossible_names_the_line_and_what_can_be_done() -> None:
     where = r'raised KeyError: .*: raise KeyError\("here"\); measure, without --predict'
     with pytest.raises(PredictionError, match=where):
         accumkern.plan(broken, memory="1 GB", measure=False)
+
+
+def stepped_by(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Callable[[], Setup]:
+    def setup() -> Setup:
+        model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+        optimizer = make(list(model.parameters()))
+        return Setup(model, optimizer, lambda size: torch.randn(size, 64), lambda model, x: model(x).square().mean())
+
+    return setup
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_an_optimizer_that_reads_norms_is_predicted(foreach: bool) -> None:
+    setup = stepped_by(lambda params: torch.optim.Adafactor(params, foreach=foreach))
+    for size in (1, 64):
+        assert predicted(setup, size).memory.total == pytest.approx(measured(setup, size), rel=0.01)
+
+
+class Picky(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if self.param_groups[0]["params"][0].grad.norm() > 0:  # this line
+            super().step()
+
+
+def test_a_step_that_decides_by_values_is_not_predicted() -> None:
+    with pytest.raises(PredictionError, match=r"step\(\) of the optimizer of setup\(\) raised .*: if self\.param_gr"):
+        predicted(stepped_by(lambda params: Picky(params, lr=0.1)), 2)
+
+
+def test_numbers_are_made_up_in_steps_alone() -> None:
+    losses: list[int] = []
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        losses.append(len(losses))
+        return model(batch).mean() * (batch.max().item() if len(losses) > 2 else 1)  # after the first step
+
+    with pytest.raises(PredictionError, match=r"loss of setup\(\) raised DataDependentOutputException"):
+        predicted(lambda: stepped_by(torch.optim.Adafactor)()._replace(loss=loss), 2)
+    assert len(losses) == 3
+
+
+def test_no_advice_about_samples_follows_a_lack_of_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_batch(size: int) -> Tensor:
+        return torch.stack([torch.randn(64) for _ in torch.randint(100, (size,)).tolist()])
+
+    monkeypatch.setattr("accumkern.planning.fakes.available_bytes", lambda device: 200_000)
+    setup = stepped_by(torch.optim.SGD)
+    with pytest.raises(PredictionError, match=r"make_batch\(1024\) .* raised DataDependentOutput") as caught:
+        predicted(lambda: setup()._replace(make_batch=make_batch), 1024)
+    assert "draw with replacement" not in str(caught.value)
+    assert "knows shapes and no values" in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
