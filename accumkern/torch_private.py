@@ -273,6 +273,8 @@ FakeTensorMode = _find("_subclasses.fake_tensor.FakeTensorMode", "planning")
 #: A block in which tensors are real, inside of one of FakeTensorMode too.
 without_fake_tensors = _find("_subclasses.fake_tensor.unset_fake_temporarily", "planning")
 BatchNorm = _find("nn.modules.batchnorm._BatchNorm", "planning")
+#: The format that the strides of a tensor suggest, as C++ decides it; ``is_contiguous()`` allows several for some.
+suggest_memory_format = _find("_prims_common.suggest_memory_format", "planning")
 #: What operations on fake tensors raise that need values of tensors, or have results of a shape that depends on them.
 NEEDS_VALUES = tuple(
     _find(f"_subclasses.fake_tensor.{name}", "planning")

@@ -7,16 +7,15 @@ from planned import old_objects_aside  # noqa: F401
 
 import accumkern
 from accumkern.memory import storage_bytes
-from accumkern.planning.fakes import PredictionError
 from accumkern.planning.protocol import run_setup
 
 pytest.importorskip("transformers")
-from architectures import ARCHITECTURES, BATCH, CASES, MARGIN, UNPREDICTED, nothing_changes, trained_peak
+from architectures import ARCHITECTURES, BATCH, CASES, MARGIN, nothing_changes, trained_peak
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "old_objects_aside")]
 
 
-predicted = pytest.mark.parametrize("name", sorted(CASES.keys() - UNPREDICTED.keys()))
+predicted = pytest.mark.parametrize("name", sorted(CASES))
 
 
 @predicted
@@ -42,12 +41,3 @@ def test_a_gpu_is_predicted_for_without_one(name: str) -> None:
     assert all(peak.parameters >= storage_bytes(setup_made.model.parameters()) for peak in peaks)
     assert all(peak.optimizer_state > 0 for peak in peaks)
     assert [peak.total for peak in peaks] == sorted(peak.total for peak in peaks)
-
-
-@pytest.mark.parametrize("name", UNPREDICTED)
-def test_what_cannot_be_predicted_is_said(name: str) -> None:
-    with (
-        nothing_changes(ARCHITECTURES[name]) as setup,
-        pytest.raises(PredictionError, match=f"does not run on fake tensors: .*{UNPREDICTED[name]}"),
-    ):
-        accumkern.plan(setup, memory="24GB", measure=False)

@@ -21,8 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 import accumkern
 from accumkern.planning.fakes import PredictionError, fake_setup
-from accumkern.planning.kernels import scratch_bytes
-from accumkern.planning.memory import MemoryMeter
 from accumkern.planning.precision import choose_buffer
 from accumkern.planning.predict import Prediction, predict, smallest_size
 from accumkern.planning.protocol import Setup
@@ -195,9 +193,9 @@ def gpt(dropout: float = 0.0, checkpoints: bool = False) -> Callable[[], Setup]:
     ("maker", "least", "most"),
     [
         (resnet, -0.01, 0.01),
-        (unet, -0.02, 0.08),
-        (vit, -0.01, 0.02),
-        (convnext, -0.01, 0.02),
+        (unet, -0.01, 0.01),
+        (vit, -0.01, 0.01),
+        (convnext, -0.01, 0.01),
         (gpt(), -0.01, 0.01),
         (gpt(0.1), -0.01, 0.01),
         (gpt(0.1, checkpoints=True), -0.05, 0.01),
@@ -224,46 +222,6 @@ def test_an_lstm_is_predicted_with_what_its_kernel_saves() -> None:
 
     least = 0.95 if torch.__version__ >= "2.13" else 0.5  # oneDNN needed more before
     assert least <= predicted(setup, 8).memory.total / measured(setup, 8) <= 1.1
-
-
-CONVOLUTIONS = {
-    "3x3": ((8, 32, 32, 32), (32, 32, 3, 3), {"padding": 1}),
-    "3x3 stride 2": ((8, 32, 32, 32), (64, 32, 3, 3), {"padding": 1, "stride": 2}),
-    "1x1 stride 2": ((8, 32, 32, 32), (64, 32, 1, 1), {"stride": 2}),
-    "odd channels": ((8, 17, 32, 32), (33, 17, 3, 3), {"padding": 1}),
-    "to an image": ((8, 32, 32, 32), (3, 32, 3, 3), {"padding": 1}),
-    "of an image": ((8, 3, 64, 64), (32, 3, 7, 7), {"padding": 3, "stride": 2}),
-    "groups": ((8, 32, 32, 32), (32, 8, 3, 3), {"padding": 1, "groups": 4}),
-    "depthwise": ((8, 32, 32, 32), (32, 1, 7, 7), {"padding": 3, "groups": 32}),
-    "transposed": ((8, 32, 32, 32), (32, 16, 2, 2), {"stride": 2, "transposed": True}),
-    "transposed stride 1": ((8, 32, 32, 32), (32, 16, 3, 3), {"transposed": True}),
-    "1d": ((8, 32, 1024), (32, 32, 3), {"padding": 1}),
-    "3d": ((2, 16, 16, 16, 16), (16, 16, 3, 3, 3), {"padding": 1}),
-}
-
-
-@pytest.mark.parametrize("case", CONVOLUTIONS)
-def test_what_a_convolution_needs_inside_itself(case: str) -> None:
-    given_shape, weight_shape, options = CONVOLUTIONS[case]
-    dims, transposed = len(given_shape) - 2, options.get("transposed", False)
-    each = [[options.get(name, standard)] * dims for name, standard in (("stride", 1), ("padding", 0), ("dilation", 1))]
-    rest = (transposed, [0] * dims, options.get("groups", 1))
-    given, weight = torch.randn(given_shape), torch.randn(weight_shape)
-    convolution, backward = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
-    grad = torch.ones_like(convolution(given, weight, None, *each, *rest))
-    mask = [given_shape[1] > 3, True, False]
-    for function, args in (
-        (convolution, (given, weight, None, *each, *rest)),
-        (backward, (grad, given, weight, None, *each, *rest, mask)),
-    ):
-        function(*args)  # what is kept for the next time
-        with MemoryMeter(torch.device("cpu"), 0, 10**10) as meter:
-            result = function(*args)
-        left = sum(tensor.nbytes for tensor in (result if function is backward else [result]) if tensor is not None)
-        inside, needs = meter.peak_bytes - left, scratch_bytes(function, args, result)
-        print(f"{function}: {inside} inside, {needs} by the formula")
-        assert inside <= 1.06 * needs
-        assert needs <= 2.1 * inside + 20_000 or inside == 0  # plain layouts need nothing
 
 
 @pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped matrix product")
@@ -438,6 +396,57 @@ def test_what_stays_impossible_names_the_line_and_what_can_be_done() -> None:
     where = r'raised KeyError: .*: raise KeyError\("here"\); measure, without --predict'
     with pytest.raises(PredictionError, match=where):
         accumkern.plan(broken, memory="1 GB", measure=False)
+
+
+def stepped_by(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Callable[[], Setup]:
+    def setup() -> Setup:
+        model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+        optimizer = make(list(model.parameters()))
+        return Setup(model, optimizer, lambda size: torch.randn(size, 64), lambda model, x: model(x).square().mean())
+
+    return setup
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_an_optimizer_that_reads_norms_is_predicted(foreach: bool) -> None:
+    setup = stepped_by(lambda params: torch.optim.Adafactor(params, foreach=foreach))
+    for size in (1, 64):
+        assert predicted(setup, size).memory.total == pytest.approx(measured(setup, size), rel=0.01)
+
+
+class Picky(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if self.param_groups[0]["params"][0].grad.norm() > 0:  # this line
+            super().step()
+
+
+def test_a_step_that_decides_by_values_is_not_predicted() -> None:
+    with pytest.raises(PredictionError, match=r"step\(\) of the optimizer of setup\(\) raised .*: if self\.param_gr"):
+        predicted(stepped_by(lambda params: Picky(params, lr=0.1)), 2)
+
+
+def test_numbers_are_made_up_in_steps_alone() -> None:
+    losses: list[int] = []
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        losses.append(len(losses))
+        return model(batch).mean() * (batch.max().item() if len(losses) > 2 else 1)  # after the first step
+
+    with pytest.raises(PredictionError, match=r"loss of setup\(\) raised DataDependentOutputException"):
+        predicted(lambda: stepped_by(torch.optim.Adafactor)()._replace(loss=loss), 2)
+    assert len(losses) == 3
+
+
+def test_no_advice_about_samples_follows_a_lack_of_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_batch(size: int) -> Tensor:
+        return torch.stack([torch.randn(64) for _ in torch.randint(100, (size,)).tolist()])
+
+    monkeypatch.setattr("accumkern.planning.fakes.available_bytes", lambda device: 200_000)
+    setup = stepped_by(torch.optim.SGD)
+    with pytest.raises(PredictionError, match=r"make_batch\(1024\) .* raised DataDependentOutput") as caught:
+        predicted(lambda: setup()._replace(make_batch=make_batch), 1024)
+    assert "draw with replacement" not in str(caught.value)
+    assert "knows shapes and no values" in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

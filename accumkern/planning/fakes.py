@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from accumkern import backends
@@ -26,6 +27,7 @@ from accumkern.random_state import RandomState
 from accumkern.torch_private import (
     NEEDS_VALUES,
     FakeTensorMode,
+    TorchDispatchMode,
     is_fake,
     is_flattened,
     tree_map,
@@ -193,6 +195,42 @@ class _RealArrays(TorchFunctionMode):
         is_read = func in (Tensor.numpy, Tensor.__array__) and not is_fake(args[0])
         with unset_fake_temporarily() if is_read else nullcontext():
             return func(*args, **(kwargs or {}))
+
+
+class StepValues(TorchDispatchMode):
+    """Lets an optimizer's step read numbers of fake tensors that have none, such as norms: each is 1.
+
+    How much memory a step needs does not depend on them, as it may in a loss. Truth values have no stand-in, since an
+    ``if`` in a step may end it.
+    """
+
+    def __enter__(self) -> StepValues:
+        self._is_stepping = False
+        self._hooks = (
+            register_optimizer_step_pre_hook(lambda *_: self._let_be(True)),
+            register_optimizer_step_post_hook(lambda *_: self._let_be(False)),
+        )
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except NEEDS_VALUES:
+            is_number = func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is not torch.bool
+            if not (self._is_stepping and is_number):
+                raise
+            return 1.0 if args[0].dtype.is_floating_point else 1
+
+    def _let_be(self, is_stepping: bool) -> None:
+        self._is_stepping = is_stepping
 
 
 def _fake_mode() -> Any:

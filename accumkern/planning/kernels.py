@@ -1,7 +1,6 @@
 """What kernels do that fake tensors on a CPU do not show: what they need inside themselves, and what a GPU's differ in.
 
-The sizes of scratch memory are those of torch's CPU kernels, seen in the events of its allocator: oneDNN convolves
-tensors in a layout of its own, so it copies what it is given into that, and its result back.
+The sizes of scratch memory are those of torch's CPU kernels, seen in the events of its allocator.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
+from accumkern.planning.convolutions import of_convolution, of_convolution_backward
 from accumkern.torch_private import TorchDispatchMode, is_fake, run_backward
 
 # ---- inside a kernel ---------------------------------------------------------------------------------------------
@@ -30,47 +30,6 @@ def scratch_bytes(operation: Any, args: Sequence[Any], result: Any) -> int:
     """
     needs = _SCRATCH.get(str(operation))
     return 0 if needs is None else needs(args, result)
-
-
-def _of_convolution(args: Sequence[Any], result: Any) -> int:
-    """``args``: input, weight, bias, stride, padding, dilation, transposed, output padding, groups.
-
-    First there are copies of input, weight and result in oneDNN's layout, then that of the result beside it.
-    """
-    given, weight, stride, transposed = args[0], args[1], args[3], args[6]
-    if _is_channels_last(given):
-        return 2 * weight.nbytes
-    written = _blocked_bytes(result)
-    first = _blocked_bytes(given) + weight.nbytes + written - (0 if transposed else result.nbytes)
-    return max(first, 2 * written if transposed and max(stride) > 1 else written)
-
-
-def _of_convolution_backward(args: Sequence[Any], result: Any) -> int:
-    """``args``: gradient, input, weight, bias sizes, stride, padding, dilation, transposed, ..., output mask.
-
-    For the weight's gradient there are copies of gradient and input, and for that of 16-bit weights its sum in FP32; a
-    stride of more than 1 makes the input's gradient through two more copies.
-    """
-    grad, given, weight, stride, output_mask = args[0], args[1], args[2], args[4], args[10]
-    if _is_channels_last(given):
-        return 3 * weight.nbytes
-    is_image = given.shape[1] <= 3 and not output_mask[0]  # which is read as it is
-    copies = _blocked_bytes(grad) + (0 if is_image else _blocked_bytes(given))
-    spread = 2 * given.nbytes if output_mask[0] and max(stride) > 1 else 0
-    dense = 0 if grad.is_contiguous() else grad.nbytes
-    return max(copies, _blocked_bytes(weight), spread) + dense + (0 if weight.itemsize == 4 else 2 * weight.nbytes)
-
-
-def _blocked_bytes(tensor: Tensor) -> int:
-    """Return the bytes of a tensor of shape ``(batch, channels, ...)`` in oneDNN's layout: blocks of 16 channels."""
-    channels = tensor.shape[1]
-    return tensor.nbytes // max(channels, 1) * (-(-channels // 16) * 16)
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    is_it = tensor.dim() in formats and tensor.is_contiguous(memory_format=formats[tensor.dim()])
-    return is_it and not tensor.is_contiguous()
 
 
 def _of_lstm(args: Sequence[Any], result: Any) -> int:
@@ -90,8 +49,8 @@ def _of_first(args: Sequence[Any], result: Any) -> int:
 
 
 _SCRATCH: Mapping[str, Callable[[Sequence[Any], Any], int]] = {
-    "aten.convolution.default": _of_convolution,
-    "aten.convolution_backward.default": _of_convolution_backward,
+    "aten.convolution.default": of_convolution,
+    "aten.convolution_backward.default": of_convolution_backward,
     "aten.native_batch_norm_backward.default": _of_first,
     "aten.mse_loss.default": _of_first,
     "aten.mkldnn_rnn_layer.default": _of_lstm,

@@ -12,9 +12,10 @@ import torch
 from accumkern import backends
 from accumkern.checks import one_of
 from accumkern.out_of_memory import format_bytes
+from accumkern.planning.fakes import StepValues
 from accumkern.planning.kernels import GpuKernels
 from accumkern.planning.precision import accumulation
-from accumkern.planning.protocol import Setup, make_batch
+from accumkern.planning.protocol import Setup, make_batch, step
 from accumkern.planning.tracker import MemoryTracker
 from accumkern.planning.trial import accumulate, train_window
 from accumkern.stand_ins import as_on
@@ -120,6 +121,7 @@ def predict(
     # The hooks run, and allocate what they do in training; fake tensors have nothing that kernels could read.
     with (
         backends.without_kernels(),
+        StepValues(),
         as_on(device),
         _several_at_a_time(setup) if device == "cuda" else nullcontext(),
         GpuKernels() if (device, setup.device.type) == ("cuda", "cpu") else nullcontext(),
@@ -129,7 +131,7 @@ def predict(
         for _ in range(micro_batches):
             accumulate(setup, make_batch(setup, micro_batch, "longest_batch"), micro_batches, accumulator)
         with tracker:
-            setup.optimizer.step()  # what a step keeps for the next one counts from here on
+            step(setup)  # what a step keeps for the next one counts from here on
         state = {} if accumulator is None else accumulator.state_dict()
         setup.optimizer.zero_grad()
         tracker.count("residuals", state.get("residuals", {}))

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from accumkern.checks import describe, real
 from accumkern.out_of_memory import is_out_of_memory
-from accumkern.torch_private import tree_leaves
+from accumkern.torch_private import NEEDS_VALUES, tree_leaves
 
 
 class Setup(NamedTuple):
@@ -218,4 +218,6 @@ def _called(name: str, function: Callable[..., Any], *arguments: Any, advice: st
     except Exception as error:
         if is_out_of_memory(error):
             raise
+        if isinstance(error, NEEDS_VALUES):
+            advice = ""  # a prediction adds its own
         raise RuntimeError(f"{name} of setup() raised {describe(error)}{advice}") from error
