@@ -29,7 +29,7 @@ from accumkern.out_of_memory import CpuLimit, forget_failed_pass, gpu_limit, is_
 from accumkern.rank_window import RankWindow
 from accumkern.ranks import RanksError
 from accumkern.snapshot import Snapshot
-from accumkern.splitting import Split, bounds, part_of, samples_of
+from accumkern.splitting import Split, bounds, part_of, samples_of, tensors_of
 from accumkern.torch_private import tree_leaves
 from accumkern.weighing import (
     Count,
@@ -41,6 +41,7 @@ from accumkern.weighing import (
     runs_of,
     totals_of,
     weighted_sum,
+    without_graph,
 )
 
 
@@ -131,7 +132,11 @@ def run(asked: Request, attachment: Attachment, model: nn.Module | None, window:
                 "average_over, and leave scale at 1"
             )
     slots = {param: slot for each in attachments for param, slot in each.slots.items()}
-    before = Snapshot(params, slots, model)
+    tensors = tensors_of(asked.batch, asked.split)
+    leaves = [tensor for tensor in tensors.values() if tensor.requires_grad and tensor.is_leaf]
+    before = Snapshot([*params, *leaves], slots, model)
+    passes = [(each.rooms, each.rooms.passes.count) for each in attachments]
+    versions = {path: _version(tensor) for path, tensor in tensors.items()}
     parts, found = _parts_for(asked.samples, asked.largest), None
     whole: Counts = {}
     ran_out: str | None = None
@@ -142,7 +147,7 @@ def run(asked: Request, attachment: Attachment, model: nn.Module | None, window:
                 losses = _window(asked, parts, whole, window, params[0].device)
             break
         except BaseException as error:
-            _begin_again(attachments, before)
+            _begin_again(passes, before)
             # What ends another rank, for whatever reason, ends this one.
             if not asked.may_halve or isinstance(error, RanksError) or not is_out_of_memory(error):
                 if ran_out is not None and error.__cause__ is None and not isinstance(error, RanksError):
@@ -151,6 +156,13 @@ def run(asked: Request, attachment: Attachment, model: nn.Module | None, window:
             if parts == asked.samples:
                 _explain(error)
                 raise
+            changed = [path for path, tensor in tensors.items() if _version(tensor) != versions[path]]
+            if changed:
+                raise RuntimeError(
+                    f"memory ran out, and the window cannot begin again, because loss_fn has changed {changed[0]} in "
+                    "place; let it work on a copy (clone())"
+                ) from error
+            error.__traceback__ = None  # whoever keeps the error does not keep what its frames hold
             ran_out = f"memory ran out with micro-batches of {-(-asked.samples // parts)} samples: {describe(error)}"
         # Outside of the handler nothing holds the frames in which it happened, and their tensors, any more.
         _free(params)
@@ -159,7 +171,7 @@ def run(asked: Request, attachment: Attachment, model: nn.Module | None, window:
     try:
         window.reduce()
     except BaseException:
-        _begin_again(attachments, before)
+        _begin_again(passes, before)
         raise
     return losses, found
 
@@ -185,7 +197,9 @@ def _window(asked: Request, parts: int, whole: Counts, window: RankWindow, devic
         whole.update(window.whole(totals_of(counts)))
         check_whole(whole)
     losses: dict[Any, Tensor] = {}
+    names: list[Any] = []
     kind: type = dict
+    has_graph = False
     runs = runs_of(counts, window.skips_parts)
     for n, (i, counts_here) in enumerate(runs):
         piece = part_of(asked.batch, *cuts[i], asked.split) if pieces[i] is None else pieces[i]
@@ -194,18 +208,24 @@ def _window(asked: Request, parts: int, whole: Counts, window: RankWindow, devic
             returned = asked.loss_fn(piece)
             del piece
             found = losses_of(returned, counts[i])
-            weighted = weighted_sum(found, counts[i], whole, asked.takes_mean)
+            has_graph_here = any(loss.requires_grad for loss in found.values())
+            has_graph |= has_graph_here
+            is_missed = n + 1 == len(runs) and not has_graph  # a part without one adds nothing, but all may not be
+            if is_missed or not (has_graph_here or window.skips_parts):  # others wait for the backward pass
+                raise ValueError(without_graph())
+            with torch.enable_grad():  # as loss_fn may have done for itself
+                weighted = weighted_sum(found, counts[i], whole, asked.takes_mean)
             if weighted is not None:
                 asked.backward(weighted if counts_here else weighted * 0.0)
         if counts_here:
             add_losses(losses, found, counts[i], whole, asked.takes_mean)
-        kind = type(returned)
+        kind, names = type(returned), list(found)
         del returned, found, weighted  # and the graph with them
     if not runs:  # other ranks have what counts
-        losses = {name: torch.zeros((), device=device) for name in whole}
+        losses, names = {name: torch.zeros((), device=device) for name in whole}, list(whole)
     if None in losses:
         return losses[None]
-    return tuple(losses.values()) if issubclass(kind, (tuple, list)) else losses
+    return tuple(losses[name] for name in names) if issubclass(kind, (tuple, list)) else {n: losses[n] for n in names}
 
 
 # ---- around a window ---------------------------------------------------------------------------------------------
@@ -248,11 +268,18 @@ def _held(asked: Request, attachments: list[Attachment], params: list[Tensor], m
     return tensors_in(held)
 
 
-def _begin_again(attachments: list[Attachment], before: Snapshot) -> None:
-    """Let everything be as it was before the window."""
-    for each in attachments:
-        each.rooms.passes.drop()
+def _begin_again(passes: list[tuple[Any, int]], before: Snapshot) -> None:
+    """Let everything be as it was; ``passes`` has the rooms of accumulators, and how many passes they had seen."""
+    for rooms, count in passes:
+        rooms.passes.drop()
+        rooms.passes.count = count
+        if rooms.lost_bits is not None:
+            rooms.lost_bits.reset()
     before.put_back()
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _free(params: list[Tensor]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from accumkern.dtensor import is_dtensor, shard
@@ -64,6 +65,12 @@ def tensors_in(tree: Any) -> list[Tensor]:
     """
     if isinstance(tree, Tensor):
         tensor: Any = shard(tree) if is_dtensor(tree) else tree
+        if tensor.layout is torch.sparse_coo:
+            return [tensor._indices(), tensor._values()]
+        if tensor.layout is not torch.strided:
+            is_by_rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+            names = ("crow_indices", "col_indices") if is_by_rows else ("ccol_indices", "row_indices")
+            return [*(getattr(tensor, name)() for name in names), tensor.values()]
         if not is_wrapper_subclass(tensor):
             return [tensor]
         return tensors_in([getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]])

@@ -17,7 +17,15 @@ from accumkern.torch_private import TorchDispatchMode, tree_leaves
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "std::bad_alloc",
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",  # its handle needs memory
+    "cudnn_status_alloc_failed",
+)
 
 
 class MemoryLimitError(MemoryError):
@@ -28,7 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out, of a GPU or of the CPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
 
 
 def parse_bytes(size: int | str) -> int:
@@ -59,7 +67,7 @@ def forget_failed_pass() -> None:
 
     What waited in autograd's queue of this thread stays there, with all that it needs, until the next backward pass.
     """
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         torch.zeros((), requires_grad=True).backward()
 
 

@@ -23,10 +23,11 @@ class Snapshot:
     """Gradients, buffers and random numbers as they are now.
 
     Gradients that are there are copied to the host's memory, so that the device's is free; where there are none, as at
-    the beginning of a window, nothing is copied. Buffers are copied where they are.
+    the beginning of a window, nothing is copied. Buffers are copied where they are. What is put back is written past
+    the counters of changes: to autograd, and to other views of the same memory, it never changed.
 
     Args:
-        params: whose gradients.
+        params: whose gradients; other leaves too.
         slots: of those that are accumulated by hooks.
         model: whose buffers, such as BatchNorm's running statistics; None leaves them as they are.
     """
@@ -37,21 +38,30 @@ class Snapshot:
         self._gradients = {
             param: _copied(param.grad, slots.get(param)) for param in self._params if param.grad is not None
         }
-        self._buffers = [] if model is None else [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        modules = [] if model is None else list(model.modules())
+        self._buffers = [(module, dict(module._buffers)) for module in modules if module._buffers]
+        tensors = {buffer for _, buffers in self._buffers for buffer in buffers.values() if buffer is not None}
+        self._values = [(buffer, buffer.detach().clone()) for buffer in tensors]
         self._random = RandomState(*(param.device for param in self._params))
 
     def put_back(self) -> None:
         """Make gradients, buffers and random numbers what they were; gradients that came since are let go."""
+        self._random.put_back()
         with torch.no_grad():
             for param in self._params:
                 before = self._gradients.get(param)
-                if before is None:
-                    param.grad = None
-                else:
-                    _put_back(param, self._slots.get(param), before)
-            for buffer, values in self._buffers:
-                buffer.copy_(values)
-        self._random.put_back()
+                param.grad = None if before is None else _put_back(self._slots.get(param), before)
+            for param, before in self._gradients.items():  # when all are written: some may share memory
+                slot = self._slots.get(param)
+                if slot is not None and before.is_owned:
+                    slot.remember()
+                elif slot is not None:
+                    slot.forget()
+            for module, buffers in self._buffers:
+                module._buffers.clear()
+                module._buffers.update(buffers)
+            for buffer, values in self._values:
+                _write(buffer, values)
 
 
 def _copied(grad: Any, slot: Slot | None) -> _Gradient:
@@ -67,17 +77,22 @@ def _copied(grad: Any, slot: Slot | None) -> _Gradient:
     )
 
 
-def _put_back(param: Tensor, slot: Slot | None, before: _Gradient) -> None:
-    grad = param.grad = before.grad
+def _put_back(slot: Slot | None, before: _Gradient) -> Any:
+    grad = before.grad
     if grad.layout is not torch.strided:
-        param.grad = before.values.clone()  # others add to it
-        return
-    (grad if slot is None else slot.local(grad)).copy_(before.values)
-    if slot is None:
-        return
-    if before.residual is not None:
+        return before.values.clone()  # others add to it
+    _write(grad if slot is None else slot.local(grad), before.values)
+    if slot is not None and before.residual is not None:
         slot.residual.copy_(before.residual)
-    if before.is_owned:
-        slot.remember()
-    else:
-        slot.forget()
+    return grad
+
+
+def _write(tensor: Tensor, values: Tensor) -> None:
+    """Give a tensor values again, and its shape where that has changed."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return  # expanded: nothing could write into it
+    with torch.inference_mode(tensor.is_inference()):  # one that was made there can be written there alone
+        if tensor.shape == values.shape:
+            tensor.data.copy_(values)
+        else:
+            tensor.data = values.to(tensor.device, copy=True)

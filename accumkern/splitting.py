@@ -11,13 +11,16 @@ import copy
 import dataclasses
 import enum
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+from accumkern.torch_private import tree_leaves
 
 #: Takes a batch, and returns its samples from the first number up to, without, the second.
 Split = Callable[[Any, int, int], Any]
@@ -36,8 +39,11 @@ def samples_of(batch: Any, split: Split | None) -> int:
         ValueError: tensors differ in their first dimension, or a list has another number of entries.
     """
     if split is not None:
+        if not hasattr(batch, "__len__"):
+            raise TypeError(f"batch is a {type(batch).__name__} without len(), which says how many samples split takes")
         return len(batch)
-    leaves = list(_split_leaves(batch, "batch"))
+    nodes = list(_nodes(batch, "batch"))
+    leaves = [(path, leaf) for path, leaf, is_split in nodes if is_split]
     if not leaves:
         raise TypeError(f"batch is a {type(batch).__name__} without a tensor of samples in it; {_ADVICE}")
     tensors = [entry for entry in leaves if not isinstance(entry[1], (list, tuple))]
@@ -50,7 +56,21 @@ def samples_of(batch: Any, split: Split | None) -> int:
                 f"{path} is {what}, and {first} has {samples} samples in its first dimension; all must have as many: "
                 f"{_ADVICE}"
             )
+    for path, leaf, is_split in nodes:
+        if not is_split and type(leaf) is tuple and len(leaf) == samples > 1:
+            raise ValueError(
+                f"{path} is a tuple of {samples} numbers, as many as there are samples; make it a tensor or a list if "
+                f"they are of the samples, or, if they are of all, {_ADVICE}"
+            )
     return samples
+
+
+def tensors_of(batch: Any, split: Split | None) -> dict[str, Tensor]:
+    """Return the tensors in a batch that parts are cut from, by where they lie."""
+    if split is None:
+        return {path: leaf for path, leaf, is_split in _nodes(batch, "batch") if is_split and isinstance(leaf, Tensor)}
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    return {f"tensor {number} of batch": tensor for number, tensor in enumerate(tensors)}
 
 
 def part_of(batch: Any, start: int, stop: int, split: Split | None) -> Any:
@@ -67,18 +87,18 @@ def bounds(samples: int, parts: int) -> list[tuple[int, int]]:
     return list(pairwise(starts))
 
 
-def _split_leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Return what has an entry for each sample, and where it lies.
+def _nodes(tree: Any, path: str) -> Iterator[tuple[str, Any, bool]]:
+    """Return where each leaf of a batch lies, the leaf, and whether it has an entry for each sample.
 
     Raises:
         TypeError: something cannot be taken apart.
     """
     kind = _kind(tree, path)
-    if kind is _LEAF:
-        yield path, tree
-    elif kind is not _WHOLE:
-        for name, child in kind.items():
-            yield from _split_leaves(child, path + name)
+    if kind is _LEAF or kind is _WHOLE:
+        yield path, tree, kind is _LEAF
+        return
+    for name, child in kind.items():
+        yield from _nodes(child, path + name)
 
 
 def _mapped(tree: Any, take: Callable[[Any], Any]) -> Any:
@@ -90,7 +110,7 @@ def _mapped(tree: Any, take: Callable[[Any], Any]) -> Any:
     children = [_mapped(child, take) for child in kind.values()]
     if isinstance(tree, Mapping):
         items = dict(zip(tree, children, strict=True))
-        if type(tree) is dict or not hasattr(tree, "__setitem__"):
+        if type(tree) is dict or not isinstance(tree, (dict, UserDict)):
             return items
         found: Any = copy.copy(tree)  # with what else it has
         for key, child in items.items():
@@ -100,8 +120,11 @@ def _mapped(tree: Any, take: Callable[[Any], Any]) -> Any:
         return type(tree)(*children)
     if isinstance(tree, (list, tuple)):
         return type(tree)(children)
+    fields = dataclasses.fields(tree)
+    if all(field.init for field in fields):  # then what it has beside its fields is made anew
+        return dataclasses.replace(tree, **{f.name: child for f, child in zip(fields, children, strict=True)})
     found = copy.copy(tree)
-    for field, child in zip(dataclasses.fields(tree), children, strict=True):
+    for field, child in zip(fields, children, strict=True):
         object.__setattr__(found, field.name, child)  # it may be frozen
     return found
 
@@ -119,14 +142,16 @@ def _kind(tree: Any, path: str) -> Any:
         return _WHOLE if tree.dim() == 0 else _LEAF
     if isinstance(tree, PackedSequence):
         raise TypeError(f"{path} is a PackedSequence, whose samples lie one inside the other; {_ADVICE}")
+    if isinstance(tree, MutableMapping) and not isinstance(tree, (dict, UserDict)):
+        raise TypeError(f"{path} is a {type(tree).__name__}, a mapping that cannot be copied; {_ADVICE}")
     if isinstance(tree, Mapping):
         return {f"[{key!r}]": child for key, child in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return {f".{name}": child for name, child in zip(tree._fields, tree, strict=True)}
     if isinstance(tree, (list, tuple)):
-        if not tree or (isinstance(tree, tuple) and all(isinstance(entry, (int, float)) for entry in tree)):
+        if not tree or (isinstance(tree, tuple) and all(map(_is_number, tree))):
             return _WHOLE  # a size, or a range
-        if all(isinstance(entry, _OF_ALL_SAMPLES) for entry in tree):
+        if all(isinstance(entry, _OF_ALL_SAMPLES) or _is_number(entry) for entry in tree):
             return _LEAF
         return {f"[{i}]": child for i, child in enumerate(tree)}
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
@@ -137,6 +162,10 @@ def _kind(tree: Any, path: str) -> Any:
     if isinstance(tree, _OF_ALL_SAMPLES):
         return _WHOLE
     raise TypeError(f"{path} is a {type(tree).__name__}, which cannot be taken apart; {_ADVICE}")
+
+
+def _is_number(entry: Any) -> bool:
+    return isinstance(entry, (int, float)) or (isinstance(entry, Tensor) and entry.dim() == 0)
 
 
 def _shape(leaf: Any) -> str:

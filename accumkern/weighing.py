@@ -10,6 +10,8 @@ from torch import Tensor
 
 from accumkern.checks import real
 
+_RIGHT = "it must return the mean loss of a micro-batch, a floating 0-dim tensor with a graph, or several of them"
+
 Count = Callable[[Any], Any]
 Counts = dict[Any, float]  # by the name of the loss; None: of all
 
@@ -96,18 +98,24 @@ def losses_of(returned: Any, counts: Counts) -> dict[Any, Tensor]:
         TypeError, ValueError: they are none that can be trained, or have other names than what they count.
     """
     losses = _named(returned)
-    right = "it must return the mean loss of a micro-batch, a floating 0-dim tensor with a graph, or several of them"
+    right = _RIGHT
     for loss in losses.values():
         if not isinstance(loss, Tensor) or not loss.is_floating_point():
             found = f"a {loss.dtype} tensor" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise TypeError(f"loss_fn returned {found}; {right}")
         if loss.dim() != 0:
             raise ValueError(f"loss_fn returned a tensor of shape {tuple(loss.shape)}; {right}")
-    if not losses or not any(loss.requires_grad for loss in losses.values()):
-        raise ValueError(f"loss_fn returned {'no loss' if not losses else 'a loss without a graph'}; {right}")
+    if not losses:
+        raise ValueError(f"loss_fn returned no loss; {right}")
     if None not in counts and counts.keys() != losses.keys():
         raise ValueError(f"count returned numbers for {list(counts)}, and loss_fn losses for {list(losses)}")
     return losses
+
+
+def without_graph() -> str:
+    """Return what is wrong where no part's loss has a graph."""
+    off = "" if torch.is_grad_enabled() else ": gradients are off here, by no_grad() or inference_mode()"
+    return f"loss_fn returned a loss without a graph{off}; {_RIGHT}"
 
 
 def weighted_sum(losses: dict[Any, Tensor], counts: Counts, totals: Counts, takes_mean: bool) -> Tensor | None:

@@ -644,3 +644,183 @@ def test_a_detached_accumulator_is_refused() -> None:
     acc.detach()
     with pytest.raises(RuntimeError, match="detached"):
         acc.backward(loss_of(model), batch_of(4))
+
+
+# ---- what others hold, and what a try has changed -----------------------------------------------------------------
+
+
+def test_earlier_gradients_that_share_memory_keep_their_residuals() -> None:
+    """As those in a bucket: the version of one is the version of all."""
+
+    def sums(micro_batch: Any, most: int) -> tuple[list[Any], list[Any]]:
+        scarce = Scarce(most, "backward", after=2)
+        model = network(scarce)
+        acc = attached(model)
+        flat = torch.zeros(sum(param.numel() for param in model.parameters()), dtype=BF16)
+        offset = 0
+        for param in model.parameters():
+            param.grad = flat[offset : offset + param.numel()].view_as(param)
+            offset += param.numel()
+        for seed in (1, 2):
+            loss_of(model)(batch_of(seed)).backward()
+        before = [part if part is None else part.clone() for part in bits(acc, model)]
+        acc.backward(loss_of(model), batch_of(8), micro_batch)
+        return before, bits(acc, model)
+
+    (before, retried), (same, right) = sums("auto", 4), sums(4, 10**9)
+    assert_equal_bits(before, same)
+    assert any(part is not None and part.dtype is torch.int8 for part in before)
+    assert_equal_bits(retried, right)
+
+
+class Counts(nn.Module):
+    """Has buffers that are replaced, resized, made and left alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("largest", torch.zeros(0))
+        self.register_buffer("expanded", torch.zeros(1).expand(4))
+        self.register_buffer("late", None)
+        with torch.inference_mode():
+            self.register_buffer("inferred", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.seen = self.seen + len(x)
+            self.largest.resize_(8).copy_(x.detach().amax(0).float())
+            self.late = x.detach()[0]
+        return x
+
+
+def test_buffers_that_are_replaced_resized_or_made_go_back() -> None:
+    counts = Counts()
+    model = network(Scarce(4, "backward"), FP32, counts)
+    before = dict(counts.named_buffers())
+    acc = attached(model)
+    with pytest.raises(ArithmeticError):
+        acc.backward(lambda part: [loss_of(model)(part), 1 / 0][0] and _fail(), batch_of(8, FP32), model=model)
+    assert counts.seen is before["seen"]
+    assert counts.late is None
+    assert counts.largest.shape == (0,)
+    acc.backward(loss_of(model), batch_of(8, FP32), model=model)
+    assert counts.seen == 8
+
+
+def _fail() -> Tensor:
+    raise ArithmeticError
+
+
+def test_losses_come_back_in_the_order_of_loss_fn() -> None:
+    model = network(dtype=FP32)
+    acc = attached(model)
+    mask = torch.tensor([0, 0, 1, 1])  # nothing of the first part counts for the first loss
+    first, second = acc.backward(
+        lambda part: (0 * model(part[0]).sum() + 1, 0 * model(part[0]).sum() + 2),
+        (*batch_of(4, FP32), mask),
+        2,
+        count=lambda part: (part[2].sum(), len(part[0])),
+    )
+    assert (first, second) == (1, 2)
+
+
+def test_a_batch_that_loss_fn_has_changed_cannot_begin_again() -> None:
+    model = network(Scarce(4, "backward"), FP32)
+
+    def in_place(part: Any) -> Tensor:
+        part["x"].mul_(2)
+        return F.mse_loss(model(part["x"]), part["y"])
+
+    x, y = batch_of(8, FP32)
+    acc = attached(model)
+    with pytest.raises(RuntimeError, match=r"loss_fn has changed batch\['x'\] in place; let it work on a copy"):
+        acc.backward(in_place, {"x": x, "y": y})
+    assert model[0].weight.grad is None
+    acc.backward(in_place, {"x": x, "y": y}, 4)  # where nothing has to begin again it is nobody's business
+
+
+def test_leaves_in_the_batch_get_their_gradient_once() -> None:
+    model = network(Scarce(4, "backward"), FP32)
+    x, y = batch_of(8, FP32)
+    x.requires_grad_(True)
+    attached(model).backward(loss_of(model), (x, y))
+    right = network(dtype=FP32)
+    again = x.detach().clone().requires_grad_(True)
+    loss_of(right)((again, y)).backward()
+    torch.testing.assert_close(x.grad, again.grad)
+
+
+def test_a_part_without_a_graph_adds_nothing() -> None:
+    """As of detection, where a part may have nothing to detect."""
+    model = network(dtype=FP32)
+    acc = attached(model)
+
+    def loss_fn(part: Any) -> Tensor:
+        return torch.zeros(()) if part[1][0] < 0 else loss_of(model)(part)
+
+    x, _ = batch_of(8, FP32)
+    y = torch.tensor([1.0, 1, 1, 1, -1, -1, -1, -1])[:, None]
+    loss = acc.backward(loss_fn, (x, y), 4)
+    found = gradients(acc, model)
+    model.zero_grad()
+    right = loss_of(model)((x[:4], y[:4])) / 2
+    right.backward()
+    torch.testing.assert_close(loss, right.detach())
+    torch.testing.assert_close(found, gradients(acc, model))
+    with pytest.raises(ValueError, match="a loss without a graph; it must return"):
+        acc.backward(lambda part: torch.zeros(()), (x, y), 4)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"without a graph: gradients are off here, by no_grad\(\)"):
+        acc.backward(loss_of(model), (x, y), 4)
+    with torch.no_grad():
+        acc.backward(torch.enable_grad()(loss_of(model)), (x, y), 4)
+
+
+def test_a_call_that_fails_at_once_leaves_a_deferred_step_alone() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    acc = accumkern.attach(optimizer, master_weights="split32")
+    acc.backward(loss_of(model), batch_of(8), 4)
+    acc.finish(divide_by=2.0, defer=True)
+    with pytest.raises(ZeroDivisionError):
+        acc.backward(lambda _: 1 / 0, batch_of(8))
+    with pytest.raises(RuntimeError, match="already since the last backward pass"):
+        acc.finish()
+    optimizer.step()
+
+
+def test_the_report_of_a_window_begun_again_in_its_middle_is_right() -> None:
+    model = network(Scarce(4, after=3))
+    acc = attached(model, report=True)
+    loss_of(model)(batch_of(4)).backward()
+    acc.micro_batch = 8
+    acc.backward(loss_of(model), batch_of(32))
+    assert acc.report().error < 1e-3
+
+
+def test_an_error_that_somebody_keeps_keeps_no_activations() -> None:
+    memory: list[StorageWeakRef] = []
+    kept: list[BaseException] = []
+    held: list[int] = []
+    model = network(Scarce(4))
+    model[0].register_forward_hook(lambda _m, _i, out: memory.append(StorageWeakRef(out.untyped_storage())))
+
+    def loss_fn(part: Any) -> Tensor:
+        held.append(sum(not reference.expired() for reference in memory))
+        try:
+            return loss_of(model)(part)
+        except torch.OutOfMemoryError as error:
+            kept.append(error)
+            raise
+
+    attached(model).backward(loss_fn, batch_of(8))
+    assert len(kept) == 1
+    assert held == [0, 0, 0]
+
+
+def test_sparse_gradients_count_for_a_limit() -> None:
+    model = nn.Embedding(100, 8, sparse=True)
+    acc = attached(model)
+    tokens = torch.arange(12).reshape(4, 3)
+    acc.backward(lambda part: model(part).square().mean(), tokens, memory="1GB")
+    acc.backward(lambda part: model(part).square().mean(), tokens, memory="1GB")
+    assert acc.memory().gradients >= model.weight.grad._values().nbytes

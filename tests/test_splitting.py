@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import collections.abc
 import dataclasses
 import enum
+import functools
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -167,3 +169,58 @@ def test_parts_are_as_equal_as_can_be(samples: int) -> None:
         assert all(stop == start for (_, stop), (start, _) in pairwise(found))
         assert sizes == sorted(sizes, reverse=True)
         assert 0 < sizes[-1] >= sizes[0] - 1
+
+
+class Mine(collections.abc.MutableMapping):  # type: ignore[type-arg]
+    def __init__(self) -> None:
+        self.inside = {"x": X}
+
+    def __getitem__(self, key: str) -> Any:
+        return self.inside[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.inside[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.inside[key]
+
+    def __iter__(self) -> Any:
+        return iter(self.inside)
+
+    def __len__(self) -> int:
+        return len(self.inside)
+
+
+@dataclasses.dataclass
+class Measured:
+    x: Tensor
+
+    def __post_init__(self) -> None:
+        self.samples = len(self.x)
+
+    @functools.cached_property
+    def total(self) -> float:
+        return float(self.x.sum())
+
+
+def test_what_is_computed_of_a_batch_is_computed_anew_of_a_part() -> None:
+    batch = Measured(X)
+    assert batch.total == 66
+    part = taken(batch, 0, 1)
+    assert (part.total, part.samples) == (3, 1)
+
+
+def test_what_could_be_of_all_samples_or_of_each_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"batch\[1\] is a tuple of 4 numbers, as many as there are samples"):
+        samples_of((X, (0, 1, 0, 1)), None)
+    with pytest.raises(ValueError, match=r"batch\[1\] is a tuple of 4 numbers"):
+        samples_of((X, tuple(Y)), None)
+    assert taken((X, list(Y)), 1, 3)[1] == [1, 2]
+    assert taken((X, [0.5, 1, 2, 3]), 1, 3)[1] == [1, 2]
+
+
+def test_a_mapping_that_cannot_be_copied_is_refused() -> None:
+    with pytest.raises(TypeError, match="batch is a Mine, a mapping that cannot be copied; give it to loss_fn"):
+        samples_of(Mine(), None)
+    with pytest.raises(TypeError, match=r"batch is a generator without len\(\)"):
+        samples_of((x for x in X), lambda batch, start, stop: batch)
