@@ -36,6 +36,7 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]]
     "1d depthwise": ((4, 64, 128), (64, 1, 4), {"padding": 3, "groups": 64}),
     "1d depthwise 3": ((4, 64, 128), (64, 1, 3), {"padding": 2, "groups": 64}),
     "1d of one": ((1, 64, 256), (64, 64, 7), {"padding": 3}),
+    "1d, channels last": ((4, 64, 128), (64, 64, 3), {"padding": 1, "given": "transposed"}),
     "3d": ((2, 16, 16, 16, 16), (16, 16, 3, 3, 3), {"padding": 1}),
     "3d of one": ((1, 16, 16, 16, 16), (16, 16, 3, 3, 3), {"padding": 1}),
     "one small image": ((1, 16, 32, 32), (32, 16, 3, 3), {"padding": 1}),
@@ -59,8 +60,10 @@ def test_what_a_convolution_needs_inside_itself(case: str) -> None:
     given_shape, weight_shape, options = CONVOLUTIONS[case]
 
     def made(name: str, shape: tuple[int, ...]) -> Tensor:
-        layout = options.get(name) or torch.contiguous_format
-        return torch.ones(shape, dtype=options.get("dtype", torch.float32)).to(memory_format=layout)
+        tensor = torch.ones(shape, dtype=options.get("dtype", torch.float32))
+        if options.get(name) == "transposed":
+            return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+        return tensor.to(memory_format=options.get(name) or torch.contiguous_format)
 
     dims, transposed = len(given_shape) - 2, options.get("transposed", False)
     each = [[options.get(name, standard)] * dims for name, standard in (("stride", 1), ("padding", 0), ("dilation", 1))]

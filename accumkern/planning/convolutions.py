@@ -122,8 +122,8 @@ def _is_depthwise(weight: Tensor, groups: int) -> bool:
 
 
 def _layout(given: Tensor, weight: Tensor) -> torch.memory_format:
-    """Return the format that torch convolves in: channels are last where input or weight suggest it, if not in 1d."""
-    suggested = [suggest_memory_format(tensor) for tensor in (given, weight)] if given.dim() > 3 else []
+    """Return the format that torch convolves in: channels are last where input or weight suggest it, never in 1d."""
+    suggested = [suggest_memory_format(tensor) for tensor in (given, weight)]
     return next((layout for layout in suggested if layout is not torch.contiguous_format), torch.contiguous_format)
 
 
