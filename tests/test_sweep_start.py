@@ -64,7 +64,7 @@ def test_every_run_begins_at_the_checkpoint(tmp_path: Path, form: str, groups: l
     assert result.start_sha256 == digest
     assert json.loads((tmp_path / "out" / "sweep.json").read_text())["start_sha256"] == digest
     text = " ".join(result.findings)
-    assert "The learning rate of the checkpoint, 0.0025, is taken to be for the base batch, 4 " in text
+    assert "The learning rate of the checkpoint, 0.0025, is taken to be for the base batch, 4" in text
     assert "The 2 seeds had the same initial weights (all runs begin with those of the checkpoint)" in text
     assert small(adam, tmp_path / "out", start=str(path), seeds=[0, 1]) == result
 
