@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,11 +57,15 @@ def write(folder: Path, name: str = "train.py", before: str = "", after: str = "
 
 
 def started(folder: Path, *arguments: str, **options: object) -> subprocess.Popen[str]:
-    """Start the program as a shell would, in a folder."""
+    """Start the program as a shell would, in a folder: it can be interrupted, whatever this process ignores."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     command = [sys.executable, "-m", "accumkern", *arguments]
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **streams)  # type: ignore[call-overload]
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, preexec_fn=_interruptible, **streams)
+
+
+def _interruptible() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 # ---- what is printed ---------------------------------------------------------------------------------------------

@@ -557,3 +557,14 @@ def test_a_plan_on_a_gpu_respects_its_limit_and_gives_the_memory_back() -> None:
         predicted = predict(fake, size, "split24", micro_batches, plan.master_weights).memory.total
     print(f"predicted {predicted / plan.choice.memory_bytes - 1:+.1%} of the measured peak on {plan.machine['device']}")
     assert predicted == pytest.approx(plan.choice.memory_bytes, rel=0.25)
+
+
+def test_an_optimizer_with_a_scheduler_is_planned_for() -> None:
+    """The scheduler has put a function of its own in the place of step()."""
+
+    def setup() -> Setup:
+        made = mlp()
+        torch.optim.lr_scheduler.ConstantLR(made.optimizer)
+        return made
+
+    assert accumkern.plan(setup, effective_batch=4, noise_windows=0, memory="1GB").choice.effective_batch == 4

@@ -141,7 +141,8 @@ def _check_parameters(setup: Setup) -> None:
 
 
 def _check_step(optimizer: torch.optim.Optimizer) -> None:
-    parameters = inspect.signature(optimizer.step).parameters.values()
+    # Of the class: a scheduler wraps that of the optimizer in a plain function, which is bound to it otherwise.
+    parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
     named = [
         parameter for parameter in parameters if parameter.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     ]
