@@ -30,7 +30,8 @@ SCRIPT:NAME names a function that returns model, optimizer, make_batch and loss:
         return model, optimizer, make_batch, loss
 
 or it names, or is a function that returns, one of these: a transformers Trainer; a LightningModule, alone or in a tuple
-with its DataLoader or LightningDataModule and, for its precision, a Lightning Trainer; (model, optimizer, DataLoader).
+with its DataLoader or LightningDataModule and, for its precision, a Lightning Trainer; (model, optimizer, DataLoader),
+or (model, optimizer, DataLoader, loss) where the model does not return its loss.
 The script is imported: keep what starts its training under `if __name__ == "__main__":`. What it prints goes to stderr.
 Its own arguments, in sys.argv, go after --.
 
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error("doctor runs no script, so nothing can go after --")
         return doctor()
     if args.command == "plan" and args.predict and args.memory is None:
-        parser.error("plan --predict needs --memory, such as --memory 24GB")
+        parser.exit(2, "accumkern plan: --predict needs --memory, such as --memory 24GB\n")
     try:
         from accumkern.planning import cli
     except ModuleNotFoundError as error:

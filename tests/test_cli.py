@@ -348,7 +348,7 @@ SWEEP = ["sweep", "train.py:setup", "--effective-batches", "4", "--samples", "64
             ["plan", "train.py:setup", "--master-weights", "fp32"],
             "argument --master-weights: 'fp32' is not one of auto",
         ),
-        (["plan", "train.py:setup", "--predict"], "plan --predict needs --memory, such as --memory 24GB"),
+        (["plan", "train.py:setup", "--predict"], "plan: --predict needs --memory, such as --memory 24GB"),
     ],
 )
 def test_options_out_of_range_are_named_as_they_are_spelled(

@@ -190,7 +190,7 @@ def test_sweep_prints_a_table_and_fails_where_nothing_was_learnt(
 ) -> None:
     assert "tokens to" in results.sweep_out
     assert "Fastest to the loss 8:" in results.sweep_out
-    assert "batch 64, sqrt, seed 0: finished: loss" in results.sweep_err
+    assert "batch 64, sqrt, seed 0: finished: last loss" in results.sweep_err
     assert "All runs stepped FP32 master weights" in results.sweep_out
     assert main([*sweep_command(script, "learning_nothing", "64"), "--output", str(tmp_path)]) == 1
     assert "Nothing was learnt" in capsys.readouterr().out

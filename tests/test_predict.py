@@ -703,3 +703,14 @@ def test_nothing_is_written_to_stderr(script: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if not any(other in line for other in OF_OTHERS)] == []
+
+
+def test_layers_that_are_copied_bring_no_warning_of_fake_tensors(recwarn: pytest.WarningsRecorder) -> None:
+    def setup() -> Any:
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        model = nn.TransformerEncoder(layer, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return model, optimizer, lambda size: torch.randn(size, 4, 8), lambda model, batch: model(batch).square().mean()
+
+    accumkern.plan(setup, memory="1GB", measure=False, largest_micro_batch=2)
+    assert not [warning for warning in recwarn if "FakeTensor" in str(warning.message)]

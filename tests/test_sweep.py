@@ -536,7 +536,7 @@ def test_a_data_set_smaller_than_a_batch_is_told_what_to_do(tmp_path: Path, setu
 
 def test_the_base_batch_is_said_and_kept(tmp_path: Path) -> None:
     result = small(regression, tmp_path)
-    text = "The learning rate of setup(), 0.05, is taken to be for the base batch, 4, the smallest; base_batch names"
+    text = "The learning rate of setup(), 0.05, is taken to be for the base batch, 4, the smallest; --base-batch"
     assert text in " ".join(result.findings)
     assert json.loads((tmp_path / "sweep.json").read_text())["base_batch"] == 4
     with pytest.raises(ValueError, match="its base_batch is 4, now it is 2"):

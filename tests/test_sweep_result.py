@@ -139,7 +139,7 @@ def test_the_end_is_that_of_a_line_at_equal_samples() -> None:
     [
         ([noisy(4, 1, 0.005), noisy(16, 1, 0.005)], 16, "and the largest that was compared, so the critical batch may"),
         ([noisy(4, 1, 0.005), noisy(16, 2, 0.005)], None, "below 16, since no batch above 4 loses nothing"),
-        ([noisy(4, 1, 0.5), noisy(16, 1, 0.5)], None, ": undecidable, since no error is known and less than a tenth"),
+        ([noisy(4, 1, 0.5), noisy(16, 1, 0.5)], None, ": undecidable, since no error is known to be less than a tenth"),
         ([run(4, [5.0, 1.0], 1.0), run(16, [5.0, 1.0], 1.0)], None, r"undecided \(\+0, error not known\)"),
         ([noisy(4, 1, 0.005), noisy(16, 1, 0.005, status="diverged")], None, r"16 \(sqrt\) diverged"),
         (

@@ -111,7 +111,7 @@ class _Live(Progress):
 
     def tell_of_run(self, run: Run) -> None:
         """Show what came of a run of a sweep."""
-        loss = f"loss {run.best_loss:.4g}" if run.points else "no loss"
+        loss = f"last loss {run.points[-1].loss:.4g}" if run.points else "no loss"
         self.tell(run.planned.words, f"{run.status}: {loss} in {run.seconds:.3g} s")
 
     def finish(self) -> None:
@@ -144,7 +144,7 @@ def _plan_table(plan: Plan) -> RenderableType:
     lines: list[RenderableType] = [Text(plan.basis), _table("the plan", rows, chosen=plan.by_ranks.index(plan.choice))]
     lines += [_bullet(reason, "") for reason in plan.reasons]
     lines += [_bullet(f"Warning: {warning}", "yellow") for warning in plan.warnings]
-    if plan.schedule is not None:
+    if plan.schedule is not None and len(plan.schedule.stages) > 1:
         lines += [Text(), _table("when to raise the batch", _stage_rows(plan.schedule))]
         lines.append(Text(plan.schedule.line, style="bold"))
     lines.append(Text(f"\nWhat to set: {plan.headline}", style="bold"))

@@ -82,7 +82,10 @@ class CriticalBatch:
         else:
             losing = [one.effective_batch for one in larger if one.verdict == LOSES]
             head = f"below {losing[0]}, and otherwise undecidable" if losing else "undecidable"
-            head += ", since no error is known and less than a tenth of what training brought the loss down by"
+            head += (
+                ", since no error is known to be less than a tenth of what training brought the loss down by; take "
+                "more evaluations, samples or seeds"
+            )
         if self.seeds > 1:
             source = f"errors are 95% intervals from {self.seeds} seeds"
         else:
@@ -99,9 +102,9 @@ class CriticalBatch:
             )
         return (
             f"Critical batch {where}: {head}. The loss at the end was {smallest.loss:.4g} with an effective batch of "
-            f"{smallest.effective_batch} ({smallest.rules}); against the best smaller batch "
+            f"{smallest.effective_batch} ({smallest.rules}); compared with the best smaller batch: "
             f"{', '.join(one.words for one in larger)}. Training brought the loss down by {self.gain:.2g}; "
-            f"{source}.{hint}"
+            f"{source if any(one.error is not None for one in larger) else 'no error is known'}.{hint}"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sysconfig
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -57,7 +58,9 @@ def fake_setup(function: SetupFunction) -> Iterator[Setup]:
     random_state = RandomState(torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))
     put_cut_off_back = set_cut_off_aside()
     try:
-        with ExitStack() as stack:
+        with warnings.catch_warnings(), ExitStack() as stack:
+            # deepcopy() of a fake parameter, as TransformerEncoder does with its layers, asks for its address.
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor is deprecated", UserWarning)
             mode = _fake_mode()
             setup = _made_in(mode, function, stack) or _made_outside(mode, function, stack)
             for block in (mode, _RealArrays(), MissingKernels()):
@@ -261,6 +264,8 @@ def _explained(error: BaseException) -> str:
             "there is no GPU here: let setup() choose the CPU where torch.cuda.is_available() is False. A prediction "
             "for a GPU needs none"
         )
+    elif isinstance(cause, TypeError):
+        advice = f"does it run by itself? If not, that is what to mend; or {advice}"
     line = _line_of_script(cause)
     where = "" if line is None else f", at {line.filename}:{line.lineno}: {line.line}"
     return f"memory cannot be predicted, because the script does not run on fake tensors: {reason}{where}; {advice}"

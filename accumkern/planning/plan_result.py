@@ -192,6 +192,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     else:
         is_of_data = plan.fit is not None and plan.fit.data_problem is not None
         largest = "the largest that there is data for" if is_of_data else "the largest that was to be tried"
+        if not is_of_data and plan.target is None:
+            largest += " (--largest-micro-batch)"
         what = f"memory is not the limit. A micro-batch of {size} samples, {largest},"
     yield f"What fits: {what} {how} into {limit}."
     if plan.fit is not None:
@@ -222,7 +224,7 @@ def _predicted(plan: Plan) -> Iterator[str]:
     if plan.machine["device"] == DEVICES["cuda"]:
         yield (
             "Predicted for a GPU, with fused attention and an optimizer that steps many parameters at a time. CUDA's "
-            "context and workspaces are not in it; leave a margin. device='cpu' predicts for a CPU."
+            "context and workspaces are not in it; leave a margin. --device cpu (device='cpu') predicts for a CPU."
         )
 
 
@@ -288,7 +290,7 @@ def _noise(plan: Plan) -> list[str]:
         return reasons
     low, most = plan.choice.useful_low, plan.choice.useful_high
     if low is not None and most is not None:
-        upper = "no upper end in sight" if math.isinf(most) else f"to {most:.0f}"
+        upper = "on, with no upper end in sight" if math.isinf(most) else f"to {most:.0f}"
         reasons.append(
             f"Useful effective batches on {_count(plan.choice.ranks)}: from {low:.0f} {upper}, where time to train is "
             "within 10% of the best. This is an order of magnitude: the noise scale grows while the model trains, its "

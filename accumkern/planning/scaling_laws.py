@@ -139,8 +139,9 @@ def laws_of(setup: Setup, tokens: int) -> BatchLaws:
     per_sample = setup.tokens_per_sample
     if per_sample is None:
         raise ValueError(
-            "tokens is given, and setup() does not say how many tokens a sample has; return an "
-            "accumkern.planning.protocol.Setup with tokens_per_sample"
+            "tokens (--tokens) is given, and setup() does not say how many tokens a sample has; return an "
+            "accumkern.planning.protocol.Setup with tokens_per_sample, or what accumkern.planning.frameworks has "
+            "derived with ._replace(tokens_per_sample=...)"
         )
     trained = {param for param in setup.model.parameters() if param.requires_grad}
     embeddings = {module.weight for module in setup.model.modules() if isinstance(module, nn.Embedding)} & trained

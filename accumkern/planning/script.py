@@ -90,7 +90,7 @@ class Script:
         if not hasattr(module, self.name):
             raise AttributeError(
                 f"{self.path.name} has no {self.name!r}; name a function that returns {WANTED}, or one of the things "
-                "that docs/batch-size.md lists"
+                "that docs/setups.md lists"
             )
         return module, getattr(module, self.name)
 

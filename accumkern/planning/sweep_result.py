@@ -218,7 +218,7 @@ class Sweep:
         of_what = "setup()" if self.start_sha256 is None else "the checkpoint"
         if self.learning_rate is not None:
             is_smallest = all(run.effective_batch >= self.base_batch for run in self.runs)
-            hint = ", the smallest; base_batch names another" if is_smallest else ""
+            hint = ", the smallest; --base-batch (base_batch) names another" if is_smallest else ""
             findings.append(
                 f"The learning rate of {of_what}, {self.learning_rate:.3g}, is taken to be for the base batch, "
                 f"{self.base_batch}{hint}."

@@ -59,7 +59,7 @@ def check_budget(tokens: int | float | str | None, schedule: bool) -> int | None
     if not isinstance(schedule, bool):
         raise TypeError(f"schedule is a {type(schedule).__name__}; it must be True or False")
     if schedule and tokens is None:
-        raise ValueError("schedule is True, and tokens is None; give the tokens of the run")
+        raise ValueError("schedule is True, and tokens is None; give the tokens of the run (--tokens)")
     return None if tokens is None else parse_tokens(tokens)
 
 
