@@ -221,11 +221,12 @@ def _window(asked: Request, parts: int, whole: Counts, window: RankWindow, devic
             add_losses(losses, found, counts[i], whole, asked.takes_mean)
         kind, names = type(returned), list(found)
         del returned, found, weighted  # and the graph with them
-    if not runs:  # other ranks have what counts
-        losses, names = {name: torch.zeros((), device=device) for name in whole}, list(whole)
-    if None in losses:
-        return losses[None]
-    return tuple(losses[name] for name in names) if issubclass(kind, (tuple, list)) else {n: losses[n] for n in names}
+    ordered = {  # of what counts on other ranks alone there is nothing here
+        name: losses[name] if name in losses else torch.zeros((), device=device) for name in names or whole
+    }
+    if None in ordered:
+        return ordered[None]
+    return tuple(ordered.values()) if issubclass(kind, (tuple, list)) else ordered
 
 
 # ---- around a window ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +18,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F  # noqa: N812
 
 import accumkern
-from accumkern import waiting
+from accumkern import any_batch, waiting
 from accumkern.out_of_memory import MemoryLimitError
+from accumkern.rank_window import RankWindow
 
 BUFFERS = ["split24", "split32", "fp32"]
 TOLERANCE = {"split24": 1e-4, "split32": 1e-6, "fp32": 1e-6}
@@ -824,3 +826,25 @@ def test_sparse_gradients_count_for_a_limit() -> None:
     acc.backward(lambda part: model(part).square().mean(), tokens, memory="1GB")
     acc.backward(lambda part: model(part).square().mean(), tokens, memory="1GB")
     assert acc.memory().gradients >= model.weight.grad._values().nbytes
+
+
+def test_a_loss_that_counts_on_other_ranks_alone_is_zero_here() -> None:
+    model = network(dtype=FP32)
+    acc = attached(model)
+
+    class OneOfTwo(RankWindow):
+        def whole(self, counts: Any) -> Any:
+            return {"tokens": 3.0, "samples": counts["samples"]}
+
+    def loss_fn(part: Any) -> dict[str, Tensor]:
+        loss = loss_of(model)(part)
+        return {"tokens": loss * math.nan, "samples": loss}
+
+    def count(part: Any) -> dict[str, int]:
+        return {"tokens": 0, "samples": len(part[0])}
+
+    batch = batch_of(4, FP32)
+    asked = any_batch.check_request(loss_fn, batch, 2, None, count, None, "mean", None, None)
+    losses, _ = any_batch.run(asked, acc._attachment, model, OneOfTwo())
+    assert losses["tokens"] == 0
+    torch.testing.assert_close(losses["samples"], loss_of(model)(batch).detach())
