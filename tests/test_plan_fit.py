@@ -122,6 +122,12 @@ def test_running_out_of_memory_is_told_from_other_errors() -> None:
     assert is_out_of_memory(raised.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert is_out_of_memory(MemoryError())
+    for text in (
+        "DefaultCPUAllocator: not enough memory",
+        "std::bad_alloc",
+        "CUBLAS_STATUS_NOT_INITIALIZED when calling",
+    ):
+        assert is_out_of_memory(RuntimeError(text))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_out_of_memory(ValueError("out of memory"))
 

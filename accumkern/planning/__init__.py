@@ -2,7 +2,7 @@
 
 The road through the files, from the ground up; each imports only from those before it::
 
-    memory.py          sizes as people write them; what a device has, and what a piece of code allocates under a limit
+    memory.py          what a device has, and what a piece of code allocates under a limit
     protocol.py        what a script's setup() provides, and the checks of it
     samples.py         batches of any size from a data set or a data loader
     frameworks.py      setups derived from transformers' Trainer, Lightning's modules, and models with data loaders
@@ -13,12 +13,14 @@ The road through the files, from the ground up; each imports only from those bef
     fit.py             what fits: the smallest micro-batch that trains, and the largest
     speed.py           what is fast, and how to split an effective batch by it
     noise.py           what helps training: the gradient noise scale, and which effective batches it makes useful
+    parts.py           whether the loss of a batch is the mean of its parts'
     options.py         how large the options may be; caveats.py: what a plan warns of
-    kernels.py         what kernels need inside themselves, and what a GPU's differ in, for fake tensors of a CPU
+    kernels.py         what kernels need inside themselves, and what a GPU's differ in; convolutions.py: those of oneDNN
     fakes.py           a setup whose tensors are fake; tracker.py: the memory of all tensors, and its peak
     predict.py         what would fit elsewhere, on fake tensors
     scaling_laws.py    what published laws say of the batch for a budget of tokens
     token_budget.py    the laws in words, and when to raise the batch during a run
+    advice.py          what to set, in words
     plan_result.py     what plan() returns, and its reasons in words; plan.py: all of this, and the decision
     sweep_runs.py      a run of a sweep and its file; sweep_settings.py: what makes a sweep another one
     critical_batch.py  the largest effective batch that loses nothing, from the runs of a sweep
