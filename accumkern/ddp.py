@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from accumkern.backends import Kernels
-from accumkern.formats import BUFFERS, Format, decode, encode, fp32_scalar
-from accumkern.ops import is_dense, same_order
+from accumkern.bucket_mean import BucketMean
+from accumkern.formats import BUFFERS
 from accumkern.slot import Slot
 from accumkern.torch_private import (
     NO_BACKWARD,
@@ -90,28 +92,35 @@ class CommunicationHook:
         reduction, buffer = self.reduction, bucket.buffer()
         divide_by = self._divisor(is_shadow, buffer.device)
         if reduction is not None:
-            if bucket.index() == 0 and not is_shadow:
+            if bucket.index() == 0:
                 reduction.begin()
-                # DistributedDataParallel writes the gradients in a callback that it queues later than this one.
-                queue_callback(lambda: queue_callback(reduction.end))
+                if not is_shadow:
+                    # DistributedDataParallel writes the gradients in a callback that it queues later than this one.
+                    queue_callback(lambda: queue_callback(reduction.end))
             if buffer.dtype in HALVES:
-                return reduction.start(bucket, self._sum, divide_by, is_shadow)
+                future = reduction.start(bucket, self._group, divide_by, is_shadow)
+            else:
+                future = self._as_without(buffer, divide_by)
+            if bucket.is_last():  # buckets come in the order of their numbers: nothing is left to hide the rest behind
+                reduction.drain()
+            return future
+        return self._as_without(buffer, divide_by)
+
+    def _as_without(self, buffer: Tensor, divide_by: int) -> Any:
+        """Start what DistributedDataParallel does without a hook; return the future of the buffer."""
         if buffer.is_sparse:
             buffer.div_(divide_by)
         else:
             buffer.mul_(1 / divide_by)
-        return self._sum(buffer).then(lambda future: future.value()[0])
-
-    def _sum(self, buffer: Tensor) -> Any:
-        """Start to take the sum of a buffer over ranks; return its future."""
-        return torch.distributed.all_reduce(buffer, group=self._group, async_op=True).get_future()
+        work = dist.all_reduce(buffer, group=self._group, async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
 
     def _divisor(self, is_shadow: bool, device: torch.device) -> int:
         """Return what DistributedDataParallel divides by: the number of ranks, or of those that have not joined."""
         if divides_by_all_ranks(self._model()):
             return self._group.size()
         there = torch.tensor(0 if is_shadow else 1, device=device)
-        torch.distributed.all_reduce(there, group=self._group)
+        dist.all_reduce(there, group=self._group)
         return int(there)
 
 
@@ -119,11 +128,11 @@ _HOOKS: weakref.WeakKeyDictionary[Any, CommunicationHook] = weakref.WeakKeyDicti
 
 
 class Fp32Reduction:
-    """How :meth:`accumkern.GradAccumulator.reduce_in_fp32` takes the mean.
+    """How :meth:`accumkern.GradAccumulator.reduce_in_fp32` takes the mean: :class:`accumkern.bucket_mean.BucketMean`.
 
-    A bucket holds the upper halves of the sums. Their residuals are added to a copy of it in FP32, the copy is reduced,
-    and the mean is split again: the upper halves go into the bucket, from where DistributedDataParallel takes them, and
-    the low bits become the new residuals.
+    While tensors of one bucket travel, the backward pass goes on, until the next bucket is full: then what has come is
+    added, and sent on. So all ranks send in the same order. On a GPU the host waits for nothing, and the steps of a
+    bucket follow each other on a stream of their own.
 
     Args:
         slots: of the parameters whose gradients are accumulated; empty once the accumulator is detached.
@@ -137,7 +146,8 @@ class Fp32Reduction:
         self._slots = slots
         self._formats = BUFFERS[buffer]
         self._kernels_on = kernels_on
-        self._in_flight: torch.futures.Future[Tensor] | None = None
+        self._streams: dict[torch.device, Any] = {}
+        self._in_flight: list[Iterator[None]] = []  # the steps of buckets that are not done, oldest first
         self._reduced: list[Slot] = []
 
     @property
@@ -147,72 +157,49 @@ class Fp32Reduction:
 
     def begin(self) -> None:
         """Prepare for the buckets of a model."""
-        self._in_flight = None  # the last backward pass may have failed
+        self._in_flight = []  # the last backward pass may have failed
         self._reduced = []
 
-    def start(self, bucket: Any, take_sum: Callable[[Tensor], Any], divide_by: int, is_shadow: bool) -> Any:
-        """Start the reduction of a bucket; return the future of its buffer.
+    def start(
+        self,
+        bucket: Any,
+        group: dist.ProcessGroup,
+        divide_by: int,
+        is_shadow: bool = False,
+        ready: Callable[[], None] = lambda: None,
+    ) -> torch.futures.Future[Tensor]:
+        """Start the reduction of a bucket, and go on with those before it; return the future of its buffer.
 
         Args:
             bucket: of bfloat16 or float16 gradients.
-            take_sum: starts to take the sum of a tensor over ranks, in place; returns its future.
+            group: the ranks.
             divide_by: their sum is divided by this.
             is_shadow: whether this rank has no inputs any more, so that the bucket is not of its gradients.
+            ready: of :meth:`accumkern.bucket_mean.BucketMean.steps`.
         """
-        buffer = bucket.buffer()
-        if self._in_flight is not None:
-            self._in_flight.wait()  # so that there is one copy in FP32 at a time
-        format_ = self._formats.get(buffer.dtype)  # None: no such gradient is accumulated
-        wide = torch.empty(buffer.numel(), dtype=torch.float32, device=buffer.device)
-        members: list[tuple[Slot | None, Tensor, Tensor]] = []
-        stored: list[tuple[Tensor, Tensor, Tensor]] = []
-        for param, half in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            offset = half.storage_offset()
-            if is_dense(param):  # the bucket holds it in this order, and torch shows it in another
-                half = half.as_strided(param.shape, param.stride(), offset)
-            part = wide.as_strided(half.shape, half.stride(), offset - buffer.storage_offset())
-            slot = None if is_shadow else self._slots.get(param)
-            residual = None if slot is None else _residual_in_bucket(slot, format_)
-            if residual is None or format_ is None:
-                part.copy_(half)
-            elif same_order(param.grad, half):
-                stored.append((param.grad, residual, part))
-            else:
-                part.copy_(decode(format_, param.grad, _in_shape_of(param.grad, residual)))
-            members.append((slot, half, part))
-        if format_ is not None and stored:
-            sums, residuals, parts = map(list, zip(*stored, strict=True))
-            self._kernels_on(buffer.device).decode(format_, sums, residuals, parts)
+        buffer: Tensor = bucket.buffer()
+        is_on_cpu = buffer.device.type == "cpu"
+        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=None if is_on_cpu else [buffer.device])
+        self._advance()
+        mean = BucketMean(
+            bucket,
+            {} if is_shadow else self._slots,
+            self._formats.get(buffer.dtype),
+            self._kernels_on(buffer.device),
+            group,
+            divide_by,
+        )
+        steps = self._steps(mean, buffer, future, ready)
+        next(steps)
+        self._in_flight.append(steps)
+        if not is_on_cpu:
+            self.drain()
+        return future
 
-        def split(future: torch.futures.Future[Any]) -> Tensor:
-            future.wait()  # raises what went wrong
-            self._split(format_, members, divide_by)
-            return buffer
-
-        self._in_flight = take_sum(wide).then(split)
-        return self._in_flight
-
-    def _split(self, format_: Format | None, members: list[tuple[Slot | None, Tensor, Tensor]], divide_by: int) -> None:
-        """Divide the sums over ranks, and store the means: halves in the bucket, and residuals."""
-        to_store: list[tuple[Tensor, Tensor, Tensor]] = []
-        for slot, half, part in members:
-            grad = None if slot is None else slot.param.grad
-            if slot is None or grad is None or format_ is None or format_.residual_dtype is None:
-                half.copy_(part.div_(fp32_scalar(divide_by, part.device)))
-                continue
-            residual = slot.residual_for(half, format_.residual_dtype)
-            if same_order(grad, half):
-                to_store.append((part, half, residual))
-            else:
-                upper, low = encode(format_, part.div_(fp32_scalar(divide_by, part.device)))
-                assert low is not None
-                half.copy_(upper)
-                _in_shape_of(grad, residual).copy_(low)
-            self._reduced.append(slot)
-        if format_ is not None and to_store:
-            parts, halves, residuals = map(list, zip(*to_store, strict=True))
-            self._kernels_on(parts[0].device).encode(format_, parts, divide_by, halves, residuals)
-            torch.autograd.graph.increment_version(halves)
+    def drain(self) -> None:
+        """Go on with all buckets until they are done."""
+        while self._in_flight:
+            self._advance()
 
     def end(self) -> None:
         """Let the residuals of the means belong to the gradients, now that these are the means."""
@@ -222,22 +209,34 @@ class Fp32Reduction:
             elif slot.param.grad is not None:
                 slot.remember()
         self._reduced = []
-        self._in_flight = None
+
+    def _advance(self) -> None:
+        """Take the next step of every bucket that is not done."""
+        self._in_flight = [steps for steps in self._in_flight if next(steps, _DONE) is not _DONE]
+
+    def _steps(
+        self, mean: BucketMean, buffer: Tensor, future: torch.futures.Future[Tensor], ready: Callable[[], None]
+    ) -> Iterator[None]:
+        """Take the mean of a bucket in steps, and let the future know when it is there."""
+        steps = mean.steps(ready)
+        is_done = False
+        while not is_done:
+            with self._aside(buffer.device):
+                is_done = next(steps, _DONE) is _DONE
+                if is_done:
+                    self._reduced += mean.reduced
+                    future.set_result(buffer)
+            if not is_done:
+                yield
+
+    def _aside(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return a block whose work on a GPU follows what the current stream has, and does not hold it up."""
+        if device.type != "cuda":
+            return nullcontext()
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        self._streams[device].wait_stream(torch.cuda.current_stream(device))
+        return torch.cuda.stream(self._streams[device])
 
 
-def _residual_in_bucket(slot: Slot, format_: Format | None) -> Tensor | None:
-    """Return the residual of a gradient that has just been put into a bucket, if it has one, as it lies in memory.
-
-    Where gradients are views of the bucket, ``.grad`` is another tensor than what was folded, with its values.
-    """
-    grad = slot.param.grad
-    residual = slot.residual
-    if grad is None or format_ is None or residual is None or residual.dtype is not format_.residual_dtype:
-        return None
-    folded = slot.written()
-    moved = grad._is_view() and slot.version >= 0 and (folded is None or folded._version == slot.version)
-    return residual if moved or slot.owns(grad) else None
-
-
-def _in_shape_of(grad: Tensor, residual: Tensor) -> Tensor:
-    return residual.as_strided(grad.shape, grad.stride())
+_DONE = object()

@@ -92,15 +92,15 @@ class DdpWindow(RankWindow):
         for param, part in zip(bucket.parameters(), bucket.gradients(), strict=True):
             part.copy_(param.grad)
         if reduction is not None and buffer.dtype in HALVES:
-            reduction.start(bucket, self._sum, self._agreement.count, False).wait()
+            group = self._model.process_group
+            future = reduction.start(bucket, group, self._agreement.count, ready=self._agreement.meet)
+            reduction.drain()
+            future.wait()
         else:
-            self._sum(buffer.mul_(1 / self._agreement.count)).wait()
+            self._agreement.meet()
+            dist.all_reduce(buffer.mul_(1 / self._agreement.count), group=self._model.process_group)
         for param, part in zip(bucket.parameters(), bucket.gradients(), strict=True):
             param.grad.copy_(part)
-
-    def _sum(self, buffer: Tensor) -> Any:
-        self._agreement.meet()  # no rank has failed, such as for lack of memory for the buffer
-        return dist.all_reduce(buffer, group=self._model.process_group, async_op=True).get_future()
 
     def __enter__(self) -> RankWindow:
         with ExitStack() as stack:

@@ -1,10 +1,11 @@
-"""The mean over ranks of accumulated gradients: DistributedDataParallel's own, in bfloat16, and reduce_in_fp32().
+"""The mean over ranks of accumulated gradients: DistributedDataParallel's own, in bfloat16, and in FP32 in two ways.
 
 ``python benchmarks/bench_reduce.py [--device cpu|cuda] [--quick]``
 
 Starts 2, 4 and 8 processes (gloo on CPUs; NCCL on as many GPUs as there are, one each). Each rank accumulates random
 micro-gradients; the last backward pass of a window, which reduces, is timed, and its result compared with the FP64 mean
-of everything that was accumulated. Writes ``benchmarks/results/<machine>/reduce.json``.
+of everything that was accumulated. ``reduce_in_fp32`` exchanges split sums by parts; an all-reduce of the same sums as
+FP32 values, as for ``buffer="fp32"``, is measured beside it. Writes ``benchmarks/results/<machine>/reduce.json``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -29,8 +31,10 @@ from harness import parser, steps, write_results
 from timing import percentile
 
 import accumkern
+from accumkern.bucket_mean import BucketMean
 
-VARIANTS = {"stock": None, "split24": False, "split24, reduce_in_fp32": True}  # None: not attached
+#: name -> bytes per element that a rank sends in each half of the reduction, as a multiple of (ranks - 1) / ranks
+VARIANTS = {"stock": 2, "split24": 2, "split24, FP32 all-reduce": 4, "split24, reduce_in_fp32": 3}
 MICRO_BATCHES = 8
 PARAMETERS = 16
 
@@ -58,7 +62,7 @@ def main() -> None:
             print(f"NCCL takes one GPU for each process, and here is {torch.cuda.device_count()}: not measured")
             return
     numel = 2**16 if arguments.quick else 2**23
-    rounds = 2 if arguments.quick else 8
+    rounds = 2 if arguments.quick else 16
 
     results: list[dict[str, Any]] = []
     with steps("mean over ranks") as on_step:
@@ -100,7 +104,7 @@ def measure(rank: int, world_size: int, device_type: str, numel: int, rounds: in
         dist.all_reduce(total)
         total /= world_size
 
-    models = {name: Variant(numel, device, in_fp32) for name, in_fp32 in VARIANTS.items()}
+    models = {name: Variant(numel, device, name) for name in VARIANTS}
     ms: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for number in range(rounds + 1):
         for name, variant in models.items():
@@ -113,7 +117,9 @@ def measure(rank: int, world_size: int, device_type: str, numel: int, rounds: in
             "processes": world_size,
             "variant": name,
             "numel": numel,
+            "bytes_sent_per_element": 2 * VARIANTS[name] * (world_size - 1) / world_size,
             "error_of_grad": relative_error(variant.gradients(), truth),
+            "error_of_sum": relative_error(variant.sums(), truth),
             "median_ms": statistics.median(ms[name]),
             "p20_ms": percentile(ms[name], 0.2),
             "p80_ms": percentile(ms[name], 0.8),
@@ -129,14 +135,14 @@ def measure(rank: int, world_size: int, device_type: str, numel: int, rounds: in
 class Variant:
     """A model under DistributedDataParallel, with or without accumkern."""
 
-    def __init__(self, numel: int, device: torch.device, in_fp32: bool | None) -> None:
+    def __init__(self, numel: int, device: torch.device, name: str) -> None:
         module = Gradients(numel).to(device, torch.bfloat16)
         self.model = DistributedDataParallel(module)
         self.optimizer = torch.optim.SGD(module.parameters())
-        if in_fp32 is not None:
-            acc = accumkern.attach(self.optimizer)
-            if in_fp32:
-                acc.reduce_in_fp32(self.model)
+        self.acc = None if name == "stock" else accumkern.attach(self.optimizer)
+        self.way = BucketMean.all_reduced if "all-reduce" in name else BucketMean.steps
+        if self.acc is not None and VARIANTS[name] > 2:
+            self.acc.reduce_in_fp32(self.model)
 
     def run_window(self, micro_batches: list[list[Tensor]]) -> float:
         """Run one window; return the seconds of its last backward pass."""
@@ -149,13 +155,21 @@ class Variant:
                     synchronize(factors[0].device)
                     dist.barrier()
                 begin = time.perf_counter()
-                loss.backward()
+                with mock.patch.object(BucketMean, "steps", self.way):
+                    loss.backward()
         synchronize(factors[0].device)
         return time.perf_counter() - begin
 
     def gradients(self) -> list[Tensor]:
         """Return what the optimizer reads."""
         return [param.grad for param in self.model.parameters() if param.grad is not None]
+
+    def sums(self) -> list[Tensor]:
+        """Return what accumkern knows of them; without it, what the optimizer reads."""
+        if self.acc is None:
+            return self.gradients()
+        sums = map(self.acc.gradient, self.model.parameters())
+        return [total for total in sums if total is not None]
 
 
 def synchronize(device: torch.device) -> None:

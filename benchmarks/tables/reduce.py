@@ -12,7 +12,9 @@ def reduce_tables(content: Content) -> list[str]:
         [
             str(r["processes"]),
             r["variant"],
+            f"{r['bytes_sent_per_element']:.2g}",
             f"{r['error_of_grad']:.1e}",
+            f"{r['error_of_sum']:.1e}",
             spread(r),
             f"{r['median_ms'] / of['median_ms']:.2f}",
         ]
@@ -24,10 +26,22 @@ def reduce_tables(content: Content) -> list[str]:
     return [
         *paragraph(
             f"Mean over ranks of {results[0]['numel']:,} bf16 gradient elements, each the sum of "
-            f"{method['micro_batches']} micro-batches ({method['backend']}): relative L2 error against FP64, and the "
-            "backward pass that reduces."
+            f"{method['micro_batches']} micro-batches ({method['backend']}): bytes that a rank sends for an "
+            "element, relative L2 error against FP64 of what the optimizer reads and of sum and residual together, and "
+            "the backward pass that reduces."
         ),
-        *table(["processes", "accumulation", "error of `.grad`", "reducing backward pass", "time / stock"], rows),
+        *table(
+            [
+                "processes",
+                "accumulation",
+                "bytes sent",
+                "error of `.grad`",
+                "with residual",
+                "reducing backward pass",
+                "time / stock",
+            ],
+            rows,
+        ),
     ]
 
 

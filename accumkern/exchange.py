@@ -1,0 +1,86 @@
+"""Flat tensors of which every rank owns a part: sent to the owners, and what these make of them to all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Exchange:
+    """Some flat tensors of one length on each rank, of which every rank owns a part.
+
+    Rank ``r`` of ``n`` owns the elements from ``bounds[r]`` up to ``bounds[r + 1]``, ``bounds[r] = numel * r // n``.
+    :meth:`scatter` and :meth:`gather` after each other are an all-reduce, with whatever the owners do in between: each
+    rank sends and receives ``2 * (n - 1) / n`` times the bytes of the tensors, as in a ring, but directly.
+
+    Args:
+        group: the ranks, which make their exchanges in one order.
+        numel: elements of each tensor; parts may be empty.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, numel: int) -> None:
+        self._group = group
+        self._rank, self.count = group.rank(), group.size()
+        bounds = [numel * rank // self.count for rank in range(self.count + 1)]
+        self._parts = [slice(begin, end) for begin, end in pairwise(bounds)]
+
+    @property
+    def own(self) -> slice:
+        """The elements that this rank owns."""
+        return self._parts[self._rank]
+
+    def rows(self, flat: Tensor) -> Tensor:
+        """Return new memory of shape ``(ranks, elements of this rank)`` for what others have of this rank's part."""
+        return flat.new_empty(self.count, self.own.stop - self.own.start)
+
+    def scatter(self, flats: Sequence[Tensor], rows: Sequence[Tensor]) -> Transfer:
+        """Start to send each rank its part; row ``r`` gets what rank ``r`` has of this rank's."""
+        for flat, of_ranks in zip(flats, rows, strict=True):
+            of_ranks[self._rank].copy_(flat[self.own])
+        return self._start(
+            [
+                (peer, flat[self._parts[peer]], of_ranks[peer])
+                for peer in self._peers()
+                for flat, of_ranks in zip(flats, rows, strict=True)
+            ]
+        )
+
+    def gather(self, flats: Sequence[Tensor]) -> Transfer:
+        """Start to send this rank's part to all others, in place; the other parts get what their owners have."""
+        return self._start(
+            [(peer, flat[self.own], flat[self._parts[peer]]) for peer in self._peers() for flat in flats]
+        )
+
+    def _peers(self) -> list[int]:
+        """Return the other ranks, from the next one on, so that not all send to the same one at once."""
+        return [(self._rank + step) % self.count for step in range(1, self.count)]
+
+    def _start(self, pairs: list[tuple[int, Tensor, Tensor]]) -> Transfer:
+        """Start to send and receive, as bytes, which every backend takes: (peer, what it gets, what comes from it)."""
+        ops = [
+            dist.P2POp(op, tensor.view(torch.uint8), group=self._group, group_peer=peer)
+            for peer, *both in pairs
+            for op, tensor in zip((dist.isend, dist.irecv), both, strict=True)
+            if tensor.numel()
+        ]
+        return Transfer(dist.batch_isend_irecv(ops) if ops else [])
+
+
+class Transfer:
+    """Tensors on their way."""
+
+    def __init__(self, works: Sequence[dist.Work]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        """Wait until all have come; on a GPU, let the current stream wait.
+
+        Raises:
+            RuntimeError: a rank is gone.
+        """
+        for work in self._works:
+            work.wait()
