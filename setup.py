@@ -24,9 +24,10 @@ from setuptools.command.build_ext import build_ext
 if int(setuptools.__version__.split(".")[0]) < 77:  # pip brings its own; `python setup.py` takes what is there
     sys.exit(f"setuptools is {setuptools.__version__}; accumkern is built with 77 or newer: pip install -U setuptools")
 
-SOURCES = [f"csrc/{name}.cpp" for name in ("bindings", "fold_into", "accumulate_cpu", "step_cpu", "norm_cpu")]
+CPU_FILES = ("accumulate_cpu", "step_cpu", "norm_cpu", "mean_cpu")
+SOURCES = [f"csrc/{name}.cpp" for name in ("bindings", "fold_into", *CPU_FILES)]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
-CUDA_SOURCES = [f"csrc/{name}.cu" for name in ("accumulate_cuda", "step_cuda", "norm_cuda")]
+CUDA_SOURCES = [f"csrc/{name}.cu" for name in ("accumulate_cuda", "step_cuda", "norm_cuda", "mean_cuda")]
 # Every fused multiply-add is spelled out; nobody reads floating-point flags or errno, which otherwise forbid
 # vectorisation.
 ARITHMETIC = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]

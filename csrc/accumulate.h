@@ -98,15 +98,31 @@ struct NormCall {
   bool* nonfinite;
 };
 
+// The mean of what ranks have, each a row: x = decode(sum, residual) of the first, and of the others added in their
+// order; (out_sum, out_residual) = encode(x / divisor). Of a split format.
+struct MeanCall {
+  Format format;
+  const void* sums;       // (ranks, numel), at least one rank
+  int64_t sum_stride;     // elements from a row to the next
+  const void* residuals;  // (ranks, numel)
+  int64_t residual_stride;
+  int64_t ranks, numel;
+  Scalar divisor;
+  void* out_sum;       // (numel,); may be a row of the sums
+  void* out_residual;  // (numel,); may be a row of the residuals
+};
+
 void run_cpu(const Call& call, int threads);
 void step_cpu(const StepCall& call, int threads);
 void norm_cpu(const NormCall& call);
+void mean_cpu(const MeanCall& call, int threads);
 const char* cpu_instruction_set();
 
 // Launched on `stream` of `device` without waiting; throws std::runtime_error with CUDA's message.
 void run_cuda(const Call& call, int device, uintptr_t stream);
 void step_cuda(const StepCall& call, int device, uintptr_t stream);
 void norm_cuda(const NormCall& call, int device, uintptr_t stream);
+void mean_cuda(const MeanCall& call, int device, uintptr_t stream);
 
 // Why the kernels cannot run on a device (another architecture, an old driver), or an empty string.
 std::string cuda_problem(int device);

@@ -17,13 +17,6 @@ struct Range {
   int64_t begin, end;  // elements; begin is a multiple of kBlockNumel
 };
 
-// Two neighbouring elements. They are as aligned as one element is.
-using SumPair __attribute__((may_alias, aligned(2))) = uint32_t;
-template <class F>
-struct ResidualPairOf {
-  using Type __attribute__((may_alias, aligned(alignof(typename F::Residual)))) = typename F::ResidualPair;
-};
-
 // Squares of a block, added up element by element of a chunk so that a loop over a chunk stays free of sums across it.
 struct Squares {
   alignas(64) float of_grad[kChunk] = {}, of_value[kChunk] = {}, of_old_value[kChunk] = {};

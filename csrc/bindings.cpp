@@ -104,6 +104,16 @@ void norm(const NormCall& call, int device, uintptr_t threads_or_stream) {
 #endif
 }
 
+void mean(const MeanCall& call, int device, uintptr_t threads_or_stream) {
+  const py::gil_scoped_release release;
+  if (device < 0) return mean_cpu(call, static_cast<int>(threads_or_stream));
+#if defined(ACCUMKERN_CUDA_TARGETS)
+  mean_cuda(call, device, threads_or_stream);
+#else
+  throw std::runtime_error("accumkern: built without CUDA kernels");
+#endif
+}
+
 // Whether the first and the last byte of a range of this process can be written, without writing: the kernel copies
 // each byte onto itself and refuses where a store would fault. Where it cannot be asked, the answer is yes.
 bool is_writable(uintptr_t address, size_t bytes) {
@@ -195,6 +205,18 @@ PYBIND11_MODULE(_C, module) {
       },
       py::arg("partials"), py::arg("count"), py::arg("divisor"), py::arg("max_norm"), py::arg("results"),
       py::arg("nonfinite"), py::arg("device"), py::arg("threads_or_stream"));
+
+  module.def(
+      "mean",
+      [](int format, int64_t sums, int64_t sum_stride, int64_t residuals, int64_t residual_stride, int64_t ranks, int64_t numel,
+         ScalarPair divisor, int64_t out_sum, int64_t out_residual, int device, uintptr_t threads_or_stream) {
+        mean({static_cast<Format>(format), pointer_of(sums, numel), sum_stride, pointer_of(residuals, numel), residual_stride,
+              ranks, numel, scalar_of(divisor), pointer_of(out_sum, numel), pointer_of(out_residual, numel)},
+             device, threads_or_stream);
+      },
+      py::arg("format"), py::arg("sums"), py::arg("sum_stride"), py::arg("residuals"), py::arg("residual_stride"),
+      py::arg("ranks"), py::arg("numel"), py::arg("divisor"), py::arg("out_sum"), py::arg("out_residual"),
+      py::arg("device"), py::arg("threads_or_stream"));
 
 #if defined(ACCUMKERN_CUDA_TARGETS)
   module.attr("cuda_targets") = ACCUMKERN_CUDA_TARGETS;

@@ -18,11 +18,11 @@ constexpr int64_t kCacheLineBytes = 64;
 static_assert(kBlockNumel % kChunk == 0, "a block is a whole number of chunks");
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a word holds the first of two neighbours in its lower half");
 
-// Asks for the chunk that is kAhead elements away. The processor's own prefetching stops at every page. Addresses past
-// the end are harmless, but not for pointer arithmetic.
+// Asks for the chunk that is some elements away. The processor's own prefetching stops at every page. Addresses past the
+// end are harmless, but not for pointer arithmetic.
 template <bool kWrites, class T>
-ACCUMKERN_INLINE void prefetch(const T* chunk) {
-  const uintptr_t ahead = reinterpret_cast<uintptr_t>(chunk) + kAhead * sizeof(T);
+ACCUMKERN_INLINE void prefetch(const T* chunk, int64_t away = kAhead) {
+  const uintptr_t ahead = reinterpret_cast<uintptr_t>(chunk) + static_cast<uintptr_t>(away) * sizeof(T);
 #pragma GCC unroll 8
   for (uintptr_t offset = 0; offset < kChunk * sizeof(T); offset += kCacheLineBytes) {
     __builtin_prefetch(reinterpret_cast<const void*>(ahead + offset), kWrites);
@@ -48,6 +48,13 @@ ACCUMKERN_INLINE float value_at(const typename F::Sum* sum, const typename F::Re
     return F::decode(sum[i], residual[i]);
   }
 }
+
+// Two neighbouring elements. They are as aligned as one element is.
+using SumPair __attribute__((may_alias, aligned(2))) = uint32_t;
+template <class F>
+struct ResidualPairOf {
+  using Type __attribute__((may_alias, aligned(alignof(typename F::Residual)))) = typename F::ResidualPair;
+};
 
 // value = decode(sum, residual), for `numel` elements of a chunk.
 template <class F, Start kStart = Start::kContinue>

@@ -121,6 +121,10 @@ def compile_triton(architecture: int) -> dict[str, Any]:
     pointers = {"partials_ptr": "*fp32", "results_ptr": "*fp32", "nonfinite_ptr": "*i1"}
     for clips in (False, True):
         build("norm_kernel", f"clips-{clips}", arguments | pointers, {"DIVISOR_IS_POINTER": False, "CLIPS": clips})
+    numbers = ["sums_address", "residuals_address", "sum_stride", "residual_stride", "ranks"]
+    of_ranks = arguments | dict.fromkeys([*numbers, "out_sum_address", "out_residual_address"], "i64")
+    for format_ in (Format.SPLIT24, Format.SPLIT32):
+        build("mean_kernel", format_.name, of_ranks, {"FORMAT": int(format_), "DIVISOR_IS_POINTER": False})
     build_steps(build, is_thorough=architecture == 90)
     return report
 
@@ -178,6 +182,9 @@ def name_cuda(symbol: str) -> tuple[str, str]:
     if found is not None:
         kernel, type_name, capacity = found.groups()
         return f"{kernel}{'_list' if int(capacity) > 1 else ''}_kernel", CUDA_FORMATS[type_name].name
+    found = re.search(r"\dmean_kernelINS_\d(Split24|Split32)E", symbol)
+    if found is not None:
+        return "mean_kernel", CUDA_FORMATS[found[1]].name
     if re.search(r"\d+norm_kernelE", symbol):  # which knows no format
         return "norm_kernel", ""
     # A type that the name has had before is written as a number between S and _.

@@ -36,6 +36,13 @@ from test_kernels import (
     test_sum_may_be_the_gradient_itself_from_zero,
     test_writes_its_range_and_nothing_else,
 )
+from test_mean_kernel import test_a_row_may_be_written as test_mean_a_row_may_be_written
+from test_mean_kernel import test_any_number_of_ranks as test_mean_any_number_of_ranks
+from test_mean_kernel import test_bits_agree_with_the_reference as test_mean_bits_agree_with_the_reference
+from test_mean_kernel import test_divisors as test_mean_divisors
+from test_mean_kernel import test_ranks_are_added_in_their_order as test_mean_ranks_are_added_in_their_order
+from test_mean_kernel import test_rows_lie_anywhere as test_mean_rows_lie_anywhere
+from test_mean_kernel import test_zeros_of_either_sign as test_mean_zeros_of_either_sign
 from test_norm_kernel import test_bits_of_torch as test_norm_bits_of_torch
 from test_norm_kernel import (
     test_divisors_on_the_device_that_nobody_has_looked_at,
@@ -73,6 +80,13 @@ __all__ = [
     "test_list_of_two_thousand",
     "test_lists",
     "test_many_partial_sums",
+    "test_mean_a_row_may_be_written",
+    "test_mean_any_number_of_ranks",
+    "test_mean_bits_agree_with_the_reference",
+    "test_mean_divisors",
+    "test_mean_ranks_are_added_in_their_order",
+    "test_mean_rows_lie_anywhere",
+    "test_mean_zeros_of_either_sign",
     "test_norm_bits_of_torch",
     "test_nothing_is_written_where_the_step_is_skipped",
     "test_one_of_many_is_not_finite",
@@ -96,7 +110,7 @@ __all__ = [
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = re.compile(r"(\w+_kernel(?:<[\w, ]+>)?)<<<(\w+), (\w+), 0, stream>>>\((.*)\);")
-SOURCES = ("accumulate_cuda", "step_cuda", "norm_cuda")
+SOURCES = ("accumulate_cuda", "step_cuda", "norm_cuda", "mean_cuda")
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +160,7 @@ def backend(extension: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     def on_device(function: Callable[..., None]) -> Callable[..., None]:
         return lambda *arguments: function(*arguments[:-2], 0, 0)
 
-    functions = {name: on_device(getattr(extension, name)) for name in ("run", "squares", "step", "norm")}
+    functions = {name: on_device(getattr(extension, name)) for name in ("run", "squares", "step", "norm", "mean")}
     numbers = {
         name.upper(): getattr(extension, name.upper()) for name in ("fold", "finish", "rescale", "decode", "encode")
     }

@@ -452,11 +452,15 @@ LOOPS_OF_STEPS = {
     "update_elements": _STEPS,
     "encode_weights": _STEPS,
 }
+LOOPS_OF_MEANS = {"add_elements": 2, "add_pairs": 2, "store_elements": 2, "store_pairs": 2}  # of two formats
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernels choose among x86 instruction sets")
-@pytest.mark.parametrize(("name", "loops"), [("accumulate_cpu.cpp", LOOPS_OF_FOLDS), ("step_cpu.cpp", LOOPS_OF_STEPS)])
+@pytest.mark.parametrize(
+    ("name", "loops"),
+    [("accumulate_cpu.cpp", LOOPS_OF_FOLDS), ("step_cpu.cpp", LOOPS_OF_STEPS), ("mean_cpu.cpp", LOOPS_OF_MEANS)],
+)
 def test_compiler_vectorises_the_cpu_kernels(name: str, loops: dict[str, int], tmp_path: Path) -> None:
     """The compiler's own report: each instruction set's loops are vectorised at its width."""
     compiler = shutil.which("g++")

@@ -27,7 +27,7 @@ _Scalar: TypeAlias = "float | Tensor"
 
 
 class Kernels(NamedTuple):
-    """What a backend computes, for every element of every tensor of a list.
+    """What a backend computes: all but ``norm`` and ``mean`` for every element of every tensor of a list.
 
     All tensors are on one device, dense, and of the dtypes of ``format_``; the i-th of each list have the same elements
     in the same order in memory. ``scale``, ``divisor`` and ``factor`` are numbers or 0-dim tensors on the device of the
@@ -59,6 +59,12 @@ class Kernels(NamedTuple):
             :func:`accumkern.clipping.clipped` returns of ``sqrt(sum(partials))``. The sum, in a fixed order, and the
             root are of FP64 (:func:`accumkern.formats.widest`); the root is rounded to FP32. ``partials`` is FP32 of
             one dimension, and may be empty.
+        mean: ``mean(format_, sums, residuals, divisor, out_sum, out_residual)``: ``x = decode(sums[0], residuals[0]) +
+            decode(sums[1], residuals[1]) + ...``, FP32, from left to right, each addition rounded; ``(out_sum,
+            out_residual) = encode(x / divisor)``. ``sums`` and ``residuals`` are ``(ranks, numel)``, a row for each of
+            at least one rank, each row contiguous and as far from the next as its tensor says; what is written is
+            ``(numel,)``, contiguous. Nothing is aligned but as its dtype is. ``out_sum`` may be a row of ``sums`` and
+            ``out_residual`` a row of ``residuals``; else what is written overlaps nothing. Split formats alone.
         step: ``step(update, weight_format, grad_format, start, weights, weight_residuals, grads, grad_residuals,
             states, coefficients, divisor, factor, skip)``: an optimizer's step in one pass. ``g = (x / divisor) *
             factor`` with ``x`` of gradient and residual as in ``finish``; weight and states are updated as
@@ -76,6 +82,7 @@ class Kernels(NamedTuple):
     encode: Callable[[Format, _Tensors, _Scalar, _Tensors, _Tensors | None], None]
     squares: Callable[[Format, Start, _Tensors, _Tensors | None, Tensor], None]
     norm: Callable[[Tensor, _Scalar, float | None, Tensor, Tensor], None]
+    mean: Callable[[Format, Tensor, Tensor, _Scalar, Tensor, Tensor], None]
     step: Callable[..., None]
 
 

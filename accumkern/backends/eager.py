@@ -109,6 +109,21 @@ def norm(partials: Tensor, divisor: float | Tensor, max_norm: float | None, resu
     nonfinite.copy_(is_nonfinite)
 
 
+def mean(
+    format_: Format,
+    sums: Tensor,
+    residuals: Tensor,
+    divisor: float | Tensor,
+    out_sum: Tensor,
+    out_residual: Tensor,
+) -> None:
+    """Add up what ranks have, in their order, divide and store; see :class:`accumkern.backends.Kernels`."""
+    x = formats.decode(format_, sums[0], residuals[0])
+    for total, residual in zip(sums[1:], residuals[1:], strict=True):
+        x += formats.decode(format_, total, residual)
+    _store(format_, divide(x, divisor), out_sum.data, [out_residual.data], 0)
+
+
 def step(
     update: Update,
     weight_format: Format,

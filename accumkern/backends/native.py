@@ -93,6 +93,21 @@ def norm(partials: Tensor, divisor: float | Tensor, max_norm: float | None, resu
     del kept
 
 
+def mean(
+    format_: Format,
+    sums: Tensor,
+    residuals: Tensor,
+    divisor: float | Tensor,
+    out_sum: Tensor,
+    out_residual: Tensor,
+) -> None:
+    """Add up what ranks have, in their order, divide and store; see :class:`accumkern.backends.Kernels`."""
+    pair, kept = _pair(divisor)
+    read = sums.data_ptr(), sums.stride(0), residuals.data_ptr(), residuals.stride(0), *sums.shape
+    _C.mean(format_, *read, pair, out_sum.data_ptr(), out_residual.data_ptr(), *_place(sums))
+    del kept
+
+
 def step(
     update: Update,
     weight_format: Format,

@@ -134,6 +134,34 @@ def square_elements(sum_ptr, residual_ptr, partial_ptr, left, FORMAT: tl.constex
     tl.store(partial_ptr, sum_of_squares(x, mask))
 
 
+@triton.jit
+def mean_elements(
+    sums_address,
+    residuals_address,
+    sum_stride,
+    residual_stride,
+    ranks,
+    begin,
+    left,
+    out_sum_ptr,
+    out_residual_ptr,
+    divisor,
+    ALIGNED: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """Add up BLOCK_SIZE elements of each rank, or the first `left` if that is not None, divide and store."""
+    offsets = tl.max_contiguous(tl.arange(0, BLOCK_SIZE), VECTOR)
+    mask = None if left is None else offsets < left
+    x = tl.full([BLOCK_SIZE], -0.0, tl.float32)  # the zero that leaves what is added to it as it is, zeros too
+    for _ in range(ranks):
+        sum_ptr = pointer(sums_address, SUM_DTYPES[FORMAT], ALIGNED) + begin
+        residual_ptr = pointer(residuals_address, RESIDUAL_DTYPES[FORMAT], ALIGNED) + begin
+        x += load_value(sum_ptr, residual_ptr, offsets, mask, FORMAT, CONTINUE)
+        sums_address += sum_stride
+        residuals_address += residual_stride
+    store_value(out_sum_ptr, out_residual_ptr, offsets, mask, tl.div_rn(x, tl.zeros_like(x) + divisor), FORMAT)
+
+
 # ---- blocks ------------------------------------------------------------------------------------------------------
 
 
@@ -263,3 +291,55 @@ def square_block(
         square_elements(sum_ptr, residual_ptr, partials_ptr, None, FORMAT, START)
     elif left > 0:
         square_elements(sum_ptr, residual_ptr, partials_ptr, left, FORMAT, START)
+
+
+@triton.jit
+def mean_block(
+    sums_address,
+    residuals_address,
+    sum_stride,  # bytes from a rank to the next
+    residual_stride,
+    ranks,
+    numel,
+    out_sum_address,
+    out_residual_address,
+    block,
+    divisor,
+    ALIGNED: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """(out_sum, out_residual) = encode((decode of the first rank's + of the second's + ...) / divisor), for a block."""
+    begin = block.to(tl.int64) * BLOCK_SIZE
+    left = numel - begin
+    out_sum_ptr = pointer(out_sum_address, SUM_DTYPES[FORMAT], ALIGNED) + begin
+    out_residual_ptr = pointer(out_residual_address, RESIDUAL_DTYPES[FORMAT], ALIGNED) + begin
+    if left >= BLOCK_SIZE:
+        mean_elements(
+            sums_address,
+            residuals_address,
+            sum_stride,
+            residual_stride,
+            ranks,
+            begin,
+            None,
+            out_sum_ptr,
+            out_residual_ptr,
+            divisor,
+            ALIGNED,
+            FORMAT,
+        )
+    elif left > 0:
+        mean_elements(
+            sums_address,
+            residuals_address,
+            sum_stride,
+            residual_stride,
+            ranks,
+            begin,
+            left,
+            out_sum_ptr,
+            out_residual_ptr,
+            divisor,
+            ALIGNED,
+            FORMAT,
+        )

@@ -9,7 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from accumkern.backends.triton_blocks import decode_block, encode_block, finish_block, fold_block, square_block
+from accumkern.backends.triton_blocks import (
+    decode_block,
+    encode_block,
+    finish_block,
+    fold_block,
+    mean_block,
+    square_block,
+)
 
 
 @triton.jit
@@ -115,6 +122,41 @@ def squares_kernel(
 ):
     """Square and add up one tensor: program b does block b."""
     square_block(sum_address, residual_address, partials_address, numel, tl.program_id(0), ALIGNED, FORMAT, START)
+
+
+# ---- the mean over ranks -----------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=range(9))
+def mean_kernel(
+    sums_address: tl.int64,
+    residuals_address: tl.int64,
+    sum_stride: tl.int64,
+    residual_stride: tl.int64,
+    ranks: tl.int64,
+    numel: tl.int64,
+    out_sum_address: tl.int64,
+    out_residual_address: tl.int64,
+    divisor,
+    ALIGNED: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DIVISOR_IS_POINTER: tl.constexpr,
+):
+    """Add up what ranks have, divide and store: program b does block b of every rank."""
+    mean_block(
+        sums_address,
+        residuals_address,
+        sum_stride,
+        residual_stride,
+        ranks,
+        numel,
+        out_sum_address,
+        out_residual_address,
+        tl.program_id(0),
+        load_scalar(divisor, DIVISOR_IS_POINTER),
+        ALIGNED,
+        FORMAT,
+    )
 
 
 # ---- kernels for a list ------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from accumkern.backends.triton_kernels import (
     encode_list_kernel,
     finish_kernel,
     finish_list_kernel,
+    mean_kernel,
     norm_kernel,
     squares_kernel,
     squares_list_kernel,
@@ -132,6 +133,26 @@ def norm(partials: Tensor, divisor: float | Tensor, max_norm: float | None, resu
     arguments = partials, partials.numel(), _scalar(divisor), limit, results, nonfinite
     with _current(partials.device):
         _run(norm_kernel, partials.device, 1, arguments, constants, NORM_OPTIONS)
+
+
+def mean(
+    format_: Format,
+    sums: Tensor,
+    residuals: Tensor,
+    divisor: float | Tensor,
+    out_sum: Tensor,
+    out_residual: Tensor,
+) -> None:
+    """Add up what ranks have, in their order, divide and store; see :class:`accumkern.backends.Kernels`."""
+    device, (ranks, numel) = sums.device, sums.shape
+    if numel == 0:
+        return
+    read = sums.data_ptr(), residuals.data_ptr(), *(x.stride(0) * x.element_size() for x in (sums, residuals))
+    written = out_sum.data_ptr(), out_residual.data_ptr()
+    constants = gcd(16, *read, *written) == 16, int(format_), isinstance(divisor, Tensor)
+    with _current(device):
+        arguments = *read, ranks, numel, *written, _scalar(divisor)
+        _run(mean_kernel, device, partial_rows(numel), arguments, constants)
 
 
 def step(
