@@ -14,7 +14,7 @@ from accumkern.dtensor import is_dtensor
 from accumkern.fsdp_window import FsdpWindow
 from accumkern.fully_shard_private import mesh_of, sharded_groups
 from accumkern.rank_window import RankWindow
-from accumkern.torch_private import active_ddp
+from accumkern.torch_private import active_ddp, timeout_of
 
 _GROUPS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()  # for agreements, by model
 
@@ -49,11 +49,11 @@ def window_of(model: nn.Module | None, reduce_once: bool = False) -> RankWindow:
     meshes = {mesh_of(group) for group in sharded_groups(sharded)}
     _check(model, len(replicated), meshes)
     if replicated:
-        ranks = dist.get_process_group_ranks(replicated[0].process_group)
-        return DdpWindow(replicated[0], _group_for(replicated[0], ranks))
+        group = replicated[0].process_group
+        return DdpWindow(replicated[0], _group_for(replicated[0], dist.get_process_group_ranks(group), group))
     if meshes:
-        ranks = meshes.pop().mesh.flatten().tolist()
-        return FsdpWindow(sharded, _group_for(model, ranks), reduce_once)
+        mesh = meshes.pop()
+        return FsdpWindow(sharded, _group_for(model, mesh.mesh.flatten().tolist(), mesh.get_group(0)), reduce_once)
     return RankWindow()
 
 
@@ -96,11 +96,11 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
     return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
-def _group_for(model: nn.Module, ranks: list[int]) -> Any:
-    """Return a gloo group for what the ranks of a model agree on, made once."""
+def _group_for(model: nn.Module, ranks: list[int], like: Any) -> Any:
+    """Return a gloo group for what the ranks of a model agree on, made once; it waits as long as ``like`` does."""
     group = _GROUPS.get(model)
     if group is None:
         # Only its own ranks come here, and not those of another pipeline stage.
-        group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        group = dist.new_group(ranks, timeout_of(like), backend="gloo", use_local_synchronization=True)
         _GROUPS[model] = group
     return group

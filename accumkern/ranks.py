@@ -11,15 +11,14 @@ import torch
 import torch.distributed as dist
 
 from accumkern.checks import describe
+from accumkern.lost_rank import RanksError, RollCall, is_of_connection
 from accumkern.torch_private import without_modes
+
+__all__ = ["OutOfMemoryElsewhereError", "Ranks", "RanksError", "is_first"]
 
 T = TypeVar("T")
 
 _GOOD, _OUT_OF_MEMORY, _FAILED = range(3)
-
-
-class RanksError(RuntimeError):
-    """Another rank failed or is gone, or the ranks were not asked for the same."""
 
 
 class OutOfMemoryElsewhereError(torch.OutOfMemoryError):
@@ -117,11 +116,19 @@ class Ranks:
     def __exit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
-        if error is not None and not self._is_over:
-            with suppress(RuntimeError):  # the rank's own error is what it ends with
-                self._exchanged(None, f"failed {self._doing} with {describe(error)}")
-        if self._group is not None and self._is_own:
-            dist.destroy_process_group(self._group)
+        try:
+            if error is not None and not self._is_over and not isinstance(error, RanksError):  # which all get
+                self._tell(error)
+        finally:
+            if self._group is not None and self._is_own:
+                dist.destroy_process_group(self._group)
+
+    def _tell(self, error: BaseException) -> None:
+        """Let the others know of this rank's error, which it ends with: unless that is the loss of another rank."""
+        if self._group is not None and is_of_connection(error):
+            raise RollCall(self._group, self._doing).lost(error) from error
+        with suppress(RuntimeError):
+            self._exchanged(None, f"failed {self._doing} with {describe(error)}")
 
     def _exchanged(self, value: T, failure: str | None) -> list[T]:
         if self.count == 1:
@@ -146,10 +153,7 @@ class Ranks:
         except RanksError:
             raise
         except RuntimeError as error:
-            raise RanksError(
-                f"another rank is gone, or did not come to the end of {self._doing.removeprefix('in ')} in time; see "
-                f"its output ({describe(error)})"
-            ) from error
+            raise RollCall(self._group, self._doing).lost(error) from error
         self._is_over = False
 
     def _met(self, state: int, text: str | None) -> None:

@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -262,6 +263,15 @@ def sync_before_passes(model: Any) -> None:
     if model.will_sync_module_buffers():
         model._sync_buffers()
     model.require_forward_param_sync = False
+
+
+# ---- process groups ----------------------------------------------------------------------------------------------
+
+
+def timeout_of(group: Any) -> timedelta:
+    """Return how long a wait for other ranks of a process group may take: between CPUs, where it knows these."""
+    cpu, devices = torch.device("cpu"), group._device_types
+    return group._get_backend(cpu if cpu in devices else devices[0]).options._timeout
 
 
 # ---- planning ----------------------------------------------------------------------------------------------------
