@@ -22,8 +22,11 @@ from torch import Tensor
 from accumkern.backends import Kernels
 from accumkern.exchange import Exchange
 from accumkern.formats import Format, decode, encode, fp32_scalar
+from accumkern.lost_rank import RollCall
 from accumkern.ops import is_dense, same_order
 from accumkern.slot import Slot
+
+DOING = "in the mean over ranks of gradients"
 
 
 class Member(NamedTuple):
@@ -88,6 +91,9 @@ class BucketMean:
 
         Args:
             ready: called when all memory is there that the mean needs, before anything is sent.
+
+        Raises:
+            RanksError: in a step, a rank is gone, or has not come within the group's timeout.
         """
         is_split = self._format in (Format.SPLIT24, Format.SPLIT32)
         return self.by_parts(ready) if is_split else self.all_reduced(ready)
@@ -114,7 +120,7 @@ class BucketMean:
             else:
                 part.copy_(_in_shape_of(member.grad, member.residual))
         flats = [buffer, low]
-        exchange = Exchange(self._group, buffer.numel())
+        exchange = Exchange(self._group, buffer.numel(), DOING)
         rows = [exchange.rows(flat) for flat in flats]
         ready()
         transfer = exchange.scatter(flats, rows)
@@ -153,7 +159,10 @@ class BucketMean:
         ready()
         work = dist.all_reduce(wide, group=self._group, async_op=True)
         yield
-        work.wait()
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise RollCall(self._group, DOING).lost(error) from error
         to_store: list[tuple[Tensor, Tensor, Tensor]] = []
         for member in self._members:
             part, half, grad = member.within(wide, buffer), member.half, member.grad

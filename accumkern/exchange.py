@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from accumkern.lost_rank import RollCall
+
 
 class Exchange:
     """Some flat tensors of one length on each rank, of which every rank owns a part.
@@ -20,10 +22,12 @@ class Exchange:
     Args:
         group: the ranks, which make their exchanges in one order.
         numel: elements of each tensor; parts may be empty.
+        doing: what it is for, for errors: ``"in the mean over ranks"``.
     """
 
-    def __init__(self, group: dist.ProcessGroup, numel: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, numel: int, doing: str) -> None:
         self._group = group
+        self._roll_call = RollCall(group, doing)
         self._rank, self.count = group.rank(), group.size()
         bounds = [numel * rank // self.count for rank in range(self.count + 1)]
         self._parts = [slice(begin, end) for begin, end in pairwise(bounds)]
@@ -67,20 +71,34 @@ class Exchange:
             for op, tensor in zip((dist.isend, dist.irecv), both, strict=True)
             if tensor.numel()
         ]
-        return Transfer(dist.batch_isend_irecv(ops) if ops else [])
+        peers = [op.group_peer for op in ops if op.tensor.device.type == "cpu"]
+        try:
+            works = dist.batch_isend_irecv(ops) if ops else []
+        except RuntimeError as error:
+            raise self._roll_call.lost(error) from error
+        return Transfer(works, peers, self._roll_call)
 
 
 class Transfer:
-    """Tensors on their way."""
+    """Tensors on their way.
 
-    def __init__(self, works: Sequence[dist.Work]) -> None:
-        self._works = works
+    Args:
+        works: of messages.
+        peers: whom each is with, by its number in the group; empty on a GPU.
+        roll_call: of the group.
+    """
+
+    def __init__(self, works: list[dist.Work], peers: list[int], roll_call: RollCall) -> None:
+        self._works, self._peers, self._roll_call = works, peers, roll_call
 
     def wait(self) -> None:
         """Wait until all have come; on a GPU, let the current stream wait.
 
         Raises:
-            RuntimeError: a rank is gone.
+            RanksError: a rank is gone, or has not come within the group's timeout.
         """
-        for work in self._works:
-            work.wait()
+        if self._peers:
+            self._roll_call.wait(zip(self._peers, self._works, strict=True))
+        else:
+            for work in self._works:
+                work.wait()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import accumkern
+from accumkern import exchange as exchange_of_parts
 from accumkern import fsdp_window, lost_rank
 from accumkern.lost_rank import RollCall
 from accumkern.ranks import Ranks
@@ -184,6 +185,49 @@ def test_who_comes_when_all_others_are_gone_and_the_store_says_so() -> None:
         "RanksError: ranks 0, 2 are gone (their connections closed) in the exchange; which of them was first is not "
         "known, as the store of the group is gone too"
     )
+
+
+# ---- the mean over ranks of gradients ------------------------------------------------------------------------------
+
+
+def reducing_pass(stops: int, moment: str, how: str, buffer: str) -> str:
+    """Run a backward pass of three buckets; one rank stops before one of its steps."""
+    layers = [nn.Linear(32, 32, bias=False, dtype=torch.bfloat16) for _ in range(3)]
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=0.001)
+    acc = accumkern.attach(torch.optim.SGD(model.parameters()), buffer)
+    acc.reduce_in_fp32(model)
+    x = torch.ones(4, 32, dtype=torch.bfloat16)
+    with model.no_sync():
+        model(x).sum().backward()
+    if dist.get_rank() == stops:
+        if moment == "before the first bucket":
+            layers[2].weight.register_hook(lambda _grad: stop(how))
+        elif moment == "before the second bucket":
+            layers[1].weight.register_hook(lambda _grad: stop(how))
+        else:
+            exchange_of_parts.Exchange.gather = lambda *_: stop(how)  # type: ignore[method-assign]
+    model(x).sum().backward()
+    return "done"
+
+
+@pytest.mark.parametrize(
+    ("moment", "how", "buffer"),
+    [
+        ("before the first bucket", "dies", "split24"),
+        ("before the second bucket", "dies", "split24"),
+        ("before the means", "dies", "split24"),
+        ("before the second bucket", "hangs", "split24"),
+        ("before the second bucket", "dies", "fp32"),
+    ],
+)
+def test_a_rank_that_is_gone_in_a_reduction_is_named(tmp_path: Path, moment: str, how: str, buffer: str) -> None:
+    left = 3 if how == "hangs" else 2
+    store = f"file://{tmp_path}/store"
+    found = outcomes_of(reducing_pass, 1, moment, how, buffer, ranks=3, left=left, store=store)
+    found.pop(1, None)
+    told = late if how == "hangs" else gone
+    for outcome in found.values():
+        assert outcome.startswith(told(1, "in the mean over ranks of gradients")), found
 
 
 # ---- agreements ----------------------------------------------------------------------------------------------------
