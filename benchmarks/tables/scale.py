@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tables.parts import Content, Result, grouped, number, paragraph, table
 
-STOCK, EXACT = ("bf16 ring", "bf16"), ("split24 all-to-all", "split24")
-TWO_LEVELS = "split24 two levels"
+RING, TREE = ("bf16 ring", "bf16"), ("bf16 tree", "bf16")
+EXCHANGE, TWO_LEVELS = ("split24 all-to-all", "split24"), ("split24 two levels", "split24")
 WITH_RESIDUAL = ("FP32", "split24")  # what the mean keeps a residual in begins with
 
 
@@ -41,20 +41,21 @@ def scale_summary(content: Content) -> list[str]:
     """Return the sentences about the most ranks."""
     most = max(r["ranks"] for r in content["results"])
     of = {(r["way"], r["held"]): r for r in content["results"] if r["ranks"] == most}
-    stock, mine, levels = of[STOCK], of[EXACT], of[TWO_LEVELS, EXACT[1]]
+    ring, tree, mine, levels = of[RING], of[TREE], of[EXCHANGE], of[TWO_LEVELS]
 
     def errors(result: Result, key: str) -> str:
         return " and ".join(f"{error[key]:.1e}" for error in result["errors"])
 
-    ratios = " and ".join(f"{error['mean_over_std']:g}" for error in stock["errors"])
+    ratios = " and ".join(f"{error['mean_over_std']:g}" for error in ring["errors"])
     return paragraph(
         f"Mean over {most:,} ranks, simulated, micro-gradients of mean / std {ratios}: error of `.grad` "
-        f"{errors(stock, 'error_of_grad')} after a ring in bf16, {errors(mine, 'error_of_grad')} after an exchange of "
-        f"split24 that is added in FP32, and {errors(mine, 'error_of_step')} of what the step reads with the residual. "
-        f"Bytes that a rank sends for an element: {number(stock['bytes_per_element'])} and "
-        f"{number(mine['bytes_per_element'])}, of which {number(stock['card_bytes_per_element'])} and "
-        f"{number(mine['card_bytes_per_element'])} through its network card, on two levels "
-        f"{number(levels['card_bytes_per_element'])}."
+        f"{errors(ring, 'error_of_grad')} after a ring in bf16, {errors(tree, 'error_of_grad')} after NCCL's tree in "
+        f"bf16, {errors(mine, 'error_of_grad')} after an exchange of split24 that is added in FP32, and "
+        f"{errors(mine, 'error_of_step')} of what the step reads there with the residual. Bytes that a rank sends for "
+        f"an element: {number(ring['bytes_per_element'])} by ring or tree and {number(mine['bytes_per_element'])} by "
+        f"the exchange; through its network card {number(ring['card_bytes_per_element'])} and "
+        f"{number(mine['card_bytes_per_element'])}, and {number(levels['card_bytes_per_element'])} by an exchange on "
+        "two levels."
     )
 
 
