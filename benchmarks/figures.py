@@ -20,6 +20,7 @@ from PIL import Image
 from tables.convergence import COMPARED_WITH
 from tables.kernels import COPY, MUL, SUMMARY_CASES
 from tables.parts import Content, Result, grouped
+from tables.scale import flat
 from tables.step import HELD
 
 COLORS = {
@@ -44,6 +45,15 @@ HELD_COLORS = {
     "optimizer_state": "#8d929c",
     "bucket": "#e9a23b",
 }
+WAY_STYLES = {
+    "bf16 ring": ("-", "#d1495b"),
+    "bf16 tree": ("--", "#d1495b"),
+    "bf16 all-to-all": (":", "#d1495b"),
+    "FP32 ring": ("-", "#8d929c"),
+    "split24 all-to-all": ("--", "#1f77b4"),
+    "split24 two levels": (":", "#e9a23b"),
+}
+Pair = tuple[str, str]
 LINEAR_BELOW = 1e-3  # differences of the loss: those of seeds that went the same way, and no more
 
 
@@ -121,22 +131,39 @@ def sizes(machine: str, content: Content) -> Figure | None:
 
 def error_against_n(machine: str, content: Content) -> Figure:
     """Draw the error of each accumulator's sum against the number of micro-batches."""
-    by_ratio = grouped(content["results"], "mean_over_std")
+    x, y = ("micro_batches", "micro-batches N"), ("error_of_sum", "relative L2 error of the sum")
+    kinds = {"split24": "-", "split32": "-", "fp32": "--"}  # fp32 lies on split32's line
+    styles = {"stock bf16": ("-", COLORS["stock"])} | {kind: (style, COLORS[kind]) for kind, style in kinds.items()}
+    return _errors("Error of the accumulated gradient against FP64", content["results"], "accumulator", x, y, styles)
+
+
+def error_against_ranks(machine: str, content: Content) -> Figure:
+    """Draw the error of what a step reads after each mean of split24 sums, against the number of ranks."""
+    x, y = ("ranks", "ranks"), ("error_of_step", "relative L2 error of the mean, as it is kept")
+    results = [r for r in flat(content["results"]) if r["held"] == "split24"]
+    return _errors("Error of the mean over ranks against FP64, simulated", results, "way", x, y, WAY_STYLES)
+
+
+def _errors(title: str, results: list[Result], line: str, x: Pair, y: Pair, styles: dict[str, Pair]) -> Figure:
+    """Draw errors side by side for each kind of gradients, with a line for each value of the key ``line``.
+
+    ``x`` and ``y`` are the key and the label of an axis, ``styles`` the style and the color of each line.
+    """
+    by_ratio = grouped(results, "mean_over_std")
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     all_axes = figure.subplots(1, len(by_ratio), sharey=True, squeeze=False)[0]
-    for axes, (ratio, results) in zip(all_axes, by_ratio.items(), strict=True):
-        for accumulator, of_accumulator in grouped(results, "accumulator").items():
-            points = sorted((r["micro_batches"], r["error_of_sum"]) for r in of_accumulator)
-            color = COLORS.get(str(accumulator), COLORS["stock"])
-            style = "--" if accumulator == "fp32" else "-"  # it lies on split32's line
-            axes.plot(*zip(*points, strict=True), style, color=color, label=accumulator, marker="o", markersize=3)
+    for axes, (ratio, of_ratio) in zip(all_axes, by_ratio.items(), strict=True):
+        for name, of_line in grouped(of_ratio, line).items():
+            points = sorted((r[x[0]], r[y[0]]) for r in of_line)
+            style, color = styles[str(name)]
+            axes.plot(*zip(*points, strict=True), style, color=color, label=name, marker="o", markersize=3)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xlabel("micro-batches N")
+        axes.set_xlabel(x[1])
         _finish(axes, f"mean / std of a gradient about {ratio:g}", "both")
-    all_axes[0].set_ylabel("relative L2 error of the sum")
+    all_axes[0].set_ylabel(y[1])
     all_axes[-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle("Error of the accumulated gradient against FP64", fontsize=10)
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
@@ -300,6 +327,7 @@ FIGURES: dict[str, list[Drawing]] = {
     ],
     "convergence": [Drawing("convergence", "validation loss less that of FP32 masters, by N", convergence)],
     "accuracy": [Drawing("error", "error of the accumulated gradient against N", error_against_n)],
+    "scale": [Drawing("error-ranks", "error of the mean over ranks against their number", error_against_ranks)],
 }
 
 

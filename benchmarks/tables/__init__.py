@@ -16,6 +16,7 @@ from tables.parts import Section
 from tables.product import product_summary, product_tables
 from tables.reduce import reduce_summary, reduce_tables
 from tables.registers import registers_tables
+from tables.scale import scale_summary, scale_tables
 from tables.step import step_summary, step_tables
 from tables.training import training_summary, training_tables
 
@@ -31,5 +32,6 @@ SECTIONS = {
     "step": Section("The step", step_tables, step_summary),
     "convergence": Section("Convergence", convergence_tables, convergence_summary),
     "reduce": Section("The mean over ranks", reduce_tables, reduce_summary),
+    "scale": Section("The mean over many ranks, simulated", scale_tables, scale_summary),
     "registers": Section("Registers of the GPU kernels", registers_tables),
 }
