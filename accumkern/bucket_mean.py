@@ -7,7 +7,7 @@ Two ways, by what the residuals are. Split sums are exchanged as they are stored
                       part p of the mean = encode(x)               -> every rank
 
 So each element is added by one rank, in the order of ranks: the mean has the same bits on all of them, in every run.
-FP32 sums go through an all-reduce of FP32 values.
+FP32 sums go through an all-reduce of FP32 values, and so do all sums where several machines have several ranks each.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class BucketMean:
         kernels: for the bucket's device.
         group: its ranks, which take the steps of all buckets in the same order.
         divide_by: what the sum over ranks is divided by.
+        by_parts: whether split sums are exchanged by parts.
     """
 
     def __init__(
@@ -73,9 +74,11 @@ class BucketMean:
         kernels: Kernels,
         group: dist.ProcessGroup,
         divide_by: int,
+        by_parts: bool,
     ) -> None:
         self._buffer: Tensor = bucket.buffer()
         self._format, self._kernels = format_, kernels
+        self._is_by_parts = by_parts and format_ in (Format.SPLIT24, Format.SPLIT32)
         self._group, self._divide_by = group, divide_by
         self._members: list[Member] = []
         for param, half in zip(bucket.parameters(), bucket.gradients(), strict=True):
@@ -95,8 +98,7 @@ class BucketMean:
         Raises:
             RanksError: in a step, a rank is gone, or has not come within the group's timeout.
         """
-        is_split = self._format in (Format.SPLIT24, Format.SPLIT32)
-        return self.by_parts(ready) if is_split else self.all_reduced(ready)
+        return self.by_parts(ready) if self._is_by_parts else self.all_reduced(ready)
 
     @property
     def reduced(self) -> list[Slot]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from accumkern.backends import Kernels
 from accumkern.bucket_mean import BucketMean
+from accumkern.exchange import share_machines
 from accumkern.formats import BUFFERS
 from accumkern.slot import Slot
 from accumkern.torch_private import (
@@ -147,6 +148,7 @@ class Fp32Reduction:
         self._formats = BUFFERS[buffer]
         self._kernels_on = kernels_on
         self._streams: dict[torch.device, Any] = {}
+        self._by_parts: dict[dist.ProcessGroup, bool] = {}
         self._in_flight: list[Iterator[None]] = []  # the steps of buckets that are not done, oldest first
         self._reduced: list[Slot] = []
 
@@ -181,6 +183,8 @@ class Fp32Reduction:
         is_on_cpu = buffer.device.type == "cpu"
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=None if is_on_cpu else [buffer.device])
         self._advance()
+        if group not in self._by_parts:
+            self._by_parts[group] = not share_machines(group)
         mean = BucketMean(
             bucket,
             {} if is_shadow else self._slots,
@@ -188,6 +192,7 @@ class Fp32Reduction:
             self._kernels_on(buffer.device),
             group,
             divide_by,
+            self._by_parts[group],
         )
         steps = self._steps(mean, buffer, future, ready)
         next(steps)

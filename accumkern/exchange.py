@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -10,6 +11,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accumkern.lost_rank import RollCall
+
+
+def share_machines(group: dist.ProcessGroup) -> bool:
+    """Return whether some ranks are on one machine and some on others, the same on all ranks, which have to call it.
+
+    There a ring between machines enters each of them once, where direct messages come for each rank that is in it.
+    """
+    store = dist.PrefixStore("accumkern/host", group.get_group_store())
+    store.set(str(group.rank()), socket.gethostname())
+    hosts = store.multi_get([str(rank) for rank in range(group.size())])
+    return 1 < len(set(hosts)) < len(hosts)
 
 
 class Exchange:

@@ -166,6 +166,36 @@ def test_a_rank_sends_three_bytes_of_each_element_to_its_owner_and_three_to_all(
     assert of_ranks == [2 * (count - 1) * numel // count * 3] * count
 
 
+def messages_on(hosts: list[str]) -> int:
+    """Return how many messages this rank sends and receives for a window, with a mean that is right."""
+    model = DistributedDataParallel(Given([(40,)]))
+    acc = accumkern.attach(torch.optim.SGD(model.parameters()))
+    acc.reduce_in_fp32(model)
+    real, total = dist.batch_isend_irecv, 0
+
+    def count(ops: list[Any]) -> Any:
+        nonlocal total
+        total += len(ops)
+        return real(ops)
+
+    with (
+        mock.patch("socket.gethostname", return_value=hosts[dist.get_rank()]),
+        mock.patch.object(dist, "batch_isend_irecv", count),
+    ):
+        run_window(model, 0, [(40,)])
+    (param,) = model.parameters()
+    assert all(torch.equal(param.grad, of_rank) for of_rank in gathered(param.grad))
+    truth = sum(gradients(rank, n, [(40,)])[0].double() for rank in range(4) for n in range(4)) / 4
+    assert relative_error([acc.gradient(param)], [truth]) < 2e-5
+    return total
+
+
+@pytest.mark.parametrize(("hosts", "are_direct"), [("aaaa", True), ("abcd", True), ("aabb", False), ("aaab", False)])
+def test_between_machines_of_several_ranks_sums_are_all_reduced(ranks: Ranks, hosts: str, are_direct: bool) -> None:
+    for messages in ranks.run(messages_on, list(hosts), ranks=4, at_least=4):
+        assert (messages > 0) == are_direct
+
+
 # ---- what travels when --------------------------------------------------------------------------------------------
 
 
