@@ -84,6 +84,13 @@ WIDE_OF_RESIDUAL = {
 STEPS = len(Update) * 2 * len(WIDE_OF_RESIDUAL)  # updates, formats of weights and of gradients
 
 
+# A mean over ranks, of one vector of eight elements: a sum and a residual of a rank, and as much written.
+WIDE_OF_MEAN = {
+    "SPLIT24": {"LDG.128": 1, "LDG.64": 1, "STG.128": 1, "STG.64": 1},
+    "SPLIT32": {"LDG.128": 2, "LDG.64": 0, "STG.128": 2, "STG.64": 0},
+}
+
+
 def wide_of_step(variant: str) -> dict[str, int]:
     """Return what a step loads and stores, 16 and 8 bytes at a time; its name is update-format-format-start."""
     update, weight_format, grad_format, *start = variant.split("-")
@@ -192,6 +199,22 @@ def test_triton_norm(architecture: int) -> None:
         assert not any(key.startswith(("LDL", "STL")) for key in counts), where
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: f"sm_{a}")
+def test_triton_mean(architecture: int) -> None:
+    """Two vectors of each rank at once; additions and a quotient, each rounded by itself."""
+    variants = compiled("triton", architecture)["mean_kernel"]
+    assert variants.keys() == WIDE_OF_MEAN.keys()
+    for name, counts in variants.items():
+        where = f"mean_kernel {name} sm_{architecture}: {counts}"
+        wide = {key: 2 * count for key, count in WIDE_OF_MEAN[name].items()}
+        assert widths(counts, wide) == wide, where
+        assert_in_registers(counts, where)
+        elements = 2 * 16  # of a thread, in the path of whole blocks and in that of the last
+        assert counts["add"] >= elements, where
+        arithmetic = {"div": elements, "mul": 0, "fma": 0, "inexact": 0}
+        assert widths(counts, arithmetic) == arithmetic, where
+
+
 def test_triton_makes_one_nan_of_all_in_float16() -> None:
     """The GPU's conversion makes 0x7FFF of a NaN, which triton's interpreter cannot show: a selection follows it."""
     report = compiled("triton", 90)
@@ -221,6 +244,16 @@ def test_cuda(architecture: int) -> None:
     (norm,) = report.pop("norm_kernel").values()
     assert not any(key.startswith(("LDL", "STL")) for key in norm), norm
     assert norm["inexact"] == 0, norm
+    means = report.pop("mean_kernel")
+    assert means.keys() == WIDE_OF_MEAN.keys()
+    for name, counts in means.items():
+        where = f"mean {name} sm_{architecture}: {counts}"
+        # The loop over ranks has four at once, whose elements are all asked for, and one for what is left.
+        for width, count in WIDE_OF_MEAN[name].items():
+            assert counts.get(width, 0) >= count * (4 if width.startswith("LDG") else 1), where
+        assert_in_registers(counts, where)
+        assert counts["add"] >= 8, where
+        assert counts["fma"] == counts["inexact"] == 0, where
     # To fold, finish, rescale, decode, encode and square, each for one tensor and for a list.
     assert len(report) == 2 * 6
     for kernel, variants in report.items():
@@ -246,6 +279,7 @@ def test_cuda_kernels_are_named_by_their_symbols() -> None:
     assert name_cuda(f"{step}4AdamILb1EEENS_7Split32ES4_EEvNS0_10Tensor")[1] == "AMSGRAD-SPLIT32-SPLIT32"
     named = name_cuda(f"{step}3SgdILb0EEENS_7Split24ENS_8MainGradINS_8BFloat16EEEEEvNS0_10Tensor")
     assert named == ("step_list_kernel", "SGD-SPLIT24-MAIN_GRAD_BFLOAT16")
+    assert name_cuda(f"{prefix}11mean_kernelINS_7Split32EEEvNS_8MeanCallEb") == ("mean_kernel", "SPLIT32")
     assert name_cuda(f"{prefix}11norm_kernelENS_8NormCallE") == ("norm_kernel", "")
     with pytest.raises(ValueError, match="is no kernel's name"):
         name_cuda("_Z4mainv")

@@ -152,13 +152,15 @@ def mean_elements(
     """Add up BLOCK_SIZE elements of each rank, or the first `left` if that is not None, divide and store."""
     offsets = tl.max_contiguous(tl.arange(0, BLOCK_SIZE), VECTOR)
     mask = None if left is None else offsets < left
-    x = tl.full([BLOCK_SIZE], -0.0, tl.float32)  # the zero that leaves what is added to it as it is, zeros too
-    for _ in range(ranks):
+    # -0 leaves what is added to it as it is, zeros too. By its bits: some versions of triton make 0 of it.
+    x = tl.full([BLOCK_SIZE], -0x80000000, tl.int32).to(tl.float32, bitcast=True)
+    while ranks > 0:  # no range, whose end some versions of triton's interpreter cannot read from a tensor
         sum_ptr = pointer(sums_address, SUM_DTYPES[FORMAT], ALIGNED) + begin
         residual_ptr = pointer(residuals_address, RESIDUAL_DTYPES[FORMAT], ALIGNED) + begin
         x += load_value(sum_ptr, residual_ptr, offsets, mask, FORMAT, CONTINUE)
         sums_address += sum_stride
         residuals_address += residual_stride
+        ranks -= 1
     store_value(out_sum_ptr, out_residual_ptr, offsets, mask, tl.div_rn(x, tl.zeros_like(x) + divisor), FORMAT)
 
 
