@@ -13,6 +13,9 @@ from torch import Tensor
 from accumkern.lost_rank import RollCall
 
 
+_ALIGNED = 64  # elements from which each row begins, so that kernels read it in whole cache lines
+
+
 def share_machines(group: dist.ProcessGroup) -> bool:
     """Return whether some ranks are on one machine and some on others, the same on all ranks, which have to call it.
 
@@ -51,7 +54,8 @@ class Exchange:
 
     def rows(self, flat: Tensor) -> Tensor:
         """Return new memory of shape ``(ranks, elements of this rank)`` for what others have of this rank's part."""
-        return flat.new_empty(self.count, self.own.stop - self.own.start)
+        numel = self.own.stop - self.own.start
+        return flat.new_empty(self.count, -(-numel // _ALIGNED) * _ALIGNED)[:, :numel]
 
     def scatter(self, flats: Sequence[Tensor], rows: Sequence[Tensor]) -> Transfer:
         """Start to send each rank its part; row ``r`` gets what rank ``r`` has of this rank's."""
