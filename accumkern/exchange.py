@@ -12,7 +12,6 @@ from torch import Tensor
 
 from accumkern.lost_rank import RollCall
 
-
 _ALIGNED = 64  # elements from which each row begins, so that kernels read it in whole cache lines
 
 
