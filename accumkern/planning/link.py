@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from accumkern.dtensor import is_dtensor
 from accumkern.out_of_memory import format_bytes
 from accumkern.planning.protocol import Setup
 from accumkern.planning.speed import Speed, Split, plain
@@ -22,7 +23,7 @@ from accumkern.ranks import Ranks
 #: effective batches useful, so that neither is driven further than the other can be told.
 ENOUGH = 0.1
 BUCKET_BYTES = 25 * 2**20  # of gradients, that DistributedDataParallel reduces at a time
-FSDP_ONCE = "FSDP2, reduced once, in FP32"
+FSDP_ONCE = "FSDP2 once in FP32"
 _ROUNDS = 5
 _SHOWN = (1, 4, 16)  # micro-batches per window, beside the plan's
 
@@ -170,15 +171,15 @@ def ways_of(payload: Payload, ranks: int) -> list[Way]:
     bucket = min(1.0, BUCKET_BYTES / payload.gradients)
     reduce = 2 * scatter
     ways = [
-        Way("DDP, reduced in each micro-batch", reduce, 0.0, bucket * reduce, 0.0),
-        Way("DDP, reduced once (no_sync)", 0.0, reduce, 0.0, bucket * reduce),
+        Way("DDP in each micro-batch", reduce, 0.0, bucket * reduce, 0.0),
+        Way("DDP once (no_sync)", 0.0, reduce, 0.0, bucket * reduce),
     ]
     if payload.precise is not None:
         precise = 2 * part * payload.precise
-        ways.append(Way("DDP, reduced once, reduce_in_fp32", 0.0, precise, 0.0, bucket * precise))
+        ways.append(Way("DDP once with reduce_in_fp32", 0.0, precise, 0.0, bucket * precise))
     layer, fp32 = payload.layer, part * payload.fp32
     ways += [
-        Way("FSDP2, reduced in each micro-batch", 2 * gather + scatter, 0.0, layer * (gather + scatter), 0.0),
+        Way("FSDP2 in each micro-batch", 2 * gather + scatter, 0.0, layer * (gather + scatter), 0.0),
         Way(FSDP_ONCE, 2 * gather, fp32, layer * gather, layer * fp32),
     ]
     return ways
@@ -198,6 +199,21 @@ def exchange_of(payload: Payload, link: Link, split: Split, speed: Speed | None 
     windows = tuple(_window(way, count, link, speed) for way in ways for count in counts)
     enough = {} if speed is None else {way.name: fewest(way, link, speed) for way in ways}
     return Exchange(split.ranks, split.micro_batch, link, windows, enough)
+
+
+def exchange_of_model(
+    model: nn.Module, buffer: str | None, link: Link, split: Split, speeds: Sequence[Speed]
+) -> Exchange | None:
+    """Return what the ranks of a split exchange of a model; None where there is one rank, or nothing to exchange.
+
+    Where parameters are DTensors, ``speeds`` have the time of the model's own collectives in them and are not used.
+    """
+    payload = payload_of(model, buffer)
+    if split.ranks == 1 or not payload.gradients:
+        return None
+    is_alone = not any(is_dtensor(param) for param in model.parameters())
+    speed = next((speed for speed in speeds if is_alone and speed.micro_batch == split.micro_batch), None)
+    return exchange_of(payload, link, split, speed)
 
 
 def _window(way: Way, count: int, link: Link, speed: Speed | None) -> Window:
@@ -288,7 +304,7 @@ def link_reasons(exchange: Exchange) -> Iterator[str]:
 
 
 def exchange_rows(exchange: dict[str, Any]) -> list[dict[str, str]]:
-    """Return the table of what ``dataclasses.asdict`` gives of an exchange, by columns; ways have names in first rows."""
+    """Return rows of a table, by columns, from what ``dataclasses.asdict`` gives of an :class:`Exchange`."""
     rows: list[dict[str, str]] = []
     named = None
     for window in exchange["windows"]:

@@ -7,12 +7,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from accumkern.dtensor import is_dtensor
 from accumkern.out_of_memory import format_bytes
 from accumkern.planning.advice import settings_of, verdict_reason
 from accumkern.planning.caveats import batch_norm_warnings
 from accumkern.planning.fit import fit_reasons
-from accumkern.planning.link import Exchange, Link, exchange_of, link_reasons, payload_of
+from accumkern.planning.link import Link, exchange_of_model, link_reasons
 from accumkern.planning.memory import interpolated
 from accumkern.planning.noise import noise_reason
 from accumkern.planning.plan_result import Choice, Plan
@@ -60,24 +59,12 @@ def plan_of(
             tokens_per_sample=setup.tokens_per_sample,
             gradient_bytes=gradient_bytes,
             measured_ranks=measured_ranks,
-            exchange=_exchange(setup, way, link, speeds, known["buffer"]),
+            exchange=None if link is None else exchange_of_model(setup.model, known["buffer"], link, way, speeds),
             speeds=tuple(speeds),
             adam="betas" in setup.optimizer.param_groups[0],
             **known,
         )
     )
-
-
-def _exchange(
-    setup: Setup, way: Split, link: Link | None, speeds: Sequence[Speed], buffer: str | None
-) -> Exchange | None:
-    payload = payload_of(setup.model, buffer)
-    if link is None or way.ranks == 1 or not payload.gradients:
-        return None
-    speed = next((speed for speed in speeds if speed.micro_batch == way.micro_batch), None)
-    if any(is_dtensor(param) for param in setup.model.parameters()):
-        speed = None  # it has the time of the model's own collectives in it
-    return exchange_of(payload, link, way, speed)
 
 
 def explain(plan: Plan) -> Plan:
