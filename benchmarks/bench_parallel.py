@@ -31,7 +31,7 @@ from parallel_ways import RANKS, WAYS, Shape, Way, new_batch, new_gpt
 
 from measure import AllocatorMeter, relative_error
 
-SHAPE = Shape(width=256, layers=4, context=64, global_batch=32, micro_batch=2)
+SHAPE = Shape(width=256, layers=4, context=64, global_batch=16, micro_batch=2)
 QUICK = Shape(width=32, layers=2, context=8, global_batch=8, micro_batch=1)
 KINDS = ("weights", "master_residuals", "gradients", "residuals", "optimizer_state")
 

@@ -42,6 +42,7 @@ QUICK = {
     "accuracy": [],
     "overhead": ["--parameters", "10"],
     "batch": [],
+    "parallel": [],
 }
 
 
