@@ -91,9 +91,9 @@ class Head(nn.Module):
         return scores
 
 
-#: How the ranks share the matrices of a block, and embedding and scores by their bytes.
+#: How the ranks share matrices: by what comes out of them, or by what goes in.
 TENSOR_PLAN = {
-    "embed.bytes": RowwiseParallel(input_layouts=Replicate()),
+    "embed.bytes": ColwiseParallel(output_layouts=Replicate()),
     **{f"block*.{name}": ColwiseParallel() for name in ("query", "key", "value", "up")},
     **{f"block*.{name}": RowwiseParallel() for name in ("out", "down")},
     "head.scores": ColwiseParallel(output_layouts=Replicate()),

@@ -11,7 +11,7 @@ def parallel_tables(content: Content) -> list[str]:
     backend = method["backend"].partition(",")[0]
     return [
         *paragraph(
-            f"{method['model']}, and one global batch of {method['global_batch']}, divided among four ranks "
+            f"Training {method['model']}, with one global batch of {method['global_batch']}, divided among four ranks "
             f"({backend}): data-parallel parts x micro-batches that each accumulates x samples of a micro-batch. MB "
             "of the rank that has the most: at the end of a window, and at its peak with activations and all that "
             "exchange needs. Errors are of the whole gradient against one process in FP32."
