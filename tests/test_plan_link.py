@@ -167,6 +167,28 @@ def test_bytes_are_those_that_torch_sends(ranks: Ranks, way: str) -> None:
         assert told == found > 0
 
 
+def bytes_sent_with_gathered_weights() -> tuple[float, float]:
+    """Return the bytes that a window of three micro-batches sends by the way that the advice names, and by hand."""
+    model: Any = Layers().to(device(), BF16)
+    weights = payload_of(model, None).weights
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for module in [*model.layers, model]:
+        fully_shard(module, mp_policy=policy, reshard_after_forward=False)
+    sent = Sent()
+    with sent:
+        for is_last in (False, False, True):
+            model.set_requires_gradient_sync(is_last)
+            model.set_reshard_after_backward(is_last)
+            model(torch.ones(2, 16, device=device(), dtype=BF16)).float().sum().backward()
+    part = (dist.get_world_size() - 1) / dist.get_world_size()
+    return sent.bytes, part * (weights + 2 * weights)  # gathered in bfloat16, reduced in FP32
+
+
+def test_weights_that_stay_gathered_are_gathered_once(ranks: Ranks) -> None:
+    for found, told in ranks.run(bytes_sent_with_gathered_weights, at_least=2):
+        assert told == found > 0
+
+
 # ---- times -------------------------------------------------------------------------------------------------------
 
 
