@@ -44,6 +44,7 @@ More: docs/batch-size.md
 _PLAN_EXAMPLES = """\
 accumkern plan train.py:setup --effective-batch 512 --output results
   accumkern plan train.py:setup --memory 24GB --predict
+  accumkern plan train.py:setup --effective-batch 512 --ranks 8 --bandwidth 25
   accumkern plan train.py:trainer --json -- --width 256 --lr 1e-3 | python -m json.tool"""
 _SWEEP_EXAMPLES = """\
 accumkern sweep train.py:setup --effective-batches 32,128,512 --samples 100000 --output results
@@ -103,6 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     asked = plan.add_argument_group("what is planned")
     batch = "samples per optimizer step, over all ranks (default: chosen by speed and noise scale)"
     asked.add_argument("--effective-batch", type=_whole(1), metavar="N", help=batch)
+    ranks = "ranks to plan for (default: those of torchrun, or one)"
+    asked.add_argument("--ranks", type=_whole(1), metavar="N", help=ranks)
+    link = "of the link between ranks, sent by each: what their exchange takes (default: measured under torchrun)"
+    asked.add_argument("--bandwidth", dest="bandwidth_gb_per_s", type=_positive, metavar="GB/s", help=link)
     budget = "tokens of the whole run, such as 10B: what published laws say of the batch"
     asked.add_argument("--tokens", metavar="D", help=budget)
     asked.add_argument("--schedule", action="store_true", help="say when to raise the batch in a run of --tokens")
@@ -211,6 +216,13 @@ def _number(text: str) -> float:
         number = math.nan
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return number
+
+
+def _positive(text: str) -> float:
+    number = _number(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return number
 
 

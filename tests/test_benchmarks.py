@@ -43,6 +43,7 @@ QUICK = {
     "overhead": ["--parameters", "10"],
     "batch": [],
     "scale": [],
+    "parallel": [],
 }
 
 

@@ -18,7 +18,8 @@ import accumkern
 from accumkern.__main__ import main
 from accumkern.planning import scaling_laws
 from accumkern.planning import speed as speed_module
-from accumkern.planning.plan_result import Plan, explain
+from accumkern.planning.plan_reasons import explain
+from accumkern.planning.plan_result import Plan
 from accumkern.planning.protocol import Setup
 from accumkern.planning.scaling_laws import POWER_LINES, STEP_LAW, BatchLaws, format_count, law_batch, laws_of
 from accumkern.planning.speed import Split

@@ -20,8 +20,10 @@ The road through the files, from the ground up; each imports only from those bef
     predict.py         what would fit elsewhere, on fake tensors
     scaling_laws.py    what published laws say of the batch for a budget of tokens
     token_budget.py    the laws in words, and when to raise the batch during a run
+    link.py            what the exchange between ranks takes, and how few exchanges accumulation leaves
     advice.py          what to set, in words
-    plan_result.py     what plan() returns, and its reasons in words; plan.py: all of this, and the decision
+    plan_result.py     what plan() returns; plan_reasons.py: that with its reasons in words
+    plan.py            all of this, and the decision
     sweep_runs.py      a run of a sweep and its file; sweep_settings.py: what makes a sweep another one
     critical_batch.py  the largest effective batch that loses nothing, from the runs of a sweep
     sweep_result.py    what sweep() returns, and what follows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from accumkern.out_of_memory import format_bytes
+from accumkern.planning.link import exchange_rows
 from accumkern.planning.plan import plan
 from accumkern.planning.plan_result import Plan
 from accumkern.planning.report import check_folder, format_rate, format_useful, write_plan, write_sweep
@@ -144,6 +146,9 @@ def _plan_table(plan: Plan) -> RenderableType:
     lines: list[RenderableType] = [Text(plan.basis), _table("the plan", rows, chosen=plan.by_ranks.index(plan.choice))]
     lines += [_bullet(reason, "") for reason in plan.reasons]
     lines += [_bullet(f"Warning: {warning}", "yellow") for warning in plan.warnings]
+    if plan.exchange is not None:
+        title = f"what {plan.exchange.ranks} ranks exchange in a window of micro-batches of {plan.exchange.micro_batch}"
+        lines += [Text(), _table(title, exchange_rows(dataclasses.asdict(plan.exchange)))]
     if plan.schedule is not None and len(plan.schedule.stages) > 1:
         lines += [Text(), _table("when to raise the batch", _stage_rows(plan.schedule))]
         lines.append(Text(plan.schedule.line, style="bold"))
@@ -195,7 +200,7 @@ def _sweep_table(sweep: Sweep) -> RenderableType:
 def _table(title: str, rows: list[dict[str, str]], chosen: int | None = None) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for column in rows[0]:
-        table.add_column(column, justify="right", no_wrap=column == "rule")
+        table.add_column(column, justify="left" if column == "way" else "right", no_wrap=column in ("rule", "way"))
     for number, row in enumerate(rows):
         table.add_row(*row.values(), style="bold" if number == chosen else "")
     return table

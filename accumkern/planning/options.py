@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from accumkern.checks import integer
+import math
+
+from accumkern.checks import integer, real
 from accumkern.planning.noise import WINDOW_MICRO_BATCHES
 
 _MOST_EFFECTIVE_BATCH = 2**31
 _MOST_MICRO_BATCH = 2**20
+_MOST_RANKS = 2**20
 _LEAST_WINDOWS = 4
 _MOST_WINDOWS = 10_000
 
@@ -32,6 +35,42 @@ def check_sizes(
             f"noise_windows is {noise_windows}; it must be at least {_LEAST_WINDOWS}, or 0 to leave the noise scale out"
         )
     return effective_batch, largest_micro_batch, noise_windows
+
+
+def check_ranks(ranks: int | None, there: int) -> int:
+    """Return how many ranks to plan for: those that there are, unless one process plans for others.
+
+    Raises:
+        TypeError: ``ranks`` is no integer.
+        ValueError: it is too small or too large, or not as many as make the plan.
+    """
+    if ranks is None:
+        return there
+    ranks = _whole("ranks", ranks, 1, _MOST_RANKS, "there is no such machine")
+    if there not in (1, ranks):
+        raise ValueError(
+            f"ranks is {ranks}, and {there} ranks make this plan; leave it out, or plan for {ranks} in one process"
+        )
+    return ranks
+
+
+def check_bandwidth(gb_per_s: float, ranks: int) -> float:
+    """Return the bandwidth of the link between ranks.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not positive or not finite, or there is one rank, which has no link.
+    """
+    right = "it must be a positive number of GB/s"
+    number = real("bandwidth_gb_per_s", gb_per_s, right)
+    if not 0 < number < math.inf:
+        raise ValueError(f"bandwidth_gb_per_s is {number}; {right}")
+    if ranks == 1:
+        raise ValueError(
+            f"bandwidth_gb_per_s is {number}, and the plan is for one rank, which exchanges nothing; say for how many "
+            "ranks: ranks=8, or --ranks 8"
+        )
+    return number
 
 
 def _whole(name: str, number: int, least: int, most: int, why: str) -> int:

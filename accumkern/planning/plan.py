@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
 from accumkern.out_of_memory import format_bytes, parse_bytes
-from accumkern.planning.caveats import batch_norm_warnings, busy_warnings, cpu_warnings, load
+from accumkern.planning.caveats import busy_warnings, cpu_warnings, load
 from accumkern.planning.fakes import PredictionError, fake_setup
 from accumkern.planning.fit import find_fit, largest, verify
-from accumkern.planning.memory import available_bytes, check_margin, interpolated, machine_of
+from accumkern.planning.link import Link, measure_link
+from accumkern.planning.memory import available_bytes, check_margin, machine_of
 from accumkern.planning.noise import accumulation_pays, best_way, costs, measure_noise, useful_batches
-from accumkern.planning.options import check_sizes
+from accumkern.planning.options import check_bandwidth, check_ranks, check_sizes
 from accumkern.planning.parts import parts_warnings
-from accumkern.planning.plan_result import Choice, Plan, explain, with_schedule
-from accumkern.planning.precision import choose_buffer, choose_masters, masters_problem, step_bytes, with_masters
+from accumkern.planning.plan_reasons import RANKS, plan_of, with_schedule
+from accumkern.planning.plan_result import Plan
+from accumkern.planning.precision import choose_buffer, choose_masters
 from accumkern.planning.predict import DEVICES, Prediction, choose_device, no_fit, predict, smallest_size
-from accumkern.planning.protocol import Setup, SetupFunction, run_setup
+from accumkern.planning.protocol import SetupFunction, run_setup
 from accumkern.planning.scaling_laws import BatchLaws, law_batch, laws_of
 from accumkern.planning.speed import Split, knee, measure_speeds, plain, sizes_to_time, split, split_by_size
 from accumkern.planning.token_budget import check_budget
 from accumkern.planning.trial import Preserved, Trial
 from accumkern.ranks import Ranks
 
-_RANKS = (1, 2, 4, 8)
 _NOISE_MICRO_BATCH = 4
 
 
@@ -37,6 +37,8 @@ def plan(
     setup: SetupFunction,
     *,
     effective_batch: int | None = None,
+    ranks: int | None = None,
+    bandwidth_gb_per_s: float | None = None,
     tokens: int | float | str | None = None,
     schedule: bool = False,
     memory: int | str | None = None,
@@ -61,6 +63,9 @@ def plan(
             :class:`accumkern.planning.protocol.Setup`.
         effective_batch: samples between two optimizer steps, over all ranks. None chooses by the laws of
             :mod:`accumkern.planning.scaling_laws` where they cover the run, and else from speed and noise.
+        ranks: that the run will have; None for those that there are. One process plans for any number.
+        bandwidth_gb_per_s: of the link between them, 10^9 bytes that each rank sends per second while it receives as
+            many, to tell what their exchange takes. None measures it where there are several ranks.
         tokens: that the run is to train with, or text such as ``"10B"``; needs ``tokens_per_sample`` of the setup.
         schedule: say when to raise the batch in such a run, too.
         memory: of the device, in bytes or as text such as ``"24GB"``. None takes what is available now.
@@ -82,11 +87,13 @@ def plan(
             failed (:class:`accumkern.ranks.RanksError` says which one, in which phase, with what error).
         PredictionError: with ``measure=False``, the script does not run on fake tensors.
     """
-    with Ranks() as ranks:
-        with ranks.phase("arguments"):
+    with Ranks() as group:
+        with group.phase("arguments"):
             effective_batch, largest_micro_batch, noise_windows = check_sizes(
                 effective_batch, largest_micro_batch, noise_windows
             )
+            count = check_ranks(ranks, group.count)
+            link = None if bandwidth_gb_per_s is None else Link(check_bandwidth(bandwidth_gb_per_s, count))
             tokens = check_budget(tokens, schedule)
             margin = check_margin(margin)
             limit = None if memory is None else parse_bytes(memory)
@@ -94,8 +101,10 @@ def plan(
                 raise ValueError("memory is None; a prediction (measure=False) needs it, such as memory='24GB'")
             if device is not None and measure:
                 raise ValueError(f"device is {device!r}; what is measured (measure=True) is the device of the model")
-            ranks.check_same(
+            group.check_same(
                 effective_batch=effective_batch,
+                ranks=count,
+                bandwidth_gb_per_s=bandwidth_gb_per_s,
                 tokens=tokens,
                 schedule=schedule,
                 margin=margin,
@@ -107,34 +116,36 @@ def plan(
                 device=device,
             )
         if limit is not None and not measure:
-            limit = min(ranks.gathered(limit))
-            with ranks.phase("what would fit"):
-                wanted = effective_batch, tokens, limit, margin, buffer, master_weights, largest_micro_batch, device
-                plan = _predicted_plan(setup, *wanted, progress)
-            return ranks.gathered(with_schedule(plan) if schedule else plan)[0]
-        with ranks.phase("setup()"):
+            limit = min(group.gathered(limit))
+            with group.phase("what would fit"):
+                wanted = effective_batch, count, link, tokens, limit, margin, buffer, master_weights
+                plan = _predicted_plan(setup, *wanted, largest_micro_batch, device, progress)
+            return group.gathered(with_schedule(plan) if schedule else plan)[0]
+        with group.phase("setup()"):
             made = run_setup(setup)
             if isinstance(made.model, DistributedDataParallel):
                 made = made._replace(model=made.model.module)  # whose backward pass waits for no other rank
             laws = None if tokens is None else laws_of(made, tokens)
             buffer = choose_buffer(made, buffer)
             master_weights = choose_masters(made, master_weights)
-            limit = min(ranks.gathered(limit or available_bytes(made.device)))
+            limit = min(group.gathered(limit or available_bytes(made.device)))
         at_most = largest_micro_batch
         if effective_batch is not None:
-            at_most = min(at_most, max(1, math.ceil(effective_batch / ranks.count)))
-        with Preserved(made, buffer, ranks, master_weights) as preserved:
-            asked = effective_batch, laws, limit, margin, at_most, noise_windows
+            at_most = min(at_most, max(1, math.ceil(effective_batch / count)))
+        with Preserved(made, buffer, group, master_weights) as preserved:
+            asked = effective_batch, count, link, laws, limit, margin, at_most, noise_windows
             caveats = [] if memory is None else cpu_warnings(made, limit)
             plan = _measured_plan(setup, preserved, *asked, caveats, progress)
         # Predictions, losses and the machine may differ.
-        return ranks.gathered(with_schedule(plan) if schedule else plan)[0]
+        return group.gathered(with_schedule(plan) if schedule else plan)[0]
 
 
 def _measured_plan(
     function: SetupFunction,
     preserved: Preserved,
     target: int | None,
+    count: int,
+    link: Link | None,
     laws: BatchLaws | None,
     limit: int,
     margin: float,
@@ -155,8 +166,8 @@ def _measured_plan(
     with ranks.phase("what fits"):
         fit = find_fit(preserved, allowed, at_most, tell)
     with ranks.phase("what is fast"):
-        batch = target or law_batch(laws, ranks.count)
-        shares = [] if batch is None else [max(1, round(batch / n)) for n in (ranks.count, *_RANKS)]
+        batch = target or law_batch(laws, count)
+        shares = [] if batch is None else [max(1, round(batch / n)) for n in (count, *RANKS)]
         speeds = measure_speeds(
             preserved,
             sizes_to_time(fit.micro_batch, shares, fit.smallest),
@@ -165,6 +176,10 @@ def _measured_plan(
             ),
             needed=shares,
         )
+    if link is None and ranks.count > 1:
+        with ranks.phase("the link between ranks"):
+            link = measure_link(setup, ranks)
+            progress("the link between ranks", f"{plain(link.gb_per_s)} GB/s")
     noise = None
     if noise_windows:
         with ranks.phase("what helps training"):
@@ -188,7 +203,7 @@ def _measured_plan(
         return best_way(n, sizes, rate, noise) if batch is None else split(batch, n, sizes, rate)
 
     with ranks.phase("the plan"):
-        way = ranks.gathered(way_on(ranks.count, target))[0]
+        way = ranks.gathered(way_on(count, target))[0]
         progress("the plan", f"micro-batch {way.micro_batch}, accumulation steps {way.accumulation_steps}")
         caveats += parts_warnings(preserved, way, fit.micro_batch)
         verified = verify(preserved, way.micro_batch, way.accumulation_steps, allowed)
@@ -206,12 +221,14 @@ def _measured_plan(
             return speed, None, None
         return speed, *useful_batches(way.ranks, sizes, rate, (noise.low, noise.noise_scale, noise.high))
 
-    return _plan_of(
+    return plan_of(
         setup,
         way,
         lambda n: way_on(n, None if target is None else way.effective_batch),
         peaks,
         prospects,
+        link,
+        measured_ranks=ranks.count,
         target=target,
         laws=laws,
         buffer=preserved.buffer,
@@ -224,7 +241,7 @@ def _measured_plan(
         fit=fit,
         predictions=predictions,
         prediction_problem=problem,
-        speeds=tuple(speeds),
+        speeds=speeds,
         knee=knee(sizes, rate),
         noise=noise,
         batches=costs(way, sizes, rate, noise),
@@ -236,6 +253,8 @@ def _measured_plan(
 def _predicted_plan(
     function: SetupFunction,
     target: int | None,
+    count: int,
+    link: Link | None,
     tokens: int | None,
     limit: int,
     margin: float,
@@ -247,7 +266,7 @@ def _predicted_plan(
 ) -> Plan:
     """Plan from memory alone, without running anything."""
     allowed = int(limit * (1 - margin))
-    at_most = at_most if target is None else min(at_most, target)
+    at_most = at_most if target is None else min(at_most, max(1, math.ceil(target / count)))
     found: dict[int, Prediction] = {}
     with fake_setup(function) as setup:
         buffer, master_weights = choose_buffer(setup, buffer), choose_masters(setup, master_weights)
@@ -275,14 +294,15 @@ def _predicted_plan(
             way = Split(ranks, most, 1) if batch is None else split_by_size(batch, ranks, most)
             return way if way.micro_batch >= smallest else Split(ranks, smallest, 1)
 
-        way = way_on(1)
+        way = way_on(count)
         peak = predicted(way.micro_batch, min(2, way.accumulation_steps)).memory.total
-        return _plan_of(
+        return plan_of(
             setup,
             way,
             way_on,
             peaks | {way.micro_batch: peak},
             lambda way: (None, None, None),
+            link,
             target=target,
             laws=laws,
             buffer=buffer,
@@ -294,40 +314,6 @@ def _predicted_plan(
             predictions=tuple(found[size] for size in sorted(found)),
             machine=machine_of(None) | {"device": DEVICES[device]},
         )
-
-
-def _plan_of(
-    setup: Setup,
-    way: Split,
-    way_on: Callable[[int], Split],
-    peaks: dict[int, int],
-    prospects: Callable[[Split], tuple[float | None, float | None, float | None]],
-    warnings: Sequence[str] = (),
-    **known: Any,
-) -> Plan:
-    """Return a plan with its reasons; ``prospects`` gives samples per second of a way, and its useful batches."""
-    gradient_bytes = sum(p.numel() * p.element_size() for p in setup.model.parameters() if p.requires_grad)
-
-    def choice(of: Split) -> Choice:
-        buckets = gradient_bytes if of.ranks > way.ranks == 1 else 0  # of DistributedDataParallel
-        memory = interpolated(peaks, of.micro_batch) + buckets
-        return Choice(of.ranks, of.micro_batch, of.accumulation_steps, of.effective_batch, memory, *prospects(of))
-
-    return explain(
-        Plan(
-            choice=choice(way),
-            by_ranks=tuple(choice(way if n == way.ranks else way_on(n)) for n in sorted({*_RANKS, way.ranks})),
-            attach=known["buffer"] is not None and (way.accumulation_steps > 1 or known["master_weights"] is not None),
-            master_problem=masters_problem(setup) if known["master_weights"] is None else None,
-            bfloat16_numel=sum(param.numel() for param in with_masters(setup)),
-            step_bytes=step_bytes(setup),
-            warnings=(*batch_norm_warnings(setup, way.micro_batch), *warnings),
-            tokens_per_sample=setup.tokens_per_sample,
-            gradient_bytes=gradient_bytes,
-            adam="betas" in setup.optimizer.param_groups[0],
-            **known,
-        )
-    )
 
 
 def _predictions(

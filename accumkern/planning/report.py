@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from accumkern.out_of_memory import format_bytes
+from accumkern.planning.link import exchange_rows
 from accumkern.planning.plan_result import Plan
 from accumkern.planning.speed import plain
 from accumkern.planning.sweep_result import Sweep
@@ -71,7 +72,8 @@ def write_page(folder: Path) -> Path:
         images.append((name, base64.b64encode(path.read_bytes()).decode()))
     how: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **how)
-    environment.filters |= {"bytes": format_bytes, "rate": format_rate, "useful": format_useful}
+    filters = {"bytes": format_bytes, "rate": format_rate, "useful": format_useful, "exchange_rows": exchange_rows}
+    environment.filters |= filters
     machine = plan["machine"] if plan else {}
     page = environment.get_template("report.html").render(
         title="Which batch size?",
@@ -81,9 +83,8 @@ def write_page(folder: Path) -> Path:
         images=images,
         footer=", ".join(f"{name} {value}" for name, value in machine.items()) or "accumkern sweep",
     )
-    path = folder / _PAGE
-    path.write_text(page)
-    return path
+    (folder / _PAGE).write_text(page)
+    return folder / _PAGE
 
 
 def check_folder(folder: Path, but: type[Plan] | type[Sweep]) -> None:
@@ -191,7 +192,7 @@ def _memory(plan: dict[str, Any]) -> Figure:
         for key, (label, color) in _CATEGORIES.items():
             widths = [predicted[size][key] / one for size in sizes]
             if any(widths):
-                axes.barh(rows, widths, left=left, color=color, label=f"{label}", height=0.68)
+                axes.barh(rows, widths, left=left, color=color, label=label, height=0.68)
             left = [a + b for a, b in zip(left, widths, strict=True)]
     else:
         axes.barh(rows, [measured[size] / one for size in sizes], color=_BLUE, label="measured", height=0.68)

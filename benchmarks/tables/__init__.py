@@ -12,6 +12,7 @@ from tables.convergence import convergence_summary, convergence_tables
 from tables.finish import finish_summary, finish_tables
 from tables.kernels import kernels_summary, kernels_tables
 from tables.overhead import overhead_summary, overhead_tables
+from tables.parallel import parallel_summary, parallel_tables
 from tables.parts import Section
 from tables.product import product_summary, product_tables
 from tables.reduce import reduce_summary, reduce_tables
@@ -33,5 +34,6 @@ SECTIONS = {
     "convergence": Section("Convergence", convergence_tables, convergence_summary),
     "reduce": Section("The mean over ranks", reduce_tables, reduce_summary),
     "scale": Section("The mean over many ranks, simulated", scale_tables, scale_summary),
+    "parallel": Section("One global batch among ranks", parallel_tables, parallel_summary),
     "registers": Section("Registers of the GPU kernels", registers_tables),
 }

@@ -1,0 +1,138 @@
+"""One global batch, divided by accumulation, data, tensor and pipeline parallelism: memory of a rank, and the gradient.
+
+``python benchmarks/bench_parallel.py [--device cpu|cuda] [--quick]``
+
+Starts four processes (gloo on a CPU; NCCL on four GPUs), which train the same GPT with the same global batch in every
+way of ``parallel_ways.py``. Bytes are counted in the second window, when everything is there: those that are held at
+its end, from the tensors, and the most while it ran, by the allocator. The gradient is compared with that of one
+process in FP32. Writes ``benchmarks/results/<machine>/parallel.json``.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import tempfile
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from harness import parser, steps, write_results
+from parallel_ways import RANKS, WAYS, Shape, Way, new_batch, new_gpt
+
+from measure import AllocatorMeter, relative_error
+
+SHAPE = Shape(width=256, layers=4, context=64, global_batch=16, micro_batch=2)
+QUICK = Shape(width=32, layers=2, context=8, global_batch=8, micro_batch=1)
+KINDS = ("weights", "master_residuals", "gradients", "residuals", "optimizer_state")
+
+
+def main() -> None:
+    """Measure every way, print the table and write the file."""
+    arguments = parser(__doc__).parse_args()
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and torch.cuda.device_count() < RANKS:
+        print(f"it takes {RANKS} GPUs, and here is {torch.cuda.device_count()}: not measured")
+        return
+    shape = QUICK if arguments.quick else SHAPE
+    with steps("parallel"), tempfile.TemporaryDirectory() as folder:
+        queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+        torch.multiprocessing.spawn(measure, (device.type, shape, f"file://{folder}/store", queue), nprocs=RANKS)
+        results = queue.get()
+    numel = sum(param.numel() for param in new_gpt(shape, torch.device("cpu"), torch.float32).parameters())
+    method = {
+        "model": f"a GPT of width {shape.width} with {shape.layers} layers, {numel:,} weights",
+        "global_batch": f"{shape.global_batch} samples of {shape.context} bytes",
+        "training": "AdamW; for bytes bfloat16 weights with split32 masters and split24 sums",
+        "backend": "nccl" if device.type == "cuda" else "gloo, all processes on one machine",
+        "held": "bytes of a rank after the last backward pass of its second window, counted from the tensors",
+        "peak": "the most bytes of a rank from the end of its first step to that backward pass, by the allocator; with "
+        "activations, gathered weights, whole gradients and buckets",
+        "errors": "relative L2 error of the whole gradient against that of one process in FP32; bfloat16's is that of "
+        "activations and micro-gradients in bfloat16, also on one process",
+    }
+    write_results(arguments, "parallel", method, results)
+
+
+def measure(rank: int, device_type: str, shape: Shape, store: str, queue: Any) -> None:
+    """Run all ways as one rank; rank 0 puts a list of results into ``queue``."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here writes in place
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store, rank=rank, world_size=RANKS)
+    batch = new_batch(shape, device)
+    truth = gradients(Way, shape, batch)
+    results = []
+    for kind in WAYS:
+        found: dict[str, Any] = {}
+        if rank == 0 or kind is not Way:
+            found = of_rank(kind, shape, batch, truth)
+        of_ranks = [found] * RANKS
+        dist.all_gather_object(of_ranks, found)
+        of_ranks = [of for of in of_ranks if of]
+        results.append(
+            {
+                "way": kind.name,
+                "data_parallel": kind.data_parallel,
+                "accumulation_steps": kind.steps(shape),
+                "micro_batch": shape.micro_batch,
+                "error_fp32": max(of.pop("error_fp32") for of in of_ranks),
+                "error_bf16": max(of.pop("error_bf16") for of in of_ranks),
+                "ranks": of_ranks,
+            }
+        )
+    if rank == 0:
+        queue.put(results)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def of_rank(kind: type[Way], shape: Shape, batch: Tensor, truth: dict[str, Tensor]) -> dict[str, Any]:
+    """Return what a way takes on this rank, and how far its gradients are from those of one process in FP32."""
+    with AllocatorMeter(batch.device) as meter:
+        way = kind(shape, batch.device, torch.bfloat16)
+        way.run_window(batch)
+        error_bf16 = error(dict(way.gradients()), truth)
+        way.end_window()
+        meter.mark()
+        way.run_window(batch)
+        meter.mark()
+    held = asdict(way.acc.memory())
+    del way
+    gc.collect()
+    return {
+        "held_bytes": {name: held[name] for name in KINDS},
+        "peak_bytes": meter.peak_bytes[1],
+        "error_fp32": error(gradients(kind, shape, batch), truth),
+        "error_bf16": error_bf16,
+    }
+
+
+def gradients(kind: type[Way], shape: Shape, batch: Tensor) -> dict[str, Tensor]:
+    """Return the mean gradients in FP32, by name, of the parameters that this rank has a part of."""
+    way = kind(shape, batch.device, torch.float32)
+    way.run_window(batch)
+    found = dict(way.gradients())
+    del way
+    gc.collect()
+    return found
+
+
+def error(grads: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    """Return the relative L2 error of gradients, by name, over all of them together."""
+    return relative_error(list(grads.values()), [truth[name] for name in grads])
+
+
+if __name__ == "__main__":
+    main()
