@@ -1,4 +1,4 @@
-"""Gradients of weights that a pipeline's schedule takes apart from the backward pass: what stages run, on one process."""
+"""Gradients of weights that a pipeline's schedule takes apart from the backward pass, as its stages do."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def replicated() -> None:
     optimizer = torch.optim.SGD(module.parameters())
     accumkern.attach(optimizer)
     x = micro_batch(0).to(device())
-    with pytest.raises(RuntimeError, match="would never reduce the gradients of its weights. Use fully_shard"):
+    with pytest.raises(RuntimeError, match=r"would never reduce the gradients of its weights\. Use fully_shard"):
         split_pass(model, x)
     split_pass(alone, x)  # which is not attached
 
