@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import accumkern
 
-pytestmark = pytest.mark.integration("Pipeline parallel: GPipe, 1F1B")
+one_stage = pytest.mark.integration("Pipeline parallel: GPipe, 1F1B")
 
 BF16 = torch.bfloat16
 MICRO_BATCHES = 32
@@ -98,6 +98,7 @@ def stages(schedule: type, dtype: torch.dtype) -> None:
     torch.testing.assert_close(square.sqrt(), norm, rtol=1e-5, atol=0)
 
 
+@one_stage
 @schedules
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
 def test_schedules(ranks: Ranks, schedule: type, dtype: torch.dtype) -> None:
@@ -140,6 +141,7 @@ def data_parallel_stages(schedule: type, kind: str) -> None:
             run(torch.float32, replica)
 
 
+@one_stage
 @pytest.mark.parametrize(
     ("schedule", "kind"),
     # torch's DDP fails by itself in GPipe, whose forward passes all come before the first backward pass.
@@ -252,6 +254,55 @@ def test_several_stages_on_a_rank(ranks: Ranks, schedule: type, dtype: torch.dty
     ranks.run(several_stages, schedule, dtype, (None, 48), at_least=2)
 
 
-@pytest.mark.parametrize("schedule", [ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(ScheduleInterleaved1F1B, marks=whole),
+        pytest.param(ScheduleInterleavedZeroBubble, marks=split),
+    ],
+)
 def test_several_stages_on_each_of_four_ranks(ranks: Ranks, schedule: type) -> None:
     ranks.run(several_stages, schedule, torch.float32, (48,), ranks=4, at_least=4)
+
+
+def several_stages_with_replicas(schedule: type, kind: str) -> None:
+    """Compare four stages on two ranks, times two data-parallel ranks, with one process; two batches in a window."""
+    mesh = init_device_mesh(device().type, (2, 2), mesh_dim_names=("dp", "pp"))
+    index, replica = mesh.get_local_rank("pp"), mesh.get_local_rank("dp")
+    every, mine = layers(torch.float32, 4), {}
+    for i in (index, index + 2):
+        if kind == "DDP":
+            mine[i] = DistributedDataParallel(every[i], process_group=mesh.get_group("dp"))
+        else:
+            policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+            mine[i] = fully_shard(every[i], mesh=mesh["dp"], mp_policy=policy)
+    pipe = scheduled(schedule, mine, mesh.get_group("pp"))
+    params = [p for stage in mine.values() for p in stage.parameters()]
+    optimizer = torch.optim.SGD(params)
+    acc = accumkern.attach(optimizer, average_over=2 if kind == "DDP" else None)
+    batches = [replica] if kind == "DDP" else [replica, 2 + replica]
+    for _ in range(2):
+        optimizer.zero_grad()
+        for part in batches:
+            run_several(pipe, mine, batch(torch.float32, part, FEW))
+        finished = acc.finish(divide_by=1 if kind == "DDP" else 2)
+    alone = nn.Sequential(*layers(torch.float32, 4))
+    for part in range(2 * len(batches)):
+        x = batch(torch.float32, part, FEW)
+        (loss(alone(x), x) / 4).backward()
+    truth = [q.grad for i in mine for q in alone[i].parameters()]
+    for p, q in zip(params, truth, strict=True):
+        torch.testing.assert_close(full(p.grad), q, rtol=1e-5, atol=1e-5 * float(q.abs().max()))
+    torch.testing.assert_close(finished.norm, torch.nn.utils.get_total_norm(truth), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kind"),
+    [
+        pytest.param(ScheduleInterleaved1F1B, "DDP", marks=whole),
+        pytest.param(ScheduleInterleaved1F1B, "fully_shard", marks=whole),
+        pytest.param(ScheduleInterleavedZeroBubble, "fully_shard", marks=split),
+    ],
+)
+def test_several_stages_that_are_data_parallel(ranks: Ranks, schedule: type, kind: str) -> None:
+    ranks.run(several_stages_with_replicas, schedule, kind, ranks=4, at_least=4)

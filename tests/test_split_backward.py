@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import accumkern
 
-pytestmark = pytest.mark.integration("Pipeline parallel: zero bubble, whose schedules split the backward pass")
+split = pytest.mark.integration("Pipeline parallel: zero bubble, whose schedules split the backward pass")
 
 BF16 = torch.bfloat16
 
@@ -51,6 +51,7 @@ def gradients(acc: accumkern.GradAccumulator, module: nn.Module) -> list[Any]:
     return [acc.gradient(p) for p in module.parameters()]
 
 
+@split
 @pytest.mark.parametrize("kinds", ["split", "mixed, whole first", "mixed, split first"])
 @pytest.mark.parametrize("average_over", [None, 6], ids=["sum", "average"])
 @pytest.mark.parametrize("buffer", ["split24", "split32", "fp32"])
@@ -71,6 +72,7 @@ def test_bits_are_those_of_whole_passes(buffer: str, average_over: float | None,
             m.zero_grad()
 
 
+@split
 def test_parameters_without_hooks_are_left_to_torch() -> None:
     module, stock = net(), net()
     acc = accumkern.attach(torch.optim.SGD(module[0].parameters()), average_over=4)
@@ -89,6 +91,7 @@ def test_parameters_without_hooks_are_left_to_torch() -> None:
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(module.parameters(), stock.parameters(), strict=True))
 
 
+@split
 def test_after_an_error_gradients_are_as_before() -> None:
     found, right = net(), net()
     accs = [accumkern.attach(torch.optim.SGD(m.parameters()), "split32") for m in (found, right)]
@@ -101,6 +104,7 @@ def test_after_an_error_gradients_are_as_before() -> None:
     assert all(map(torch.equal, gradients(accs[0], found), gradients(accs[1], right)))
 
 
+@split
 def test_what_comes_after_a_deferred_finish_is_noticed() -> None:
     module = net()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
@@ -113,6 +117,7 @@ def test_what_comes_after_a_deferred_finish_is_noticed() -> None:
         optimizer.step()
 
 
+@split
 @pytest.mark.parametrize("run", [split_pass, whole_pass], ids=["split", "several stages"])
 def test_the_noise_scale_is_unknown(run: Callable[..., None]) -> None:
     module = net()
@@ -136,6 +141,7 @@ def test_the_noise_scale_is_unknown(run: Callable[..., None]) -> None:
     assert acc.noise_scale().micro_batches == 3
 
 
+@split
 def test_pipelining_that_was_imported_after_attach_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     module = net()
     optimizer = torch.optim.SGD(module.parameters())
@@ -174,6 +180,7 @@ def tensor_parallel(sequence: bool) -> None:
         assert torch.equal(full(found), full(right))
 
 
+@split
 @pytest.mark.parametrize("sequence", [False, True], ids=["tensor", "sequence"])
 def test_tensor_parallel_stages(ranks: Ranks, sequence: bool) -> None:
     ranks.run(tensor_parallel, sequence)
@@ -190,5 +197,9 @@ def replicated() -> None:
     split_pass(alone, x)  # which is not attached
 
 
+@pytest.mark.integration(
+    "Pipeline parallel: zero bubble with DistributedDataParallel",
+    refused="torch would never reduce gradients of weights",
+)
 def test_replicas_that_torch_does_not_reduce_are_refused(ranks: Ranks) -> None:
     ranks.run(replicated, at_least=2)
