@@ -7,8 +7,8 @@ meanwhile ``.grad`` is set aside, and then what has come is folded into it, as h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def watch() -> None:
 
     They stay watched when an accumulator is detached: parameters without hooks are left to torch.
     """
-    watch_stages(_backward)
+    watch_stages(_backward, _add_gradients)
 
 
 def _backward(original: Any, stage: Any, kind: str, *args: Any, **kwargs: Any) -> Any:
@@ -38,17 +38,36 @@ def _backward(original: Any, stage: Any, kind: str, *args: Any, **kwargs: Any) -
     Raises:
         RuntimeError: it is a part, and a DistributedDataParallel is to reduce the gradients.
     """
-    params = list(stage.submod.parameters())
-    owners = {owner for param in params if (owner := owner_of(param)) is not None}
+    owners = _owners(stage.submod.parameters())
     if kind != "full" and owners:
         _check_replicas(stage.submod)
-    with _folding(params, owners) if kind == "weight" else nullcontext():
-        result = original(stage, kind, *args, **kwargs)
-    if kind == "weight" or stage.num_stages > stage.group_size:
+    result = original(stage, kind, *args, **kwargs)
+    if kind != "full" or stage.num_stages > stage.group_size:
         for owner in owners:
             if owner.rooms.fold.squares is not None:
                 owner.rooms.fold.squares.spoil(_IN_PARTS)
     return result
+
+
+def _add_gradients(original: Any, weights: Iterable[Tensor], groups: list[dict[str, Any]], *args: Any) -> Any:
+    """Let ``original`` take the gradients of groups of weights, and fold them, one group after the other."""
+    weights = list(weights)
+    owners = _owners(weights)
+    if not owners:
+        return original(iter(weights), groups, *args)
+    with torch.no_grad():
+        for owner in owners:
+            owner.rooms.passes.enter()
+    for group in groups:
+        params = [node.variable for node in group["params"]]  # of nodes that would accumulate their gradients
+        with _folding(params):
+            original(iter(params), [group], *args)
+    return tuple(weight.grad for weight in weights)
+
+
+def _owners(params: Iterable[Tensor]) -> set[Any]:
+    """Return the attachments whose hooks are on parameters."""
+    return {owner for param in params if (owner := owner_of(param)) is not None}
 
 
 def _check_replicas(module: torch.nn.Module) -> None:
@@ -61,14 +80,9 @@ def _check_replicas(module: torch.nn.Module) -> None:
 
 
 @contextmanager
-def _folding(params: list[Tensor], owners: set[Any]) -> Iterator[None]:
-    """Fold the gradients that parameters get inside of this block into those that they had.
-
-    Args:
-        params: of a stage; some may have no hooks.
-        owners: the attachments whose hooks are on them.
-    """
-    slots: list[Slot] = [owner.slots[param] for owner in owners for param in params if param in owner.slots]
+def _folding(params: list[Tensor]) -> Iterator[None]:
+    """Fold the gradients that parameters get inside of this block into those that they had."""
+    slots: list[Slot] = [owner.slots[param] for owner in _owners(params) for param in params if param in owner.slots]
     running = [slot.param.grad for slot in slots]
     for slot in slots:
         slot.param.grad = None
@@ -78,8 +92,6 @@ def _folding(params: list[Tensor], owners: set[Any]) -> Iterator[None]:
         with torch.no_grad(), ExitStack() as stack:  # every gradient is put back, also where the fold of another fails
             for slot, grad in zip(slots, running, strict=True):
                 stack.callback(_fold, slot, grad)
-            for owner in owners:
-                owner.rooms.passes.enter()
 
 
 def _fold(slot: Slot, running: Any) -> None:

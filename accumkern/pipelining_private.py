@@ -12,33 +12,41 @@ from typing import Any
 _stages = functools.partial(sys.modules.get, "torch.distributed.pipelining.stage")
 
 
-def watch_stages(run: Callable[..., Any]) -> None:
-    """Let each stage of a pipeline call ``run(method, stage, kind, ...)`` for ``method(stage, kind, ...)``.
+def watch_stages(backward: Callable[..., Any], add: Callable[..., Any]) -> None:
+    """Let each stage of a pipeline call two functions in the stead of torch's, each with that as its first argument.
 
-    That is what it does of a backward pass: ``kind`` is ``"full"``, ``"input"`` or ``"weight"``. Before
-    torch.distributed.pipelining is imported, nothing is done; nor is it done twice.
+    Before torch.distributed.pipelining is imported, nothing is done; nor is it done twice.
+
+    Args:
+        backward: ``backward(original, stage, kind, ...)`` for what the stage does of a backward pass, where ``kind`` is
+            ``"full"``, ``"input"`` or ``"weight"``.
+        add: ``add(original, weights, groups, ...)`` for what takes gradients of weights, group by group, and adds them.
 
     Raises:
-        RuntimeError: stages of this torch have not that method.
+        RuntimeError: this torch has not these functions.
     """
-    module = _stages()
+    module: Any = _stages()
     if module is None or _are_watched(module):
         return
     try:
-        method = module._PipelineStageBase.backward_maybe_with_nosync
-        module.stage_backward_weight.__code__  # noqa: B018
+        stage = module._PipelineStageBase
+        stage_backward, stage_weights = stage.backward_maybe_with_nosync, module.stage_backward_weight
     except AttributeError as error:
         raise RuntimeError(
             f"torch.distributed.pipelining is imported, and not as torch 2.10 to 2.13 have it: {error}; install one of "
             "these"
         ) from error
+    stage.backward_maybe_with_nosync = _instead_of(stage_backward, backward)
+    module.stage_backward_weight = _instead_of(stage_weights, add)
+    stage.accumkern_watches = True  # also where others wrap the functions after this
 
-    @functools.wraps(method)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        return run(method, *args, **kwargs)
 
-    module._PipelineStageBase.backward_maybe_with_nosync = watched
-    module._PipelineStageBase.accumkern_watches = True  # also where others wrap the method after this
+def _instead_of(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(original, *args, **kwargs)
+
+    return call
 
 
 def refuse_unwatched_stage() -> None:

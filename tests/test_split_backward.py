@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from ranks import Ranks, device, full
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining import stage as stage_module
 from torch.distributed.pipelining._backward import stage_backward_input
 from torch.distributed.pipelining.stage import _PipelineStageBase
 from torch.distributed.tensor import Shard
@@ -39,11 +41,13 @@ def whole_pass(module: nn.Module, x: Tensor) -> None:
     module(x).float().square().sum().backward()
 
 
-def split_pass(module: nn.Module, x: Tensor, stages: int = 2) -> None:
-    """Run a backward pass as a stage of a pipeline on two ranks does, in two parts."""
-    stage = SimpleNamespace(submod=module, num_stages=stages, group_size=2)
+def split_pass(module: nn.Module, x: Tensor, without: str = "") -> None:
+    """Run a backward pass in two parts, as a stage of a pipeline on two ranks does."""
+    stage = SimpleNamespace(submod=module, num_stages=2, group_size=2)
     x = x.clone().requires_grad_()
     _, groups = stage_backward_input([module(x).float().square().sum()], None, [x], module.parameters())
+    for group in groups:
+        group.pop(without, None)
     _PipelineStageBase.backward_maybe_with_nosync(stage, "weight", {"param_groups": groups})
 
 
@@ -92,16 +96,38 @@ def test_parameters_without_hooks_are_left_to_torch() -> None:
 
 
 @split
-def test_after_an_error_gradients_are_as_before() -> None:
+def test_after_an_error_gradients_that_have_not_come_are_as_before() -> None:
     found, right = net(), net()
     accs = [accumkern.attach(torch.optim.SGD(m.parameters()), "split32") for m in (found, right)]
-    stage = SimpleNamespace(submod=found, num_stages=2, group_size=2)
     for n in range(4):
         split_pass(found, micro_batch(n))
         split_pass(right, micro_batch(n))
-        with pytest.raises(KeyError):
-            _PipelineStageBase.backward_maybe_with_nosync(stage, "weight", {"param_groups": [{}]})
+        with pytest.raises(KeyError, match="grads"):
+            split_pass(found, micro_batch(n), without="grads")
     assert all(map(torch.equal, gradients(accs[0], found), gradients(accs[1], right)))
+
+
+@split
+def test_a_gradient_is_let_go_when_it_is_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a whole stage at a time would need their memory once more."""
+    module = net()
+    optimizer = torch.optim.SGD(module.parameters())
+    accumkern.attach(optimizer)
+    split_pass(module, micro_batch(0))
+    arrived: list[weakref.ref[Tensor]] = []
+    most = []
+    grad = torch.autograd.grad
+
+    def watched_grad(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        new = grad(*args, **kwargs)
+        most.append(sum(reference() is not None for reference in arrived))
+        arrived.extend(map(weakref.ref, new))
+        return new
+
+    monkeypatch.setattr(torch.autograd, "grad", watched_grad)
+    split_pass(module, micro_batch(1))
+    assert len(arrived) == 1 + 6  # of the input, and of the weights
+    assert max(most) <= 1
 
 
 @split
@@ -146,9 +172,8 @@ def test_pipelining_that_was_imported_after_attach_is_refused(monkeypatch: pytes
     module = net()
     optimizer = torch.optim.SGD(module.parameters())
     accumkern.attach(optimizer, average_over=2)
-    watched = _PipelineStageBase.backward_maybe_with_nosync
     monkeypatch.delattr(_PipelineStageBase, "accumkern_watches")
-    monkeypatch.setattr(_PipelineStageBase, "backward_maybe_with_nosync", watched.__wrapped__)
+    monkeypatch.setattr(stage_module, "stage_backward_weight", stage_module.stage_backward_weight.__wrapped__)
     torch.autograd.grad(module(micro_batch(0)).sum(), list(module.parameters()))  # somebody's own
     with pytest.raises(RuntimeError, match=r"was imported after attach\(\); import it before"):
         split_pass(module, micro_batch(0))
