@@ -59,6 +59,7 @@ def gradients(acc: accumkern.GradAccumulator, module: nn.Module) -> list[Any]:
 @pytest.mark.parametrize("kinds", ["split", "mixed, whole first", "mixed, split first"])
 @pytest.mark.parametrize("average_over", [None, 6], ids=["sum", "average"])
 @pytest.mark.parametrize("buffer", ["split24", "split32", "fp32"])
+@pytest.mark.usefixtures("waiting")
 def test_bits_are_those_of_whole_passes(buffer: str, average_over: float | None, kinds: str) -> None:
     found, right = net(), net()
     accs = [
