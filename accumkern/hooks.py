@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
+from accumkern.pipelining_private import refuse_unwatched_stage
 from accumkern.slot import Slot
 from accumkern.torch_private import (
     NO_BACKWARD,
@@ -130,6 +131,7 @@ def _hooks_of(reference: Callable[[], Slot | None]) -> tuple[Callable[[Any], Non
             try:
                 may_accumulate = will_evaluate(node)  # False in a pass from the parameter itself
             except RuntimeError:  # torch.autograd.grad
+                refuse_unwatched_stage()
                 return
             if may_accumulate:
                 _accumulating = number

@@ -238,7 +238,8 @@ class BackwardPasses:
                 self._in_group = is_in_group()
                 # DistributedDataParallel sends .grad on right after the hook, and a report looks at it.
                 self._may_wait = (
-                    not self._in_group
+                    number != NO_BACKWARD
+                    and not self._in_group
                     and self._lost_bits is None
                     and (torch.cuda.is_initialized() or "cpu" in waiting.WAITING_DEVICE_TYPES)
                 )

@@ -106,6 +106,11 @@ class WindowSquares:
         if param is not None and param.grad is not None:
             self._witness = param, weakref.ref(param.grad), param.grad._version
 
+    def spoil(self, reason: str) -> None:
+        """Note why the noise scale of this window is unknown."""
+        self.end_pass()
+        self._spoilt = reason
+
     def arrive(self, param: Tensor, running: Tensor | None) -> None:
         """Count a gradient; ``running`` is ``.grad`` before it came."""
         of = self._gradients.get(param)

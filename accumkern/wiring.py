@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accumkern import backends, ops, torch_private
+from accumkern import backends, ops, pipelines, torch_private
 from accumkern.accumulator import GradAccumulator, Rooms
 from accumkern.attachment import Attachment, attachment_of, stepped_by
 from accumkern.checks import integer, one_of
@@ -91,6 +91,7 @@ def attach(
     After an error nothing is attached.
     """
     torch_private.check()
+    pipelines.watch()
     _check_optimizer(optimizer)
     one_of("buffer", buffer, BUFFERS)
     bucket_bytes = _checked_masters(optimizer, master_weights, bucket)

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -400,23 +406,28 @@ def test_a_gradient_whose_shards_lie_elsewhere_is_left_to_torch(ranks: Ranks) ->
 # ---- pipelines ----------------------------------------------------------------------------------------------------
 
 
-def pipeline(schedule: type) -> None:
-    torch.manual_seed(1 + dist.get_rank())
-    stage = accumkern.to_bfloat16(nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)).to(device()))
-    index, micro_batches = dist.get_rank(), 4
+def pipeline(schedule: type, per_rank: int) -> None:
+    """Train the stages of this rank: one, or several."""
+    size, micro_batches = dist.get_world_size(), 4
+    stages, pipe_stages = nn.ModuleList(), []
+    for index in range(dist.get_rank(), per_rank * size, size):
+        torch.manual_seed(1 + index)
+        stage = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)).to(device())
+        stages.append(accumkern.to_bfloat16(stage))
+        pipe_stages.append(PipelineStage(stage, index, per_rank * size, device()))
     pipe = schedule(
-        PipelineStage(stage, index, dist.get_world_size(), device()),
+        pipe_stages if per_rank > 1 else pipe_stages[0],
         micro_batches,
         loss_fn=lambda output, target: ((output - target) ** 2).float().sum(),
         scale_grads=False,
     )
-    optimizer = ADAMW(stage.parameters())
+    optimizer = ADAMW(stages.parameters())
     acc = accumkern.attach(optimizer, master_weights="split32", average_over=micro_batches, bucket=500)
-    twin = Fp32Twin(acc, stage.parameters(), ADAMW)
+    twin = Fp32Twin(acc, stages.parameters(), ADAMW)
     assert not any(torch.equal(twin_param, param) for twin_param, param in zip(twin.params, twin.of, strict=True))
     for step in range(STEPS):
         x = torch.randn(3 * micro_batches, 12, generator=torch.Generator().manual_seed(step)).to(device(), BF16)
-        if index == 0:
+        if dist.get_rank() == 0:
             pipe.step(x)
         else:
             pipe.step(target=x, losses=[])
@@ -427,6 +438,9 @@ def pipeline(schedule: type) -> None:
 
 
 @pytest.mark.integration("Master weights: pipeline parallel")
-@pytest.mark.parametrize("schedule", [ScheduleGPipe, Schedule1F1B])
-def test_pipelines(ranks: Ranks, schedule: type) -> None:
-    ranks.run(pipeline, schedule, at_least=2)
+@pytest.mark.parametrize(
+    ("schedule", "per_rank"),
+    [(ScheduleGPipe, 1), (Schedule1F1B, 1), (ScheduleInterleaved1F1B, 2), (ScheduleInterleavedZeroBubble, 2)],
+)
+def test_pipelines(ranks: Ranks, schedule: type, per_rank: int) -> None:
+    ranks.run(pipeline, schedule, per_rank, at_least=2)
