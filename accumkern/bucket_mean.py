@@ -93,7 +93,7 @@ class BucketMean:
         At the end the bucket holds the mean, and the residuals, of gradients that have slots, what it lacks.
 
         Args:
-            ready: called when all memory is there that the mean needs, before anything is sent.
+            ready: called each time before anything is sent, when this rank has all that it needs for that.
 
         Raises:
             RanksError: in a step, a rank is gone, or has not come within the group's timeout.
@@ -122,9 +122,8 @@ class BucketMean:
             else:
                 part.copy_(_in_shape_of(member.grad, member.residual))
         flats = [buffer, low]
-        exchange = Exchange(self._group, buffer.numel(), DOING)
+        exchange = Exchange(self._group, buffer.numel(), DOING, ready)
         rows = [exchange.rows(flat) for flat in flats]
-        ready()
         transfer = exchange.scatter(flats, rows)
         yield
         transfer.wait()

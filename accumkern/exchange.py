@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -37,10 +37,14 @@ class Exchange:
         group: the ranks, which make their exchanges in one order.
         numel: elements of each tensor; parts may be empty.
         doing: what it is for, for errors: ``"in the mean over ranks"``.
+        ready: called before anything is sent, when this rank has all that it needs for that.
     """
 
-    def __init__(self, group: dist.ProcessGroup, numel: int, doing: str) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, numel: int, doing: str, ready: Callable[[], None] = lambda: None
+    ) -> None:
         self._group = group
+        self._ready = ready
         self._roll_call = RollCall(group, doing)
         self._rank, self.count = group.rank(), group.size()
         bounds = [numel * rank // self.count for rank in range(self.count + 1)]
@@ -87,6 +91,7 @@ class Exchange:
             if tensor.numel()
         ]
         peers = [op.group_peer for op in ops if op.tensor.device.type == "cpu"]
+        self._ready()
         try:
             works = dist.batch_isend_irecv(ops) if ops else []
         except RuntimeError as error:
