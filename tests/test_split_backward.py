@@ -181,6 +181,14 @@ def test_pipelining_that_was_imported_after_attach_is_refused(monkeypatch: pytes
     assert all(p.grad is None for p in module.parameters())
 
 
+@split
+def test_pipelining_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(_PipelineStageBase, "accumkern_watches")
+    monkeypatch.delattr(stage_module, "stage_backward_weight")
+    with pytest.raises(RuntimeError, match=r"not as torch 2\.10 to 2\.13 have it: .*stage_backward_weight"):
+        accumkern.attach(torch.optim.SGD(net().parameters()))
+
+
 def tensor_parallel(sequence: bool) -> None:
     mesh = init_device_mesh(device().type, (dist.get_world_size(),))
     plan: dict[str, Any] = {"0": ColwiseParallel(), "2": RowwiseParallel()}
