@@ -17,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.utils.checkpoint import checkpoint
 
 import accumkern
+from accumkern.fully_shard_private import sharded_groups, sharded_modules
 
 pytestmark = pytest.mark.integration("fully_shard (FSDP2)")
 
@@ -123,7 +124,7 @@ def against_one_process(dtype: torch.dtype, ways: dict[str, Any], buffer: str, c
         run_window(model, compute, LAST if window else {2}, MICRO_BATCHES if window else 3)
     found = gradients(model)
     assert all(p.grad.dtype is p.dtype for p in model.parameters())
-    assert relative_error(values(acc, model), truth) < TOLERANCE["fp32" if compute is FP32 else buffer]
+    assert relative_error(values(acc, model), truth) < TOLERANCE["fp32" if compute is dtype is FP32 else buffer]
     assert relative_error(found, truth) < GRAD_TOLERANCE[dtype] + TOLERANCE[buffer]
     of_stock = relative_error(gradients(stock), truth)
     if (policy.reduce_dtype or compute) is BF16:  # in which it adds and reduces
@@ -162,3 +163,338 @@ def test_float16_parameters(ranks: Ranks) -> None:
 
 def test_activation_checkpointing(ranks: Ranks) -> None:
     ranks.run(against_one_process, BF16, {}, "split32", True)
+
+
+def against_stock_fp32(dtype: torch.dtype, reduced: set[int]) -> None:
+    """Compare bits with fully_shard's own sums in FP32, where split32 holds every number of FP32."""
+    policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=FP32)
+    stock, model = (sharded(net(dtype), mp_policy=policy) for _ in range(2))
+    acc = accumkern.attach(torch.optim.SGD(model.parameters()), "split32")
+    acc.reduce_in_fp32(model)
+    for n in range(MICRO_BATCHES):
+        for m in (stock, model):
+            m.set_requires_gradient_sync(n in reduced)
+            step(m, n, BF16)
+    for (name, p), q in zip(model.named_parameters(), stock.parameters(), strict=True):
+        wide, expected = full(acc.gradient(p)), full(q.grad)
+        if dtype is FP32:
+            assert torch.equal(wide, expected)
+        elif not name.startswith("layers.1"):  # used twice, and reduced twice in a pass: stock has rounded in between
+            assert torch.equal(wide.to(dtype), expected)
+
+
+def test_the_bits_of_sums_in_fp32(ranks: Ranks) -> None:
+    ranks.run(against_stock_fp32, BF16, LAST)
+    ranks.run(against_stock_fp32, FP32, {0, 7, MICRO_BATCHES - 1})
+
+
+def several_reductions(mesh_shape: tuple[int, ...]) -> None:
+    """A window that begins with a reduction, and has others; with replicas, some of shards alone."""
+    mesh = init_device_mesh(device().type, mesh_shape, mesh_dim_names=("replicate", "shard")[-len(mesh_shape) :])
+    policy = MixedPrecisionPolicy(reduce_dtype=FP32)  # torch's, of what it reduces over shards alone
+    truth = fp64_means(BF16, BF16)
+    model = sharded(net(BF16), mesh=mesh, mp_policy=policy)
+    acc = accumkern.attach(torch.optim.SGD(model.parameters()), "split32")
+    acc.reduce_in_fp32(model)
+    for window in range(2):
+        model.zero_grad()
+        for n in range(MICRO_BATCHES):
+            is_last = n == MICRO_BATCHES - 1
+            model.set_requires_gradient_sync(n in (0, 5, 6) or is_last)
+            model.set_requires_all_reduce(window == 0 or is_last)
+            step(model, n, BF16)
+            if window == 1 and len(mesh_shape) == 2 and not is_last:
+                assert all(p.grad is None for p in model.parameters())
+        assert relative_error(values(acc, model), truth) < TOLERANCE["split32"]
+
+
+def test_several_reductions_in_a_window(ranks: Ranks) -> None:
+    ranks.run(several_reductions, (2,), at_least=2)
+
+
+@pytest.mark.slow
+def test_replicas(ranks: Ranks) -> None:
+    ranks.run(several_reductions, (2, 2), ranks=4, at_least=4)
+
+
+def scaled(dtype: torch.dtype, reduced: set[int], as_tensor: bool) -> None:
+    """Each micro-batch is multiplied by the scale of its own time."""
+    factors = [1 / 3, 0.75, 1.5, 0.1]
+    truth = fp64_means(dtype, BF16, lambda n: factors[n % 4])
+    model = sharded(net(dtype), mp_policy=MixedPrecisionPolicy(param_dtype=BF16))
+    optimizer = torch.optim.SGD(model.parameters())
+    acc = accumkern.attach(optimizer, "split32", average_over=3)
+    acc.reduce_in_fp32(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        for n in range(MICRO_BATCHES):
+            factor = factors[n % 4]
+            acc.scale = torch.tensor(factor, device=device()) if as_tensor else factor
+            model.set_requires_gradient_sync(n in reduced)
+            step(model, n, BF16)
+        assert relative_error(values(acc, model), truth) < TOLERANCE["split32"]
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("reduced", [LAST, set(range(MICRO_BATCHES)), {0, 7, 19}], ids=["once", "each", "some"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_scale_counts_once(ranks: Ranks, dtype: torch.dtype, reduced: set[int], as_tensor: bool) -> None:
+    ranks.run(scaled, dtype, reduced, as_tensor)
+
+
+def divided() -> None:
+    truth = [mean * dist.get_world_size() / 5 for mean in fp64_means(BF16, BF16)]
+    model = sharded(net(BF16))
+    for module in model.modules():
+        if hasattr(module, "set_gradient_divide_factor"):
+            module.set_gradient_divide_factor(5)
+            module.set_force_sum_reduction_for_comms(True)
+    acc = accumkern.attach(torch.optim.SGD(model.parameters()), "split32")
+    acc.reduce_in_fp32(model)
+    run_window(model, BF16, LAST)
+    assert relative_error(values(acc, model), truth) < TOLERANCE["split32"]
+
+
+def test_gradient_divide_factor(ranks: Ranks) -> None:
+    ranks.run(divided)
+
+
+def zeroed() -> None:
+    """zero_grad() does not reach whole gradients, as without accumkern."""
+    truth = fp64_means(BF16, BF16)
+    model = sharded(net(BF16))
+    optimizer = torch.optim.SGD(model.parameters())
+    acc = accumkern.attach(optimizer, "split32")
+    acc.reduce_in_fp32(model)
+    for n in range(MICRO_BATCHES):
+        model.set_requires_gradient_sync(n == MICRO_BATCHES - 1)
+        step(model, n, BF16)
+        if n in (0, 7):
+            optimizer.zero_grad()
+    assert relative_error(values(acc, model), truth) < TOLERANCE["split32"]
+
+
+def test_zero_grad_leaves_whole_gradients(ranks: Ranks) -> None:
+    ranks.run(zeroed)
+
+
+def of_several_optimizers() -> None:
+    """A group of fully_shard has parameters of this accumulator, of another one, and of none."""
+    truth = fp64_means(BF16, BF16)
+    model = sharded(net(BF16))
+    names, params = zip(*model.named_parameters(), strict=True)
+    weights = [p for name, p in model.named_parameters() if name.endswith("weight")]
+    others = [model.norm.bias, model.layers[0].bias]
+    acc = accumkern.attach(torch.optim.SGD(weights), "split32")
+    other = accumkern.attach(torch.optim.SGD(others), "split32", average_over=4)
+    acc.reduce_in_fp32(model)
+    run_window(model, BF16, {9, *LAST})
+    for name, p, mean in zip(names, params, truth, strict=True):
+        owner = acc if name.endswith("weight") else other if any(p is o for o in others) else None
+        found = full(p.grad if owner is None else owner.gradient(p))
+        mean = mean / 4 if owner is other else mean
+        assert relative_error([found], [mean]) < (TOLERANCE["split32"] if owner is acc else 2 * GRAD_TOLERANCE[BF16])
+
+
+def test_parameters_of_other_optimizers(ranks: Ranks) -> None:
+    ranks.run(of_several_optimizers)
+
+
+# ---- what is held -------------------------------------------------------------------------------------------------
+
+
+def held_bytes(buffer: str | None, param_dtype: Any, expected: int) -> None:
+    """Compare the bytes of tensors that come alive in micro-batches; with no buffer, of fully_shard's sums in FP32."""
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=FP32 if buffer is None else None)
+    model = sharded(net(BF16 if param_dtype is None else FP32), mp_policy=policy)
+    optimizer = torch.optim.SGD(model.parameters())
+    acc = None if buffer is None else accumkern.attach(optimizer, buffer)
+    if acc is not None:
+        acc.reduce_in_fp32(model)
+    run_window(model, BF16, LAST)
+    optimizer.zero_grad()
+    before = live_bytes()
+    run_window(model, BF16, set(), 4)
+    numel = sum(p.numel() for p in model.parameters())
+    assert live_bytes() - before == expected * numel
+    if acc is None:
+        return
+    memory, residuals = acc.memory(), 0 if buffer == "fp32" else expected - 2
+    shards = sum(local_bytes(slot.residual) for slot in acc._attachment.slots.values() if slot.residual is not None)
+    assert memory.gradients == (expected - residuals) * numel
+    assert memory.residuals == residuals * numel + shards
+    step(model, 0, BF16)
+    optimizer.zero_grad()
+    assert live_bytes() == before
+
+
+def local_bytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
+def live_bytes() -> int:
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if type(t) is Tensor and t.device == device()]
+    return sum({t.untyped_storage()._cdata: local_bytes(t) for t in tensors}.values())
+
+
+@pytest.mark.parametrize("param_dtype", [None, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("buffer", "expected"), [("split24", 3), ("split32", 4), ("fp32", 4), (None, 4)], ids=["3", "4", "fp32", "stock"]
+)
+def test_bytes_between_micro_batches(ranks: Ranks, buffer: str | None, param_dtype: Any, expected: int) -> None:
+    ranks.run(held_bytes, buffer, param_dtype, expected)
+
+
+def checkpoints() -> None:
+    model = sharded(net(BF16))
+    optimizer = torch.optim.SGD(model.parameters())
+    acc = accumkern.attach(optimizer)
+    acc.reduce_in_fp32(model)
+    state = acc.state_dict()
+    model.set_requires_gradient_sync(False)
+    step(model, 0, BF16)
+    for ask in (acc.state_dict, lambda: acc.load_state_dict(state)):
+        with pytest.raises(RuntimeError, match=r"fully_shard keeps whole gradients that were not reduced"):
+            ask()
+    model.set_requires_gradient_sync(True)
+    step(model, 1, BF16)
+    acc.load_state_dict(acc.state_dict())
+
+
+def test_a_checkpoint_of_what_is_not_reduced_is_refused(ranks: Ranks) -> None:
+    ranks.run(checkpoints)
+
+
+# ---- stock again --------------------------------------------------------------------------------------------------
+
+
+def like_stock(reduce_dtype: Any, how: str) -> None:
+    """fully_shard has its own bits when the accumulator has ended, between windows or in the middle of one."""
+    policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+    stock, model = (sharded(net(BF16), mp_policy=policy) for _ in range(2))
+    optimizer = torch.optim.SGD(model.parameters())
+    acc = accumkern.attach(optimizer, "split32")
+    acc.reduce_in_fp32(model)
+    run_window(model, BF16, LAST)
+    optimizer.zero_grad()
+    if how == "detach, with one gradient":  # which neither has rounded
+        for m in (stock, model):
+            run_window(m, BF16, set(), 1)
+    if how == "gone":
+        del optimizer, acc
+        gc.collect()
+    else:
+        acc.detach()
+        acc.detach()
+    for m in (stock, model):
+        run_window(m, BF16, {6, *LAST})
+    assert all(map(torch.equal, gradients(model), gradients(stock)))
+    assert all("post_backward" not in vars(group) for group in groups_of(model))
+    another = accumkern.attach(torch.optim.SGD(model.parameters()))
+    another.reduce_in_fp32(model)
+
+
+def groups_of(model: Any) -> list[Any]:
+    return sharded_groups(sharded_modules(model))
+
+
+@pytest.mark.parametrize("how", ["detach", "detach, with one gradient", "gone"])
+@pytest.mark.parametrize("reduce_dtype", [None, FP32, FP16], ids=str)
+def test_stock_again(ranks: Ranks, reduce_dtype: Any, how: str) -> None:
+    ranks.run(like_stock, reduce_dtype, how)
+
+
+def detached_in_a_window(reduce_dtype: Any) -> None:
+    """What was folded is not lost."""
+    truth = fp64_means(BF16, BF16)
+    model = sharded(net(BF16), mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce_dtype))
+    acc = accumkern.attach(torch.optim.SGD(model.parameters()))
+    acc.reduce_in_fp32(model)
+    for n in range(MICRO_BATCHES):
+        model.set_requires_gradient_sync(n == MICRO_BATCHES - 1)
+        step(model, n, BF16)
+        if n == 12:
+            acc.detach()
+    assert relative_error(gradients(model), truth) < (GRAD_TOLERANCE[BF16] if reduce_dtype is FP32 else 2e-2)
+
+
+def test_detached_in_a_window(ranks: Ranks) -> None:
+    ranks.run(detached_in_a_window, FP32)
+    ranks.run(detached_in_a_window, None)
+
+
+# ---- failures -----------------------------------------------------------------------------------------------------
+
+
+def refusals() -> None:
+    model = sharded(net(BF16))
+    optimizer = torch.optim.SGD(model.parameters())
+    acc = accumkern.attach(optimizer)
+    with pytest.raises(TypeError, match=r"model is a Linear; it must be a DistributedDataParallel, or have modules"):
+        acc.reduce_in_fp32(nn.Linear(2, 2))
+    model.set_requires_gradient_sync(False)
+    step(model, 0, BF16)
+    with pytest.raises(RuntimeError, match=r"fully_shard keeps gradients of earlier passes .* before the window"):
+        acc.reduce_in_fp32(model)
+    model.set_requires_gradient_sync(True)
+    step(model, 0, BF16)
+    acc.reduce_in_fp32(model)
+    with pytest.raises(RuntimeError, match=r"reduce_in_fp32\(\) was called for model by an accumulator .* detach\(\)"):
+        acc.reduce_in_fp32(model)
+    wide = sharded(net(torch.float64))
+    acc = accumkern.attach(torch.optim.SGD(wide.parameters()))
+    acc.reduce_in_fp32(wide)
+    with pytest.raises(TypeError, match=r"fully_shard has a gradient of torch.float64"):
+        step(wide, 0, torch.float64)
+
+
+def test_refusals_name_the_reason(ranks: Ranks) -> None:
+    ranks.run(refusals)
+
+
+class FailingError(Exception):
+    """What a test raises on purpose."""
+
+
+def failed_reduction() -> None:
+    """A reduction that fails leaves no gradient that is not one."""
+    model = sharded(net(BF16))
+    acc = accumkern.attach(torch.optim.SGD(model.parameters()))
+    acc.reduce_in_fp32(model)
+    run_window(model, BF16, set(), 3)
+    with pytest.MonkeyPatch.context() as patch:
+        for group in groups_of(model):
+            patch.setattr(group, "_reduce_scatter_comm", Failing())
+        with pytest.raises(FailingError):
+            step(model, 3, BF16)
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Failing:
+    """A reduce-scatter that fails."""
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> None:
+        raise FailingError
+
+
+def test_after_a_failed_reduction_there_is_no_gradient(ranks: Ranks) -> None:
+    ranks.run(failed_reduction)
+
+
+def another_torch() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        model = sharded(net(BF16))
+        group_type = type(groups_of(model)[0])
+        annotations = {name: kind for name, kind in group_type.__annotations__.items() if name != "_reduce_dtype"}
+        patch.setattr(group_type, "__annotations__", annotations)
+        acc = accumkern.attach(torch.optim.SGD(model.parameters()))
+        with pytest.raises(RuntimeError, match=r"fully_shard of torch .* has no _reduce_dtype, which accumkern needs"):
+            acc.reduce_in_fp32(model)
+
+
+def test_another_torch_is_an_error(ranks: Ranks) -> None:
+    ranks.run(another_torch)
