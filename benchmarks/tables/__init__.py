@@ -18,6 +18,7 @@ from tables.reduce import reduce_summary, reduce_tables
 from tables.registers import registers_tables
 from tables.step import step_summary, step_tables
 from tables.training import training_summary, training_tables
+from tables.whole import whole_summary, whole_tables
 
 #: Benchmark, which is also the name of its result file -> what is shown of it, in this order.
 SECTIONS = {
@@ -31,5 +32,6 @@ SECTIONS = {
     "step": Section("The step", step_tables, step_summary),
     "convergence": Section("Convergence", convergence_tables, convergence_summary),
     "reduce": Section("The mean over ranks", reduce_tables, reduce_summary),
+    "whole": Section("Whole gradients under fully_shard", whole_tables, whole_summary),
     "registers": Section("Registers of the GPU kernels", registers_tables),
 }
