@@ -26,7 +26,7 @@ class ShardSlot(Slot):
         add: called as ``add(slot, total, new)`` when fully_shard adds ``new`` to the shard ``total``.
     """
 
-    __slots__ = ("add", "is_folded", "is_fully_sharded", "is_scaled")
+    __slots__ = ("add", "is_folded", "is_fully_sharded", "is_wide")
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class ShardSlot(Slot):
         self.add = add
         self.is_fully_sharded = False  # whether fully_shard accumulates the gradient, and autograd does not
         self.is_folded = False  # whether what fully_shard has added is folded, and its hook still to come
-        self.is_scaled = False  # whether what fully_shard reduces now was multiplied by ``scale`` before
+        self.is_wide = False  # whether what fully_shard reduces now was multiplied by ``scale``, and comes in FP32
 
     def local(self, grad: Any) -> Tensor:
         """Return the shard of this rank."""
@@ -152,6 +152,11 @@ class ShardPasses:
         if fold.is_scaled and current_graph_task_id() == NO_BACKWARD:
             total.add_(new)
             return
+        if slot.is_wide and new.dtype is not torch.float32:
+            raise RuntimeError(
+                f"torch {torch.__version__} rounds what fully_shard has reduced to {new.dtype} in a way that accumkern "
+                "does not know; detach(), or leave out reduce_in_fp32()"
+            )
         self._passes.enter()
         slot.is_folded = True
         if new.dtype is torch.float32 is not total.dtype and _are_alike(new, total):
@@ -165,7 +170,7 @@ class ShardPasses:
         fold.many([slot], [new], [total], Start.CONTINUE if slot.has_residual_of(grad) else Start.FROM_SUM)
 
     def _fold_for(self, slot: ShardSlot) -> Fold:
-        return self._unscaled if slot.is_scaled else self._fold
+        return self._unscaled if slot.is_wide else self._fold
 
     def _add_wide(self, slot: ShardSlot, total: Tensor, new: Tensor) -> None:
         """Add FP32 numbers to a sum of 16 bits and its residual, and store what comes out as a fold does."""

@@ -135,12 +135,12 @@ class WholeGradients:
                 if shard.grad is None and shard.dtype is not torch.float32:
                     begun.append(self._begin(shard))
             for slot in slots:
-                slot.is_scaled = True
+                slot.is_wide = True
             with reduced_in_fp32(self._group):
                 self._stock(*unused)
         finally:
             for slot in slots:
-                slot.is_scaled = False
+                slot.is_wide = False
             for shard, zeros, version in begun:
                 if shard.grad is zeros and dtensor.shard(zeros)._version == version:
                     shard.grad = None  # nothing has come: it failed, or replicas are to be reduced later

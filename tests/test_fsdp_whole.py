@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.utils.checkpoint import checkpoint
 
 import accumkern
+from accumkern import whole_gradients
 from accumkern.fully_shard_private import sharded_groups, sharded_modules
 
 pytestmark = pytest.mark.integration("fully_shard (FSDP2)")
@@ -576,5 +578,18 @@ def another_torch() -> None:
             acc.reduce_in_fp32(model)
 
 
+def torch_that_rounds() -> None:
+    """As if a later torch looked elsewhere for the dtype of shards."""
+    model = sharded(net(BF16))
+    acc = accumkern.attach(torch.optim.SGD(model.parameters()))
+    acc.reduce_in_fp32(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole_gradients, "reduced_in_fp32", nullcontext)
+        with pytest.raises(RuntimeError, match=r"rounds what fully_shard has reduced to torch.bfloat16 in a way that"):
+            step(model, 0, BF16)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_another_torch_is_an_error(ranks: Ranks) -> None:
     ranks.run(another_torch)
+    ranks.run(torch_that_rounds)
