@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from accumkern import any_batch, ddp, master_state, ops, state
+from accumkern import any_batch, ddp, master_state, ops, state, whole_gradients
 from accumkern.attachment import Attachment
 from accumkern.checks import integer
 from accumkern.finish import Finished, batches_of, measure, write
 from accumkern.fold import Fold
+from accumkern.fully_shard_private import sharded_modules
 from accumkern.hooks import owner_of
 from accumkern.lost_bits import LostBitsMeter, LostBitsReport
 from accumkern.master_weights import MasterWeights, state_dict_of
@@ -25,6 +26,7 @@ from accumkern.passes import BackwardPasses
 from accumkern.rank_windows import window_of
 from accumkern.slot import Parts, Slot
 from accumkern.stepping import Stepping
+from accumkern.whole_gradients import WholeGradients
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Rooms:
     stepping: Stepping | None  # of master weights
     finished_at: int = -1  # the backward passes that there had been at the last finish()
     micro_batch: int | None = None  # of backward(), that memory was enough for after it ran out
+    whole: weakref.WeakSet[WholeGradients] = field(default_factory=weakref.WeakSet)  # of fully_shard, which holds them
 
     @property
     def masters(self) -> MasterWeights | None:
@@ -130,8 +133,9 @@ class GradAccumulator:
             memory: what weights, gradients, states, batch and activations may take together, in bytes or as text such
                 as ``"24GB"``; None is what there is. On a CPU, where the system ends a program that takes too much,
                 this is what makes memory run out; there it looks at each operation, which takes time.
-            reduce_once: under ``fully_shard``, reduce gradients in the last part alone, and keep whole ones until then,
-                in ``reduce_dtype``, which must be float32. False reduces in each part, and keeps shards.
+            reduce_once: under ``fully_shard``, reduce gradients in the last part alone, and keep whole ones until then:
+                split, after :meth:`reduce_in_fp32`, otherwise in ``reduce_dtype``, which must be float32. False reduces
+                in each part, and keeps shards.
 
         Returns:
             The mean loss of the batch, FP32, on its device, without a graph; in a tuple or a dictionary where
@@ -241,27 +245,43 @@ class GradAccumulator:
         self._rooms.finished_at = self._passes.count
         return finished
 
-    def reduce_in_fp32(self, model: torch.nn.parallel.DistributedDataParallel) -> None:
-        """Let DistributedDataParallel take the mean of the accumulated sums in FP32, instead of rounding first.
+    def reduce_in_fp32(self, model: torch.nn.Module) -> None:
+        """Let DistributedDataParallel or ``fully_shard`` reduce the accumulated sums in FP32, and not their roundings.
 
-        Registers a communication hook on ``model``: each bucket is reduced as FP32 numbers, sum and residual together,
-        while the backward pass goes on. ``.grad`` is the mean, rounded once; the residual is what it lacks, so that
-        :meth:`finish` and :meth:`gradient` see the mean to the precision of ``buffer``. Twice the bytes of bfloat16 are
-        sent, and one bucket at a time has a copy of 4 bytes per element. float32 gradients are reduced as always.
+        ``.grad`` is then the mean over ranks, rounded once, and the residual is what it lacks, so that :meth:`finish`
+        and :meth:`gradient` see the mean to the precision of ``buffer``. Twice the bytes of bfloat16 are sent.
+
+        DistributedDataParallel: registers a communication hook. Each bucket is reduced as FP32 numbers, sum and
+        residual together, while the backward pass goes on; one bucket at a time has a copy of 4 bytes per element.
+        float32 gradients are reduced as always.
+
+        ``fully_shard``: also keeps the whole gradients that it adds up with ``set_requires_gradient_sync(False)`` as
+        split sums: 3 bytes for each parameter of the model with ``buffer="split24"`` and gradients in bfloat16, 4 with
+        the other buffers. They are reduced in FP32 whatever ``reduce_dtype`` says; one group of parameters at a time
+        has a copy of 4 bytes per element. Each is multiplied by the ``scale`` of its own time.
+
+        All ranks call it, at the same point of a window's beginning.
 
         Args:
-            model: the wrapped model, with no other communication hook. Its process group is used. The hook stays when
-                this accumulator is detached or gone: then it does what stock PyTorch does, and waits for another one.
+            model: the wrapped model, with no other communication hook; or one that is, or has, modules under
+                ``fully_shard``. When this accumulator is detached or gone, the model does what stock PyTorch does.
 
         Raises:
-            TypeError: ``model`` is not a DistributedDataParallel.
+            TypeError: ``model`` is neither.
             RuntimeError: ``model`` has a communication hook already, of somebody else or of an accumulator that is
-                attached still.
+                attached still; or ``fully_shard`` keeps whole gradients that were not reduced.
         """
         self._check_attached()
-        if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            raise TypeError(f"model is a {type(model).__name__}; it must be a DistributedDataParallel")
-        ddp.reduce_in_fp32(model, ddp.Fp32Reduction(self._attachment.slots, self.buffer, self._fold.kernels_on))
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            ddp.reduce_in_fp32(model, ddp.Fp32Reduction(self._attachment.slots, self.buffer, self._fold.kernels_on))
+            return
+        modules = sharded_modules(model) if isinstance(model, torch.nn.Module) else []
+        if not modules:
+            raise TypeError(
+                f"model is a {type(model).__name__}; it must be a DistributedDataParallel, or have modules under "
+                "fully_shard"
+            )
+        self._rooms.whole.update(whole_gradients.reduce_in_fp32(modules, self._attachment.slots, self._fold))
 
     def noise_scale(
         self,
@@ -380,11 +400,13 @@ class GradAccumulator:
         self._check_attached()
         slots, stepping = self._attachment.slots.values(), self._rooms.stepping
         params = tensors_in(self._attachment.params)
+        whole_sums, whole_residuals = whole_gradients.tensors_of(self._rooms.whole)
+        residuals = [slot.residual for slot in slots if slot.residual is not None]
         return HeldMemory(
             weights=storage_bytes(params),
             master_residuals=0 if stepping is None else storage_bytes(stepping.masters.held_tensors()),
-            gradients=storage_bytes(tensors_in([slot.param.grad for slot in slots])),
-            residuals=storage_bytes(slot.residual for slot in slots if slot.residual is not None),
+            gradients=storage_bytes([*tensors_in([slot.param.grad for slot in slots]), *whole_sums]),
+            residuals=storage_bytes(residuals + whole_residuals),
             optimizer_state=storage_bytes(tensors_in(dict(getattr(self._optimizer, "state", {})))),
             bucket=0 if stepping is None else stepping.kept_bytes(),
             numel=sum(param.numel() for param in params),
@@ -403,10 +425,13 @@ class GradAccumulator:
 
         Raises:
             RuntimeError: the gradient of a DTensor is a sum over ranks that is still to be taken (``Partial``, as of a
-                norm under sequence parallelism), of which a checkpoint would keep one term; or ``finish(defer=True)``
-                waits for its step, which a checkpoint would not know.
+                norm under sequence parallelism), of which a checkpoint would keep one term; ``finish(defer=True)``
+                waits for its step, which a checkpoint would not know; or there are whole gradients of
+                :meth:`reduce_in_fp32` that were not reduced yet. Those that ``fully_shard`` adds up by itself are not
+                seen, and not in the state.
         """
         self._check_parameters()
+        self._check_reduced("state_dict()")
         self._passes.complete()
         if self._rooms.stepping is not None and self._rooms.stepping.deferred.waits():
             raise RuntimeError("finish(defer=True) waits for optimizer.step(); call state_dict() after it")
@@ -435,10 +460,12 @@ class GradAccumulator:
             TypeError: ``state_dict`` is not such a dictionary, or holds a tensor of another dtype.
             ValueError: it was saved with another ``buffer`` or ``master_weights``, for other parameters, or master
                 weights belong to other weights than the parameters are now.
+            RuntimeError: there are whole gradients of :meth:`reduce_in_fp32` that were not reduced yet.
 
         After an error nothing has changed.
         """
         self._check_parameters()
+        self._check_reduced("load_state_dict()")
         params, masters = self._attachment.params, self._rooms.masters
         sums = {} if masters is None else master_state.checksums_of_shards(params, masters)  # before one rank may raise
         of_gradients, of_masters = state.parts(state_dict, None if masters is None else masters.name)
@@ -462,6 +489,7 @@ class GradAccumulator:
         What ``finish(defer=True)`` has left to the next step is done now.
 
         A communication hook (:meth:`reduce_in_fp32`) cannot be removed, but does what stock PyTorch does without one.
+        Whole gradients that ``fully_shard`` has not reduced yet are put back into its own form in the next pass.
         """
         self._passes.complete()
         if self._rooms.stepping is not None and self._attachment.is_attached:
@@ -496,6 +524,13 @@ class GradAccumulator:
     def _check_parameters(self) -> None:
         self._check_attached()
         self._attachment.check_hooks()
+
+    def _check_reduced(self, asked: str) -> None:
+        if any(whole.are_pending for whole in self._rooms.whole):
+            raise RuntimeError(
+                "fully_shard keeps whole gradients that were not reduced (set_requires_gradient_sync(False)): they are "
+                f"neither in .grad nor in a state; call {asked} after the backward pass that reduces them"
+            )
 
     def _masters(self, asked: str) -> MasterWeights:
         self._check_attached()

@@ -26,6 +26,7 @@ from accumkern.fully_shard_private import (
 from accumkern.out_of_memory import is_out_of_memory
 from accumkern.rank_window import Name, RankWindow
 from accumkern.ranks import OutOfMemoryElsewhereError, Ranks, RanksError
+from accumkern.whole_gradients import keeps_split_sums
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,9 +39,10 @@ class FsdpWindow(RankWindow):
     Args:
         modules: those under fully_shard, roots first.
         group: a gloo group of its ranks for their agreements.
-        reduce_once: reduce gradients in the last part only. Until then each rank keeps whole gradients, in the dtype
-            that they are reduced in, which must be float32, since ``fully_shard`` adds them up. Otherwise each part's
-            gradients are reduced, and their shards folded in FP32.
+        reduce_once: reduce gradients in the last part only. Until then each rank keeps whole gradients: as split sums
+            after ``acc.reduce_in_fp32(model)``, otherwise in the dtype that they are reduced in, which must be float32,
+            since ``fully_shard`` adds them up. Without it each part's gradients are reduced, and their shards folded in
+            FP32.
 
     Raises:
         ValueError: on entering, gradients are not to be reduced, or some were not, or not in FP32 and ``reduce_once``.
@@ -114,12 +116,14 @@ class FsdpWindow(RankWindow):
                     "fully_shard keeps gradients of earlier passes that were not reduced, which acc.backward() could "
                     "not put back where memory runs out; run a backward pass before that reduces them"
                 )
-            dtypes = {dtype for group in groups for dtype in dtypes_of_sums(group)}
+            added_in = [dtypes_of_sums(group) for group in groups if not keeps_split_sums(group)]
+            dtypes = {dtype for dtypes in added_in for dtype in dtypes}
             if self._reduce_once and dtypes - {torch.float32, torch.float64}:
                 found = ", ".join(sorted(map(str, dtypes)))
                 raise ValueError(
-                    f"reduce_once is True, and fully_shard would add up gradients in {found}; give it "
-                    "MixedPrecisionPolicy(reduce_dtype=torch.float32), or reduce in each part"
+                    f"reduce_once is True, and fully_shard would add up gradients in {found}; call "
+                    "acc.reduce_in_fp32(model), or give it MixedPrecisionPolicy(reduce_dtype=torch.float32), or reduce "
+                    "in each part"
                 )
             self._agreement.meet()
             for group in groups:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,8 +14,15 @@ _OF_GROUP = (
     *("fsdp_params", "mesh_info", "mp_policy", "reduce_grads", "all_reduce_grads"),
     *("_all_gather_comm", "_reduce_scatter_comm", "_all_gather_result", "_post_reduce_event", "_all_reduce_state"),
     *("_reshard_after_forward_event", "_partial_reduce_output", "_post_forward_indices", "_training_state"),
-    *("_sharded_state", "_to_sharded"),
+    *("_sharded_state", "_to_sharded", "_orig_dtype", "_reduce_dtype", "post_backward"),
 )
+_OF_PARAM = ("sharded_param", "unsharded_accumulated_grad")
+
+
+def sharded_modules(model: torch.nn.Module) -> list[Any]:
+    """Return the modules under fully_shard, roots first; there are none where nobody has imported it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def sharded_groups(modules: list[Any]) -> list[Any]:
@@ -61,6 +70,61 @@ def wrap_collectives(group: Any, wrap: Callable[[Any], Any]) -> Callable[[], Non
     return restore
 
 
+def replace_post_backward(group: Any, post_backward: Callable[..., None]) -> Callable[[], None]:
+    """Let ``post_backward`` be called where a group has all gradients of a backward pass; return what undoes that."""
+    before = vars(group).get("post_backward")
+
+    def restore() -> None:
+        if vars(group).get("post_backward") != post_backward:  # somebody else has replaced it after that
+            return
+        if before is None:
+            del group.post_backward
+        else:
+            group.post_backward = before
+
+    group.post_backward = post_backward
+    return restore
+
+
+def take_whole_gradient(param: Any) -> Any:
+    """Return the whole gradient that autograd has brought, which the parameter has no longer; None where it did not."""
+    if not hasattr(param, "_unsharded_param"):  # was never gathered
+        return None
+    whole = param._unsharded_param
+    grad, whole.grad = whole.grad, None
+    return grad
+
+
+def put_back_whole_gradient(param: Any, value: Any) -> None:
+    """Let fully_shard itself go on with a whole gradient in FP32, in the dtype in which it adds up."""
+    if param.reduce_dtype is not None:
+        param.unsharded_accumulated_grad = value.to(param.reduce_dtype)
+        return
+    param.unsharded_accumulated_grad = None
+    whole = param._unsharded_param
+    value = value.to(whole.dtype)
+    whole.grad = value if whole.grad is None else value.add_(whole.grad)
+
+
+def zeros_for_unused(group: Any, param: Any) -> Any:
+    """Return zeros in FP32 for a parameter that got no gradient, where fully_shard reduces these too; else None."""
+    is_asked = getattr(group, "reduce_scatter_unused_params", False)  # torch 2.10 does not have it
+    if not is_asked or not hasattr(param, "_unsharded_param") or not param._unsharded_param.requires_grad:
+        return None
+    return torch.zeros_like(param._unsharded_param, dtype=torch.float32)
+
+
+@contextmanager
+def reduced_in_fp32(group: Any) -> Iterator[None]:
+    """Return a block in which a group reduces FP32 gradients in FP32, and adds them to shards as they are."""
+    before = group._orig_dtype, group._reduce_dtype
+    group._orig_dtype = group._reduce_dtype = torch.float32
+    try:
+        yield
+    finally:
+        group._orig_dtype, group._reduce_dtype = before
+
+
 def _groups_of(module: Any) -> list[Any]:
     """Return the groups of a module.
 
@@ -73,10 +137,13 @@ def _groups_of(module: Any) -> list[Any]:
     else:
         groups = [] if state._fsdp_param_group is None else [state._fsdp_param_group]
     missing = [name for name in _OF_MODULE if not hasattr(state, name)]
-    missing += [name for group in groups for name in _OF_GROUP if not hasattr(group, name)]
+    for group in groups:
+        later = type(group).__annotations__  # what a group has from its first forward pass on
+        missing += [name for name in _OF_GROUP if not hasattr(group, name) and name not in later]
+        missing += [name for param in group.fsdp_params for name in _OF_PARAM if not hasattr(param, name)]
     if missing:
         raise RuntimeError(
-            f"fully_shard of torch {torch.__version__} has no {', '.join(missing)}, which acc.backward() of accumkern "
+            f"fully_shard of torch {torch.__version__} has no {', '.join(dict.fromkeys(missing))}, which accumkern "
             "needs for it and torch 2.10 to 2.13 have; install one of these"
         )
     return groups

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from accumkern.ddp_window import DdpWindow
 from accumkern.dtensor import is_dtensor
 from accumkern.fsdp_window import FsdpWindow
-from accumkern.fully_shard_private import mesh_of, sharded_groups
+from accumkern.fully_shard_private import mesh_of, sharded_groups, sharded_modules
 from accumkern.rank_window import RankWindow
 from accumkern.torch_private import active_ddp, timeout_of
 
@@ -45,7 +44,7 @@ def window_of(model: nn.Module | None, reduce_once: bool = False) -> RankWindow:
     around = active_ddp()
     if not replicated and around is not None and any(module is model for module in around.module.modules()):
         replicated = [around]
-    sharded = _sharded_modules(model)
+    sharded = sharded_modules(model)
     meshes = {mesh_of(group) for group in sharded_groups(sharded)}
     _check(model, len(replicated), meshes)
     if replicated:
@@ -88,12 +87,6 @@ def _check(model: nn.Module, replicated: int, meshes: set[Any]) -> None:
                     f"{name} is a SyncBatchNorm: where memory runs out on one rank, the others would wait for it in "
                     "there; run the passes yourself"
                 )
-
-
-def _sharded_modules(model: nn.Module) -> list[Any]:
-    """Return the modules under fully_shard, roots first; there are none where nobody has imported it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def _group_for(model: nn.Module, ranks: list[int], like: Any) -> Any:

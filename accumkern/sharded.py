@@ -26,7 +26,7 @@ class ShardSlot(Slot):
         add: called as ``add(slot, total, new)`` when fully_shard adds ``new`` to the shard ``total``.
     """
 
-    __slots__ = ("add", "is_folded", "is_fully_sharded")
+    __slots__ = ("add", "is_folded", "is_fully_sharded", "is_wide")
 
     def __init__(
         self,
@@ -39,6 +39,7 @@ class ShardSlot(Slot):
         self.add = add
         self.is_fully_sharded = False  # whether fully_shard accumulates the gradient, and autograd does not
         self.is_folded = False  # whether what fully_shard has added is folded, and its hook still to come
+        self.is_wide = False  # whether what fully_shard reduces now was multiplied by ``scale``, and comes in FP32
 
     def local(self, grad: Any) -> Tensor:
         """Return the shard of this rank."""
@@ -113,11 +114,12 @@ class ShardPasses:
     Args:
         passes: the backward passes of the accumulator.
         fold: what folds.
+        unscaled: the same, without ``scale``.
     """
 
-    def __init__(self, passes: BackwardPasses, fold: Fold) -> None:
+    def __init__(self, passes: BackwardPasses, fold: Fold, unscaled: Fold) -> None:
         self._passes = passes
-        self._fold = fold
+        self._fold, self._unscaled = fold, unscaled
 
     def accumulate(self, slot: ShardSlot, param: Tensor) -> None:
         """Fold the gradient that has just come into ``param.grad``.
@@ -146,18 +148,44 @@ class ShardPasses:
 
         Outside of a backward pass it may be an edit, which must not be multiplied by ``scale``.
         """
-        fold = self._fold
+        fold = self._fold_for(slot)
         if fold.is_scaled and current_graph_task_id() == NO_BACKWARD:
             total.add_(new)
             return
+        if slot.is_wide and new.dtype is not torch.float32:
+            raise RuntimeError(
+                f"torch {torch.__version__} rounds what fully_shard has reduced to {new.dtype} in a way that accumkern "
+                "does not know; detach(), or leave out reduce_in_fp32()"
+            )
         self._passes.enter()
         slot.is_folded = True
+        if new.dtype is torch.float32 is not total.dtype and _are_alike(new, total):
+            self._add_wide(slot, total, new * fold.scale if fold.is_scaled else new)
+            return
         if not _are_plain(new, total):
             slot.forget()
             total.add_(new * fold.scale if fold.is_scaled else new)
             return
         grad: Any = slot.param.grad
         fold.many([slot], [new], [total], Start.CONTINUE if slot.has_residual_of(grad) else Start.FROM_SUM)
+
+    def _fold_for(self, slot: ShardSlot) -> Fold:
+        return self._unscaled if slot.is_wide else self._fold
+
+    def _add_wide(self, slot: ShardSlot, total: Tensor, new: Tensor) -> None:
+        """Add FP32 numbers to a sum of 16 bits and its residual, and store what comes out as a fold does."""
+        format_ = slot.formats[total.dtype]
+        assert format_.residual_dtype is not None
+        kernels = self._unscaled.kernels_on(total.device)
+        values = torch.empty_like(new)
+        if slot.has_residual_of(slot.param.grad):
+            kernels.decode(format_, [total], [slot.residual], [values])
+        else:
+            values.copy_(total)
+        values += new
+        kernels.encode(format_, [values], 1.0, [total], [slot.residual_for(total, format_.residual_dtype)])
+        torch.autograd.graph.increment_version([total])
+        slot.remember()
 
     def _take_over(self, slot: ShardSlot, grad: Any) -> None:
         """Let what fully_shard adds to ``grad`` be folded, once this window's first gradient is there."""
@@ -181,7 +209,7 @@ class ShardPasses:
             self._passes.without_first_hook(slot, grad, was_added)
         slot.is_fully_sharded = True
         slot.forget()
-        if self._fold.is_scaled:
+        if self._fold_for(slot).is_scaled:
             dtensor.wait_for_copy(grad)
             self._add(slot, None, grad, Start.FROM_ZERO)
         RunningShard.put_into(slot.param.grad, slot)
@@ -212,5 +240,15 @@ class ShardPasses:
 
 def _are_plain(new: Tensor, total: Tensor) -> bool:
     """Return whether the kernels fold one shard into another as they are."""
-    dtype = new.dtype
-    return dtype in FOLDED_DTYPES and is_plain(new, dtype) and is_plain(total, dtype) and new.shape == total.shape
+    return new.dtype is total.dtype and _are_alike(new, total)
+
+
+def _are_alike(new: Tensor, total: Tensor) -> bool:
+    """Return whether two shards lie in memory alike, as the kernels take them."""
+    return (
+        new.dtype in FOLDED_DTYPES
+        and total.dtype in FOLDED_DTYPES
+        and is_plain(new, new.dtype)
+        and is_plain(total, total.dtype)
+        and new.shape == total.shape
+    )

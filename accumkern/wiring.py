@@ -124,7 +124,7 @@ def attach(
     fold.set_scale(scale)
     masters = None if master_weights is None else MasterWeights(master_weights, fold.kernels_on)
     passes = BackwardPasses(fold, lost_bits, lambda param: here.put_on_hooks(param))
-    shards = ShardPasses(passes, fold)
+    shards = ShardPasses(passes, fold, Fold(buffer, backend, None))
     stepping = None
     if masters is not None:
         inner = that_steps(attachment.optimizer)

@@ -441,7 +441,9 @@ def sharded(module: Net, has_root: bool = True, is_grouped: bool = False, **way:
     return fully_shard(module, **way) if has_root else module
 
 
-def fsdp_against_explicit(where: str, policy: Any, checkpoints: bool = False, after: int = 0) -> None:
+def fsdp_against_explicit(
+    where: str, policy: Any, checkpoints: bool = False, after: int = 0, is_once: bool = False
+) -> None:
     """Compare with a window whose micro-batches were given, which nothing interrupts."""
     dtype, way = policy
     results = []
@@ -450,11 +452,17 @@ def fsdp_against_explicit(where: str, policy: Any, checkpoints: bool = False, af
         model.checkpoints = checkpoints
         model.scarce.after = after
         acc = attached(model, "split32")
+        if auto and after:
+            acc.micro_batch = 4
+        if is_once:
+            acc.reduce_in_fp32(model)
         found: list[Tensor | None] = []
         for window in range(3):
             torch.manual_seed(5)
             # what is there from the window before has to go back as well
-            acc.backward(loss_of(model), batch_of(8, dtype), "auto" if auto else 2, model=model)
+            samples = "auto" if auto else 2
+            acc.backward(loss_of(model), batch_of(8, dtype), samples, model=model, reduce_once=is_once)
+            acc.state_dict()  # nothing is left to be reduced
             found += [*bits(model), *(full(acc.gradient(p)) for p in model.parameters())]
             if window == 1:
                 model.zero_grad()
@@ -474,6 +482,20 @@ def test_fully_shard_has_the_bits_of_micro_batches_that_fit(ranks: Ranks, where:
 @wheres
 def test_fully_shard_with_checkpointing(ranks: Ranks, where: str) -> None:
     ranks.run(fsdp_against_explicit, where, POLICIES["float32"], True, at_least=2)
+
+
+WHOLE: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "bfloat16": POLICIES["bfloat16"],
+    "mixed": (FP32, {"mp_policy": MixedPrecisionPolicy(param_dtype=BF16)}),
+    "float32": POLICIES["float32"],
+}
+
+
+@wheres
+@pytest.mark.parametrize("policy", WHOLE.values(), ids=WHOLE.keys())
+@pytest.mark.parametrize("after", [0, 1], ids=["first part", "second part"])
+def test_fully_shard_reduces_split_sums_once(ranks: Ranks, where: str, policy: Any, after: int) -> None:
+    ranks.run(fsdp_against_explicit, where, policy, False, after, True, at_least=2)
 
 
 def fsdp_against_one_process(where: str) -> None:

@@ -139,6 +139,12 @@ def data_parallel_stages(schedule: type, kind: str) -> None:
         run(torch.float32, replica)
         with pytest.raises(RuntimeError, match="average_over and scale do not reach"):
             run(torch.float32, replica)
+        optimizer.zero_grad()
+        acc.reduce_in_fp32(model)  # which multiplies before the reduction
+        for part in (replica, 2 + replica):
+            run(torch.float32, part)
+        for p, q in zip(params, truth, strict=True):
+            torch.testing.assert_close(full(p.grad), q / 2, rtol=1e-5, atol=1e-5 * float(q.abs().max()))
 
 
 @one_stage

@@ -11,7 +11,7 @@ from ranks import Ranks, device, full
 from tiny import fp64_sums, relative_error
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -139,6 +139,37 @@ def with_fully_shard() -> None:
 
 def test_tensor_parallel_and_fully_shard_on_a_mesh_of_four(ranks: Ranks) -> None:
     ranks.run(with_fully_shard, ranks=4, at_least=4)
+
+
+def with_fully_shard_once(dtype: torch.dtype) -> None:
+    """As before, reduced once over the data parallel ranks, from split sums."""
+    mesh = init_device_mesh(device().type, (2, 2), mesh_dim_names=("dp", "tp"))
+    replica = mesh.get_local_rank("dp")
+    alone = parallel(block(dtype).to(BF16), mesh["tp"], True)  # one replica, whose gradients are added in FP64
+    means = [torch.zeros(p.shape, dtype=torch.float64, device=device()) for p in alone.parameters()]
+    for n in range(MICRO_BATCHES):
+        (alone(micro_batch(n, BF16, replica)) ** 2).float().sum().backward()
+        for mean, p in zip(means, alone.parameters(), strict=True):
+            mean += full(p.grad.double()) / 2
+            p.grad = None
+    for mean in means:
+        dist.all_reduce(mean, group=mesh.get_group("dp"))
+    for is_whole in (True, False):
+        policy = MixedPrecisionPolicy(param_dtype=BF16)
+        model = fully_shard(parallel(block(dtype), mesh["tp"], True), mesh=mesh["dp"], mp_policy=policy)
+        acc = accumkern.attach(torch.optim.AdamW(model.parameters()), "split32")
+        if is_whole:
+            acc.reduce_in_fp32(model)
+        for n in range(MICRO_BATCHES):
+            model.set_requires_gradient_sync(n in (3, MICRO_BATCHES - 1))
+            (model(micro_batch(n, BF16, replica)) ** 2).float().sum().backward()
+        error = relative_error([full(acc.gradient(p)) for p in model.parameters()], means)
+        assert error < 1e-6 if is_whole else error > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_tensor_parallel_and_fully_shard_that_reduces_once(ranks: Ranks, dtype: torch.dtype) -> None:
+    ranks.run(with_fully_shard_once, dtype, ranks=4, at_least=4)
 
 
 def other_placements() -> None:

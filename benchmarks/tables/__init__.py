@@ -20,6 +20,7 @@ from tables.registers import registers_tables
 from tables.scale import scale_summary, scale_tables
 from tables.step import step_summary, step_tables
 from tables.training import training_summary, training_tables
+from tables.whole import whole_summary, whole_tables
 
 #: Benchmark, which is also the name of its result file -> what is shown of it, in this order.
 SECTIONS = {
@@ -35,5 +36,6 @@ SECTIONS = {
     "reduce": Section("The mean over ranks", reduce_tables, reduce_summary),
     "scale": Section("The mean over many ranks, simulated", scale_tables, scale_summary),
     "parallel": Section("One global batch among ranks", parallel_tables, parallel_summary),
+    "whole": Section("Whole gradients under fully_shard", whole_tables, whole_summary),
     "registers": Section("Registers of the GPU kernels", registers_tables),
 }
