@@ -4,7 +4,7 @@
 
 Starts four processes (gloo on a CPU; NCCL on four GPUs), which train the same GPT with the same global batch in every
 way of ``parallel_ways.py``. Bytes are counted in the second window, when everything is there: those that are held at
-its end, from the tensors, and the most while it ran, by the allocator. The gradient is compared with that of one
+its end, from the tensors, and the most that the process took while it ran. The gradient is compared with that of one
 process in FP32. Writes ``benchmarks/results/<machine>/parallel.json``.
 """
 
@@ -28,11 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from harness import parser, steps, write_results
 from parallel_ways import RANKS, WAYS, Shape, Way, new_batch, new_gpt
+from resident import PeakMeter
 
-from measure import AllocatorMeter, relative_error
+from measure import relative_error
 
 SHAPE = Shape(width=256, layers=4, context=64, global_batch=16, micro_batch=2)
-QUICK = Shape(width=32, layers=2, context=8, global_batch=8, micro_batch=1)
+QUICK = Shape(width=64, layers=2, context=16, global_batch=8, micro_batch=1)
 KINDS = ("weights", "master_residuals", "gradients", "residuals", "optimizer_state")
 
 
@@ -55,8 +56,9 @@ def main() -> None:
         "training": "AdamW; for bytes bfloat16 weights with split32 masters and split24 sums",
         "backend": "nccl" if device.type == "cuda" else "gloo, all processes on one machine",
         "held": "bytes of a rank after the last backward pass of its second window, counted from the tensors",
-        "peak": "the most bytes of a rank from the end of its first step to that backward pass, by the allocator; with "
-        "activations, gathered weights, whole gradients and buckets",
+        "peak": "the most bytes that a rank's process took during that window (on a CPU memory of the system, on a GPU "
+        "of the allocator), less what it took before the model was made, after a first training; with activations, "
+        "gathered weights, whole gradients, buckets, and gloo's buffers",
         "errors": "relative L2 error of the whole gradient against that of one process in FP32; bfloat16's is that of "
         "activations and micro-gradients in bfloat16, also on one process",
     }
@@ -72,7 +74,7 @@ def measure(rank: int, device_type: str, shape: Shape, store: str, queue: Any) -
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store, rank=rank, world_size=RANKS)
     batch = new_batch(shape, device)
-    truth = gradients(Way, shape, batch)
+    truth = gradients(Way, shape, batch, torch.float32)
     results = []
     for kind in WAYS:
         found: dict[str, Any] = {}
@@ -100,30 +102,29 @@ def measure(rank: int, device_type: str, shape: Shape, store: str, queue: Any) -
 
 def of_rank(kind: type[Way], shape: Shape, batch: Tensor, truth: dict[str, Tensor]) -> dict[str, Any]:
     """Return what a way takes on this rank, and how far its gradients are from those of one process in FP32."""
-    with AllocatorMeter(batch.device) as meter:
-        way = kind(shape, batch.device, torch.bfloat16)
-        way.run_window(batch)
-        error_bf16 = error(dict(way.gradients()), truth)
-        way.end_window()
-        meter.mark()
-        way.run_window(batch)
-        meter.mark()
+    errors = {  # and what a process makes once is made
+        name: error(gradients(kind, shape, batch, dtype), truth)
+        for name, dtype in (("error_fp32", torch.float32), ("error_bf16", torch.bfloat16))
+    }
+    meter = PeakMeter(batch.device)
+    way = kind(shape, batch.device, torch.bfloat16)
+    way.run_window(batch)
+    way.end_window()
+    meter.reset()
+    way.run_window(batch)
+    peak_bytes = meter.peak_bytes()
     held = asdict(way.acc.memory())
     del way
     gc.collect()
-    return {
-        "held_bytes": {name: held[name] for name in KINDS},
-        "peak_bytes": meter.peak_bytes[1],
-        "error_fp32": error(gradients(kind, shape, batch), truth),
-        "error_bf16": error_bf16,
-    }
+    return {"held_bytes": {name: held[name] for name in KINDS}, "peak_bytes": peak_bytes, **errors}
 
 
-def gradients(kind: type[Way], shape: Shape, batch: Tensor) -> dict[str, Tensor]:
-    """Return the mean gradients in FP32, by name, of the parameters that this rank has a part of."""
-    way = kind(shape, batch.device, torch.float32)
+def gradients(kind: type[Way], shape: Shape, batch: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the mean gradients in FP32, by name, of the parameters that this rank has a part of; steps once."""
+    way = kind(shape, batch.device, dtype)
     way.run_window(batch)
     found = dict(way.gradients())
+    way.end_window()
     del way
     gc.collect()
     return found

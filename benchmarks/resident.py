@@ -1,0 +1,56 @@
+"""The most memory that a process takes while other threads than Python's allocate and release, too."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+from pathlib import Path
+
+import torch
+
+_MMAP_THRESHOLD = -3  # of mallopt()
+_LARGE = 16384  # bytes; from here on each block goes back to the system as soon as it is released
+
+
+class PeakMeter:
+    """Counts from what is there when it is made.
+
+    On a GPU these are the counters of torch's caching allocator. On a CPU it is the memory that Linux has given to the
+    process: a profiler sees no release by gloo's threads. What has to be loaded or made once should have been by then.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            self._before = torch.cuda.memory_allocated(device)
+            return
+        self._libc = ctypes.CDLL(None)
+        if not self._libc.mallopt(_MMAP_THRESHOLD, _LARGE):
+            raise RuntimeError("mallopt() failed; on a CPU, memory of several ranks is measured with glibc alone")
+        self._libc.malloc_trim(0)
+        self._before = _status("VmRSS")
+
+    def reset(self) -> None:
+        """Let the peak begin at what is there now."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            self._libc.malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak_bytes(self) -> int:
+        """Return the most since :meth:`reset`, beyond what was there when the meter was made."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        return _status("VmHWM") - self._before
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {name}")
+    return int(found[1]) * 1024
