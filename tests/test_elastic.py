@@ -1,0 +1,207 @@
+"""Runs that stop in the middle of a window on some ranks, and go on from their checkpoint on another number of ranks.
+
+Every sum of gradients is exact in these runs, so that the order of additions does not show: what is compared are the
+bits of a run on the new number of ranks that nobody has stopped, over the same micro-batches.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks, device, full
+from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import accumkern
+
+pytestmark = pytest.mark.integration("torch.distributed.checkpoint on another number of ranks")
+
+WINDOW = 16  # micro-batches of all ranks together
+STOPPED_AT, LAST = WINDOW + 8, 2 * WINDOW
+SCALES = 1, 512, 8, 64  # of four micro-batches each: bfloat16 does not hold the sums
+
+
+class Layers(nn.Module):
+    """Layers side by side, whose gradients are whole numbers and do not depend on weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # 7 rows on 4 ranks are 2, 2, 2 and 1; 3 rows leave a rank without any.
+        self.layers = nn.ModuleList([nn.Linear(5, 7), nn.Linear(5, 3), nn.Linear(5, 8)])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.cat([layer(inputs) for layer in self.layers], dim=1)
+
+
+class Run:
+    """A run on any number of ranks: the global micro-batch of number n is that of rank ``n % ranks``.
+
+    Args:
+        kind: ``"DDP"``, ``"fully_shard"`` or ``"hybrid"``, with replicas.
+        options: of ``attach``.
+    """
+
+    def __init__(self, kind: str, **options: Any) -> None:
+        torch.manual_seed(1)
+        self.model: nn.Module = Layers().to(device())
+        self.has_masters = "master_weights" in options
+        if self.has_masters:
+            self.model = accumkern.to_bfloat16(self.model)
+        self.model = self.model.to(torch.bfloat16)
+        self.ranks = dist.get_world_size()
+        if kind == "DDP":
+            self.model = DistributedDataParallel(self.model)
+        else:
+            shape = (2, self.ranks // 2) if kind == "hybrid" else (self.ranks,)
+            mesh = init_device_mesh(device().type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+            for layer in self.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.acc = accumkern.attach(self.optimizer, average_over=WINDOW // self.ranks, **options)
+        if kind == "DDP":
+            self.acc.reduce_in_fp32(self.model)
+
+    def train(self, first: int, last: int) -> None:
+        for n in range(first + dist.get_rank(), last, self.ranks):
+            ends = n % WINDOW + self.ranks >= WINDOW
+            leaves = isinstance(self.model, DistributedDataParallel) and not ends
+            with self.model.no_sync() if leaves else nullcontext():
+                outputs = self.model(micro_batch(n))
+                outputs.backward(torch.full_like(outputs, SCALES[n // 4 % 4]))
+            if ends:
+                found: list[Any] = [self.acc.gradient(p) for p in self.model.parameters()]
+                self.gradients = [full(gradient) for gradient in found]
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+
+    def state(self, accumulator: dict[str, Any]) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "accumulator": accumulator}
+
+    def save(self, folder: Path) -> None:
+        self.acc.mean_over_ranks(self.model)
+        checkpoint.save(self.state(self.acc.state_dict()), checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        state = self.state(self.acc.empty_state_dict())
+        checkpoint.load(state, checkpoint_id=folder)
+        model, optimizer = state["model"], state["optimizer"]
+        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        self.acc.load_state_dict(state["accumulator"])
+
+    def result(self) -> list[Tensor]:
+        """Return weights, or their masters, states of the optimizer, and the last gradients in FP32."""
+        params = list(self.model.parameters())
+        weights = [full(self.acc.master_weight(p) if self.has_masters else p.detach()) for p in params]
+        states = [full(self.optimizer.state[p][key]) for p in params for key in ("exp_avg", "exp_avg_sq")]
+        return [*weights, *states, *self.gradients]
+
+
+def micro_batch(n: int) -> Tensor:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randint(-3, 4, (4, 5), generator=generator).to(device(), torch.bfloat16)
+
+
+def uninterrupted(kind: str, options: dict[str, Any]) -> list[Tensor]:
+    run = Run(kind, **options)
+    run.train(0, LAST)
+    return run.result()
+
+
+def until_it_stops(kind: str, options: dict[str, Any], folder: Path) -> None:
+    run = Run(kind, **options)
+    run.train(0, STOPPED_AT)
+    run.save(folder)
+
+
+def from_there(kind: str, options: dict[str, Any], folder: Path) -> list[Tensor]:
+    run = Run(kind, **options)
+    run.load(folder)
+    run.train(STOPPED_AT, LAST)
+    return run.result()
+
+
+CHANGES = [(4, 2), (2, 4), (2, 1), (1, 2)]
+CASES = [
+    *(("DDP", "DDP", old, new) for old, new in CHANGES),
+    *(("fully_shard", "fully_shard", old, new) for old, new in CHANGES),
+    ("hybrid", "fully_shard", 4, 2),
+    ("fully_shard", "hybrid", 2, 4),
+    ("DDP", "fully_shard", 2, 4),
+    ("fully_shard", "DDP", 4, 2),
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"buffer": "split32", "master_weights": "split32"}], ids=["sums", "masters"])
+@pytest.mark.parametrize(("saved_by", "loaded_by", "old", "new"), CASES)
+def test_a_window_goes_on_on_another_number_of_ranks(
+    ranks: Ranks, tmp_path: Path, saved_by: str, loaded_by: str, old: int, new: int, options: dict[str, Any]
+) -> None:
+    expected = ranks.run(uninterrupted, loaded_by, options, ranks=new, at_least=new)
+    ranks.run(until_it_stops, saved_by, options, tmp_path, ranks=old, at_least=old)
+    for found in ranks.run(from_there, loaded_by, options, tmp_path, ranks=new, at_least=new):
+        assert all(map(torch.equal, found, expected[0]))
+
+
+# ---- torchrun ------------------------------------------------------------------------------------------------------
+
+
+def main(kind: str, folder: Path) -> None:
+    """What torchrun starts: go on from the last checkpoint, save every eight micro-batches; of four ranks one dies."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    run = Run(kind)
+    begins = max((int(found.parent.name) for found in folder.glob("*/.metadata")), default=0)
+    if begins:
+        run.load(folder / str(begins))
+    for n in range(begins, LAST, 4):
+        if n % 8 == 0 and n > begins:
+            run.save(folder / str(n))
+        run.train(n, n + 4)
+        if (n, run.ranks, dist.get_rank()) == (STOPPED_AT, 4, 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+    if dist.get_rank() == 0:
+        torch.save((begins, run.result()), folder / "result.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def torchrun(ranks: int, kind: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [*run, __file__, kind, str(folder)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["DDP", "fully_shard"])
+def test_two_ranks_go_on_where_one_of_four_was_killed(ranks: Ranks, tmp_path: Path, kind: str) -> None:
+    if ranks.backend == "nccl":
+        pytest.skip("torchrun starts it over gloo here")
+    killed = torchrun(4, kind, tmp_path)
+    assert killed.returncode
+    assert "-9" in killed.stderr, killed.stderr
+    going_on = torchrun(2, kind, tmp_path)
+    assert going_on.returncode == 0, going_on.stderr
+    begins, found = torch.load(tmp_path / "result.pt")
+    assert begins == STOPPED_AT
+    assert all(map(torch.equal, found, ranks.run(uninterrupted, kind, {}, ranks=2)[0]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
