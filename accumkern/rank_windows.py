@@ -51,9 +51,7 @@ def window_of(model: nn.Module | None, reduce_once: bool = False, has_to_reduce:
     _check(model, len(replicated), meshes)
     if replicated:
         if has_to_reduce and not replicated[0].require_backward_grad_sync:
-            raise ValueError(
-                "this was called inside of model.no_sync(), where nothing is reduced; call it outside of it"
-            )
+            raise ValueError("mean_over_ranks() was called inside of model.no_sync(); call it outside of it")
         group = replicated[0].process_group
         return DdpWindow(replicated[0], _group_for(replicated[0], dist.get_process_group_ranks(group), group))
     if meshes:
