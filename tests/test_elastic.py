@@ -51,10 +51,11 @@ class Run:
 
     Args:
         kind: ``"DDP"``, ``"fully_shard"`` or ``"hybrid"``, with replicas.
+        divides: whether ``finish`` takes the mean of a window, and not the folds.
         options: of ``attach``.
     """
 
-    def __init__(self, kind: str, **options: Any) -> None:
+    def __init__(self, kind: str, divides: bool = False, **options: Any) -> None:
         torch.manual_seed(1)
         self.model: nn.Module = Layers().to(device())
         self.has_masters = "master_weights" in options
@@ -71,7 +72,10 @@ class Run:
                 fully_shard(layer, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
-        self.acc = accumkern.attach(self.optimizer, average_over=WINDOW // self.ranks, **options)
+        self.divides = divides
+        self.ranks_of_window = self.ranks  # that the mean over ranks is of
+        average_over = None if divides else WINDOW // self.ranks
+        self.acc = accumkern.attach(self.optimizer, average_over=average_over, **options)
         if kind == "DDP":
             self.acc.reduce_in_fp32(self.model)
 
@@ -82,6 +86,9 @@ class Run:
             with self.model.no_sync() if leaves else nullcontext():
                 outputs = self.model(micro_batch(n))
                 outputs.backward(torch.full_like(outputs, SCALES[n // 4 % 4]))
+            if ends and self.divides:
+                self.acc.finish(divide_by=WINDOW / self.ranks_of_window)
+                self.ranks_of_window, self.acc.scale = self.ranks, 1.0
             if ends:
                 found: list[Any] = [self.acc.gradient(p) for p in self.model.parameters()]
                 self.gradients = [full(gradient) for gradient in found]
@@ -128,9 +135,11 @@ def until_it_stops(kind: str, options: dict[str, Any], folder: Path) -> None:
     run.save(folder)
 
 
-def from_there(kind: str, options: dict[str, Any], folder: Path) -> list[Tensor]:
+def from_there(kind: str, options: dict[str, Any], folder: Path, old: int) -> list[Tensor]:
     run = Run(kind, **options)
     run.load(folder)
+    if run.divides:  # this window stays a mean over the old ranks
+        run.ranks_of_window, run.acc.scale = old, run.ranks / old
     run.train(STOPPED_AT, LAST)
     return run.result()
 
@@ -153,8 +162,128 @@ def test_a_window_goes_on_on_another_number_of_ranks(
 ) -> None:
     expected = ranks.run(uninterrupted, loaded_by, options, ranks=new, at_least=new)
     ranks.run(until_it_stops, saved_by, options, tmp_path, ranks=old, at_least=old)
-    for found in ranks.run(from_there, loaded_by, options, tmp_path, ranks=new, at_least=new):
+    for found in ranks.run(from_there, loaded_by, options, tmp_path, old, ranks=new, at_least=new):
         assert all(map(torch.equal, found, expected[0]))
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 2), (2, 4)])
+@pytest.mark.parametrize("kind", ["DDP", "fully_shard"])
+def test_a_window_that_is_divided_at_its_end_stays_a_mean_over_the_old_ranks(
+    ranks: Ranks, tmp_path: Path, kind: str, old: int, new: int
+) -> None:
+    test_a_window_goes_on_on_another_number_of_ranks(
+        ranks, tmp_path, kind, kind, old, new, {"divides": True, "buffer": "split32", "master_weights": "split32"}
+    )
+
+
+# ---- the mean over ranks of what has been accumulated so far -------------------------------------------------------
+
+
+def random_batch(n: int) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * n + dist.get_rank())
+    return torch.randn(4, 5, generator=generator).to(device(), torch.bfloat16)
+
+
+def means(in_fp32: bool) -> float:
+    """Return the error of a mean that is taken at once, and go on to the same mean as without."""
+    taken, other = (DistributedDataParallel(Layers().to(device(), torch.bfloat16)) for _ in range(2))
+    other.load_state_dict(taken.state_dict())
+    accs = []
+    for model in (taken, other):
+        acc = accumkern.attach(torch.optim.SGD(model.parameters()), "split32")
+        if in_fp32:
+            acc.reduce_in_fp32(model)
+        accs.append(acc)
+        with model.no_sync():
+            for n in range(3):
+                model(random_batch(n)).float().square().sum().backward()
+    sums: list[Any] = [accs[1].gradient(p) for p in other.parameters()]
+    truth = [gradient.double() for gradient in sums]
+    for total in truth:
+        dist.all_reduce(total)
+    accs[0].mean_over_ranks(taken)
+    found: list[Any] = [accs[0].gradient(p) for p in taken.parameters()]
+    error = relative_error(found, [total / dist.get_world_size() for total in truth])
+    for gradient in found:
+        least, most = gradient.clone(), gradient.clone()
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        assert torch.equal(least, most)  # all ranks go on from the same
+    for model in (taken, other):
+        model(random_batch(3)).float().square().sum().backward()
+    ends: list[Any] = [
+        [acc.gradient(p) for p in model.parameters()] for acc, model in zip(accs, (taken, other), strict=True)
+    ]
+    assert relative_error(*ends) < (1e-6 if in_fp32 else 1e-2)
+    return error
+
+
+def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:
+    a, b = (torch.cat([t.double().flatten() for t in tensors]) for tensors in (found, wanted))
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("in_fp32", [True, False], ids=["FP32", "bfloat16"])
+def test_the_mean_is_that_of_the_sums_with_their_residuals(ranks: Ranks, in_fp32: bool) -> None:
+    for error in ranks.run(means, in_fp32, ranks=3):
+        assert error < (1e-6 if in_fp32 else 1e-2)
+        assert in_fp32 or error > 1e-4
+
+
+def goes_on_after_saving(folder: Path) -> list[Tensor]:
+    """Save after the mean, and go on; the data are not exact."""
+    run = Run("DDP")
+    train_random(run, 0, 6)
+    run.save(folder)
+    train_random(run, 6, 9)
+    return run.result()
+
+
+def goes_on_after_loading(folder: Path) -> list[Tensor]:
+    run = Run("DDP")
+    run.load(folder)
+    train_random(run, 6, 9)
+    return run.result()
+
+
+def train_random(run: Run, first: int, last: int) -> None:
+    for n in range(first, last):
+        ends = n % 4 == 3
+        with nullcontext() if ends else run.model.no_sync():  # type: ignore[operator]
+            run.model(random_batch(n)).float().square().sum().backward()
+        run.gradients = [run.acc.gradient(p) for p in run.model.parameters()]  # type: ignore[misc]
+        if ends:
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+
+
+def test_a_run_that_saved_goes_on_with_the_bits_of_one_that_loads(ranks: Ranks, tmp_path: Path) -> None:
+    expected = ranks.run(goes_on_after_saving, tmp_path, ranks=3)
+    for a, b in zip(ranks.run(goes_on_after_loading, tmp_path, ranks=3), expected, strict=True):
+        assert all(map(torch.equal, a, b))
+
+
+def refused() -> None:
+    run = Run("DDP")
+    with (
+        run.model.no_sync(),
+        pytest.raises(ValueError, match=r"inside of model.no_sync\(\)"),
+    ):
+        run.acc.mean_over_ranks(run.model)
+    with pytest.raises(TypeError, match=r"model is a dict; it must be a torch\.nn\.Module"):
+        run.acc.mean_over_ranks({})
+    with pytest.raises(ValueError, match="model is None, and there are 2 ranks"):
+        run.acc.mean_over_ranks(None)
+    run = Run("fully_shard")
+    run.model.set_requires_gradient_sync(False)
+    run.model(random_batch(0)).sum().backward()
+    run.model.set_requires_gradient_sync(True)
+    with pytest.raises(ValueError, match="fully_shard keeps gradients of earlier passes that were not reduced"):
+        run.acc.mean_over_ranks(run.model)
+
+
+def test_what_has_no_mean_yet_is_an_error(ranks: Ranks) -> None:
+    ranks.run(refused, at_least=2)
 
 
 # ---- torchrun ------------------------------------------------------------------------------------------------------
