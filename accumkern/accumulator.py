@@ -291,6 +291,8 @@ class GradAccumulator:
             self._check_parameters()
             self._passes.complete()
             window.reduce()
+        if self._rooms.lost_bits is not None:
+            self._rooms.lost_bits.reset()
 
     def noise_scale(
         self,

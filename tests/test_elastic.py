@@ -286,6 +286,26 @@ def test_what_has_no_mean_yet_is_an_error(ranks: Ranks) -> None:
     ranks.run(refused, at_least=2)
 
 
+def measured() -> int:
+    model = DistributedDataParallel(Layers().to(device(), torch.bfloat16))
+    acc = accumkern.attach(torch.optim.SGD(model.parameters()), "split32", stats=True, report=True)
+    acc.reduce_in_fp32(model)
+    for n in range(5):
+        if n == 2:
+            acc.mean_over_ranks(model)
+        with model.no_sync():
+            model(random_batch(n)).float().square().sum().backward()
+    with pytest.raises(RuntimeError, match=r"\.grad was changed in the middle of the window"):
+        acc.noise_scale()
+    report = acc.report()
+    assert report.error < 1e-6
+    return report.parameters[0].micro_batches
+
+
+def test_what_is_measured_begins_again_with_the_mean(ranks: Ranks) -> None:
+    assert set(ranks.run(measured)) == {3}
+
+
 # ---- torchrun ------------------------------------------------------------------------------------------------------
 
 
