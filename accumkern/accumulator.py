@@ -283,6 +283,37 @@ class GradAccumulator:
             )
         self._rooms.whole.update(whole_gradients.reduce_in_fp32(modules, self._attachment.slots, self._fold))
 
+    def mean_over_ranks(self, model: torch.nn.Module) -> None:
+        """Take the mean over ranks of what has been accumulated so far, and let every rank go on from it.
+
+        ::
+
+            sum of each rank = (sum over ranks of the sums) / ranks
+
+        For checkpoints in the middle of a window under DistributedDataParallel, where each rank has a sum of its own:
+        after this all have the same state, which is saved once and can be loaded on another number of ranks. What the
+        window's end gives is the same mean, whenever and however often this is called. In FP32, with residuals, after
+        :meth:`reduce_in_fp32`; in the gradients' dtype otherwise. Under ``fully_shard`` sums are means already, and
+        this sees that none is still to be reduced.
+
+        All ranks have to call it together, outside of ``no_sync()``.
+
+        Args:
+            model: is or has a DistributedDataParallel, or modules under ``fully_shard``.
+
+        Raises:
+            TypeError: ``model`` is no module, or a gradient is sparse or of another dtype than its parameter.
+            ValueError: inside of ``no_sync()``; ``fully_shard`` keeps gradients that it has not reduced; or the model
+                reduces in a way that :meth:`backward` refuses.
+            accumkern.ranks.RanksError: another rank has failed or is gone.
+        """
+        with window_of(model, has_to_reduce=True) as window:
+            self._check_parameters()
+            self._passes.complete()
+            window.reduce()
+        if self._rooms.lost_bits is not None:
+            self._rooms.lost_bits.reset()
+
     def noise_scale(
         self,
         tokens: Sequence[float] | Tensor | None = None,

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from accumkern.checks import describe
-from accumkern.torch_private import timeout_of
+from accumkern.torch_private import timeout_of, without_modes
 
 #: For how many seconds a rank waits for the notes of others, which may be there still.
 PATIENCE_S = 5.0
@@ -83,10 +83,13 @@ class RollCall:
         """
         me = self._group.rank()
         others = [other for other in range(self._group.size()) if other != me]
-        closed, pending = self._connections(others)
+        with without_modes():  # such as one of fake tensors
+            closed, pending = self._connections(others)
         missed = dict.fromkeys(closed, _CLOSED)
-        for other in others if peer is None and not closed else [] if peer is None else [peer]:
-            missed.setdefault(other, _LATE)
+        if peer is not None:
+            missed.setdefault(peer, _LATE)
+        elif not closed:
+            missed = dict.fromkeys(others, _LATE)
         notes = _Notes(self._group.get_group_store(), me, missed)
         notes.leave()
         if pending:  # a wait in vain closes all connections, so that those who wait for this rank see it too

@@ -18,13 +18,14 @@ from accumkern.torch_private import active_ddp, timeout_of
 _GROUPS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()  # for agreements, by model
 
 
-def window_of(model: nn.Module | None, reduce_once: bool = False) -> RankWindow:
+def window_of(model: nn.Module | None, reduce_once: bool = False, has_to_reduce: bool = False) -> RankWindow:
     """Return the window of a model: all its ranks have to enter it.
 
     Args:
         model: is or has a DistributedDataParallel, or is in one whose forward pass is under way, or has modules under
             ``fully_shard``; otherwise the window is of this rank alone. None is for a process without others.
         reduce_once: of :class:`accumkern.fsdp_window.FsdpWindow`.
+        has_to_reduce: whether a window inside of ``no_sync()``, which leaves that to a later one, is an error.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -48,6 +49,8 @@ def window_of(model: nn.Module | None, reduce_once: bool = False) -> RankWindow:
     meshes = {mesh_of(group) for group in sharded_groups(sharded)}
     _check(model, len(replicated), meshes)
     if replicated:
+        if has_to_reduce and not replicated[0].require_backward_grad_sync:
+            raise ValueError("mean_over_ranks() was called inside of model.no_sync(); call it outside of it")
         group = replicated[0].process_group
         return DdpWindow(replicated[0], _group_for(replicated[0], dist.get_process_group_ranks(group), group))
     if meshes:

@@ -22,7 +22,7 @@ import accumkern
 from accumkern import exchange as exchange_of_parts
 from accumkern import fsdp_window, lost_rank
 from accumkern.lost_rank import RollCall
-from accumkern.ranks import Ranks
+from accumkern.ranks import Ranks, RanksError
 
 TIMEOUT_S, PATIENCE_S = 4, 2
 CONTEXT = get_context("forkserver")  # whose processes need not import torch
@@ -58,8 +58,8 @@ def outcomes_of(function: Callable[..., str], *args: Any, ranks: int, left: int,
     found = [outcomes.get(timeout=90) for _ in range(left)]
     for process in processes:
         process.join()
-    # One that hangs comes back after twice the timeout; what is left is for busy CPUs.
-    limit = (TIMEOUT_S if left < ranks else 2 * TIMEOUT_S + PATIENCE_S) + PATIENCE_S + 30
+    # The longest is that of one that hangs and comes back; what is left is for busy CPUs.
+    limit = 2 * TIMEOUT_S + 2 * PATIENCE_S + 30
     assert all(seconds < limit for _, _, seconds in found), found
     return {number: outcome for number, outcome, _ in found}
 
@@ -233,8 +233,8 @@ def test_a_rank_that_is_gone_in_a_reduction_is_named(tmp_path: Path, moment: str
 # ---- agreements ----------------------------------------------------------------------------------------------------
 
 
-def agree(stops: int, how: str) -> str:
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT_S))
+def agree(stops: int, how: str, timeout_s: int = TIMEOUT_S) -> str:
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     with Ranks(group, "in the agreement") as ranks:
         ranks.meet()
         if dist.get_rank() == stops:
@@ -252,6 +252,22 @@ def test_an_agreement_names_the_rank_that_does_not_come(tmp_path: Path, stops: i
     for outcome in found.values():
         assert outcome.startswith(told(stops, "in the agreement")), found
     assert how == "dies" or f"any longer for this rank, {stops}, in the agreement" in comes_back
+
+
+def agree_and_stay() -> str:
+    began = time.monotonic()
+    try:
+        return agree(2, "dies", 60)
+    except RanksError as error:
+        seconds = time.monotonic() - began
+        time.sleep(5 * PATIENCE_S)  # nobody notices that this rank has ended, because it does not end
+        return f"{'soon' if seconds < 5 * PATIENCE_S else 'late'}: RanksError: {error}"
+
+
+def test_who_sees_it_lets_those_know_that_wait_for_it(tmp_path: Path) -> None:
+    found = outcomes_of(agree_and_stay, ranks=4, left=3, store=f"file://{tmp_path}/store")
+    for outcome in found.values():
+        assert outcome.startswith("soon: " + gone(2, "in the agreement")), found
 
 
 # ---- fully_shard ---------------------------------------------------------------------------------------------------
