@@ -249,11 +249,13 @@ class GradAccumulator:
         """Let DistributedDataParallel or ``fully_shard`` reduce the accumulated sums in FP32, and not their roundings.
 
         ``.grad`` is then the mean over ranks, rounded once, and the residual is what it lacks, so that :meth:`finish`
-        and :meth:`gradient` see the mean to the precision of ``buffer``. Twice the bytes of bfloat16 are sent.
+        and :meth:`gradient` see the mean to the precision of ``buffer``.
 
-        DistributedDataParallel: registers a communication hook. Each bucket is reduced as FP32 numbers, sum and
-        residual together, while the backward pass goes on; one bucket at a time has a copy of 4 bytes per element.
-        float32 gradients are reduced as always.
+        DistributedDataParallel: registers a communication hook. Each rank adds its part of every bucket in FP32, in
+        the order of ranks, while the backward pass goes on. Split sums travel to it, and the mean back, as they are
+        stored: in 3 bytes for an element with ``buffer="split24"``, 4 with ``"split32"``, where bfloat16 has 2; one
+        bucket at a time has memory for that. With ``"fp32"``, for float16, and between machines with several ranks
+        each, FP32 values go through an all-reduce. float32 gradients are reduced as always.
 
         ``fully_shard``: also keeps the whole gradients that it adds up with ``set_requires_gradient_sync(False)`` as
         split sums: 3 bytes for each parameter of the model with ``buffer="split24"`` and gradients in bfloat16, 4 with
@@ -270,6 +272,7 @@ class GradAccumulator:
             TypeError: ``model`` is neither.
             RuntimeError: ``model`` has a communication hook already, of somebody else or of an accumulator that is
                 attached still; or ``fully_shard`` keeps whole gradients that were not reduced.
+            accumkern.ranks.RanksError: in a reduction under DistributedDataParallel, another rank is gone.
         """
         self._check_attached()
         if isinstance(model, torch.nn.parallel.DistributedDataParallel):

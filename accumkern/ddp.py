@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accumkern.backends import Kernels
-from accumkern.bucket_mean import BucketMean
+from accumkern.bucket_mean import DOING, BucketMean
 from accumkern.exchange import share_machines
 from accumkern.formats import BUFFERS
 from accumkern.slot import Slot
@@ -184,7 +184,7 @@ class Fp32Reduction:
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=None if is_on_cpu else [buffer.device])
         self._advance()
         if group not in self._by_parts:
-            self._by_parts[group] = not share_machines(group)
+            self._by_parts[group] = not share_machines(group, DOING)
         mean = BucketMean(
             bucket,
             {} if is_shadow else self._slots,

@@ -15,14 +15,20 @@ from accumkern.lost_rank import RollCall
 _ALIGNED = 64  # elements from which each row begins, so that kernels read it in whole cache lines
 
 
-def share_machines(group: dist.ProcessGroup) -> bool:
+def share_machines(group: dist.ProcessGroup, doing: str) -> bool:
     """Return whether some ranks are on one machine and some on others, the same on all ranks, which have to call it.
 
     There a ring between machines enters each of them once, where direct messages come for each rank that is in it.
+
+    Raises:
+        RanksError: a rank does not call it within the timeout of the group's store; ``doing`` says of what.
     """
     store = dist.PrefixStore("accumkern/host", group.get_group_store())
-    store.set(str(group.rank()), socket.gethostname())
-    hosts = store.multi_get([str(rank) for rank in range(group.size())])
+    try:
+        store.set(str(group.rank()), socket.gethostname())
+        hosts = store.multi_get([str(rank) for rank in range(group.size())])
+    except RuntimeError as error:
+        raise RollCall(group, doing).lost(error) from error
     return 1 < len(set(hosts)) < len(hosts)
 
 
