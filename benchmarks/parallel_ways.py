@@ -6,6 +6,7 @@ what the window has left: gradients, and the bytes that are held.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -116,6 +117,12 @@ def loss(scores: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(scores.float().flatten(0, 1), targets.flatten())
 
 
+@functools.cache
+def mesh_of(device_type: str, names: tuple[str, ...]) -> DeviceMesh:
+    """Return a mesh of all ranks, of one or two equal dimensions; its process groups are made once."""
+    return init_device_mesh(device_type, (RANKS,) if len(names) == 1 else (2, RANKS // 2), mesh_dim_names=names)
+
+
 class Way:
     """One process that accumulates; the other ways derive from it.
 
@@ -203,7 +210,7 @@ class FSDP(Way):
     def mesh(self) -> DeviceMesh:
         """Return the mesh on which the model is sharded."""
         self.index = dist.get_rank()
-        return init_device_mesh(self.device.type, (RANKS,))
+        return mesh_of(self.device.type, ("shard",))
 
     def divided(self, model: nn.Sequential) -> nn.Module:
         """Return the model with its parameters sharded, layer by layer."""
@@ -234,7 +241,7 @@ class HSDP(FSDP):
     def mesh(self) -> DeviceMesh:
         """Return a mesh of replicas and shards."""
         self.index = dist.get_rank()
-        return init_device_mesh(self.device.type, (2, RANKS // 2), mesh_dim_names=("replicate", "shard"))
+        return mesh_of(self.device.type, ("replicate", "shard"))
 
 
 class TensorParallel(FSDP):
@@ -245,7 +252,7 @@ class TensorParallel(FSDP):
 
     def divided(self, model: nn.Sequential) -> nn.Module:
         """Return the model with its matrices divided, and sharded over the other dimension of the mesh."""
-        self._mesh = init_device_mesh(self.device.type, (2, 2), mesh_dim_names=("dp", "tp"))
+        self._mesh = mesh_of(self.device.type, ("dp", "tp"))
         parallelize_module(model, self._mesh["tp"], TENSOR_PLAN)
         return super().divided(model)
 
@@ -263,7 +270,7 @@ class Pipeline(DDP):
 
     def divided(self, model: nn.Sequential) -> nn.Module:
         """Return one stage in DistributedDataParallel, and make the schedule."""
-        mesh = init_device_mesh(self.device.type, (2, 2), mesh_dim_names=("dp", "pp"))
+        mesh = mesh_of(self.device.type, ("dp", "pp"))
         self.index, self._stage = mesh.get_local_rank("dp"), mesh.get_local_rank("pp")
         half = len(model) // 2
         part = DistributedDataParallel(

@@ -9,15 +9,24 @@ from pathlib import Path
 
 import torch
 
-_MMAP_THRESHOLD = -3  # of mallopt()
-_LARGE = 16384  # bytes; from here on each block goes back to the system as soon as it is released
+#: Of mallopt(): blocks of 16 kB and more go back to the system as soon as they are released, and all threads share the
+#: memory of the others.
+_SETTINGS = {"M_MMAP_THRESHOLD": (-3, 16384), "M_ARENA_MAX": (-8, 1)}
+
+
+def give_back_blocks() -> None:
+    """Let this process give memory back when it is released; to be called before it has taken much."""
+    for name, setting in _SETTINGS.items():
+        if not ctypes.CDLL(None).mallopt(*setting):
+            raise RuntimeError(f"mallopt({name}) failed; the memory of a process is measured with glibc alone")
 
 
 class PeakMeter:
     """Counts from what is there when it is made.
 
     On a GPU these are the counters of torch's caching allocator. On a CPU it is the memory that Linux has given to the
-    process: a profiler sees no release by gloo's threads. What has to be loaded or made once should have been by then.
+    process, after :func:`give_back_blocks`: a profiler sees no release by gloo's threads. What has to be loaded or made
+    once should have been by then.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,8 +37,6 @@ class PeakMeter:
             self._before = torch.cuda.memory_allocated(device)
             return
         self._libc = ctypes.CDLL(None)
-        if not self._libc.mallopt(_MMAP_THRESHOLD, _LARGE):
-            raise RuntimeError("mallopt() failed; on a CPU, memory of several ranks is measured with glibc alone")
         self._libc.malloc_trim(0)
         self._before = _status("VmRSS")
 

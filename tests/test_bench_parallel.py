@@ -26,6 +26,7 @@ def test_the_ways_divide_one_global_batch() -> None:
 
 
 def of_rank(number: int) -> dict[str, Any]:
+    parallel_ways.mesh_of.cache_clear()  # its groups were those of another test
     batch = parallel_ways.new_batch(SHAPE, CPU)
     truth = bench_parallel.gradients(parallel_ways.Way, SHAPE, batch, torch.float32)
     return bench_parallel.of_rank(parallel_ways.WAYS[number], SHAPE, batch, truth)
@@ -63,6 +64,7 @@ def test_a_meter_sees_the_most_since_its_reset() -> None:
     def block(megabytes: int) -> torch.Tensor:
         return torch.ones(megabytes * 250_000)
 
+    resident.give_back_blocks()
     block(1)  # what torch makes once
     meter = resident.PeakMeter(CPU)
     kept, dropped = block(20), block(30)
