@@ -1,4 +1,4 @@
-"""Checks the committed result files, and makes the README's lines, docs/benchmarks.md and docs/figures/ from them.
+"""Checks the committed result files; makes docs/benchmarks.md, docs/figures/ and parts of other pages from them.
 
 ``python benchmarks/report.py`` writes them; ``--check`` changes nothing, and exits with 1 if they are not what the
 result files say. Every result file has to keep to its schema in ``schemas/`` and to say where it comes from. What is to
@@ -102,6 +102,16 @@ def readme_block(results: Results, drawn: set[str]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def ranks_block(results: Results) -> str:
+    """Return the generated part of docs/distributed.md: how one global batch was divided among ranks."""
+    lines = []
+    for benchmarks in results.values():
+        if "parallel" in benchmarks:
+            content = benchmarks["parallel"]
+            lines += [*SECTIONS["parallel"].full(content), *paragraph(f"{_machine({'parallel': content})}.")]
+    return "\n".join(lines or [NOT_MEASURED]).rstrip() + "\n"
+
+
 def document(results: Results, drawn: set[str]) -> str:
     """Return docs/benchmarks.md."""
     lines = [
@@ -192,7 +202,7 @@ def figures(results: Results) -> Iterator[tuple[str, Figure, Content]]:
 
 
 def write(results: Results, root: Path = ROOT) -> None:
-    """Write the README's block, docs/benchmarks.md and the figures, and remove figures that are none of these."""
+    """Write what is generated of each page, and the figures, and remove figures that are none of these."""
     folder = _figures_folder(root)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = set()
@@ -221,13 +231,17 @@ def differences(results: Results, root: Path = ROOT) -> list[str]:
 
 
 def _texts(results: Results, drawn: set[str], root: Path) -> dict[Path, str]:
-    readme = root / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return {
-        readme: f"{before}{BEGIN}\n{readme_block(results, drawn)}{END}{after}",
-        root / "docs" / "benchmarks.md": document(results, drawn),
+    blocks = {root / "README.md": readme_block(results, drawn), root / "docs" / "distributed.md": ranks_block(results)}
+    return {path: _with_block(path.read_text(), block) for path, block in blocks.items()} | {
+        root / "docs" / "benchmarks.md": document(results, drawn)
     }
+
+
+def _with_block(text: str, block: str) -> str:
+    """Return a text with another generated part."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{block}{END}{after}"
 
 
 def main() -> int:

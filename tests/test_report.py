@@ -282,10 +282,13 @@ def test_the_figure_of_bytes_shows_every_design_of_the_file() -> None:
 def test_what_does_not_show_the_results_is_found(tmp_path: Path) -> None:
     put(tmp_path / "results", "cpu-toy-1-cores", content())
     results = report.load_results(tmp_path / "results")
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
+    readme, of_ranks = tmp_path / "README.md", tmp_path / "docs" / "distributed.md"
+    of_ranks.parent.mkdir()
+    for page in (readme, of_ranks):
+        page.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
     figure = "docs/figures/benchmarks/cpu-toy-1-cores-error.png"
-    assert report.differences(results, tmp_path) == [figure, "README.md", "docs/benchmarks.md"]
+    stale = [figure, "README.md", "docs/distributed.md", "docs/benchmarks.md"]
+    assert report.differences(results, tmp_path) == stale
     report.write(results, tmp_path)
     assert report.differences(results, tmp_path) == []
     assert readme.read_text().startswith("before\n")
