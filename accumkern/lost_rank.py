@@ -121,16 +121,14 @@ class RollCall:
         gone = [rank for rank, how in silent.items() if how == _CLOSED]
         if gone:
             told = named(gone, "is gone (its connection closed)", "are gone (their connections closed)")
-            unsure = ""
-            if notes.error is not None and len(gone) > 1:
-                unsure = (
-                    f"; which of them was first is not known, as the store of the group is gone too ({notes.error})"
-                )
-            return f"{told} {self._doing}{unsure}; see its output"
+            if notes.error is None or len(gone) == 1:
+                return f"{told} {self._doing}; see its output"
+            why = f"as the store of the group is gone too ({notes.error})"
+            return f"{told} {self._doing}; which of them was first is not known, {why}"
         if silent:
             seconds = f"{timeout_of(self._group).total_seconds():g} s, the timeout of the group"
             return f"{named(silent, 'has', 'have')} not come {self._doing} within {seconds}; see its output"
-        left = [rank for rank, missed in notes.found.items() if self._group.rank() in missed]
+        left = [rank for rank, missed in list(notes.found.items()) if self._group.rank() in missed]
         if left:
             told = named(left, "has", "have")
             return f"{told} not waited any longer for this rank, {dist.get_rank()}, {self._doing}"
