@@ -47,6 +47,11 @@ class Member(NamedTuple):
         """``.grad`` of a parameter that is accumulated."""
         return None if self.slot is None else self.slot.param.grad
 
+    @property
+    def laid_out(self) -> Tensor:
+        """``.grad``, or what lies as it will: of a parameter that only other ranks have used, the bucket makes it."""
+        return self.half if self.grad is None else self.grad
+
     def within(self, flat: Tensor, buffer: Tensor) -> Tensor:
         """Return the part of a flat tensor that lies as the gradient does in the bucket's buffer."""
         half = self.half
@@ -105,7 +110,7 @@ class BucketMean:
         """The slots whose residuals belong to the mean, once it is there."""
         if self._format is None or self._format.residual_dtype is None:
             return []
-        return [member.slot for member in self._members if member.slot is not None and member.grad is not None]
+        return [member.slot for member in self._members if member.slot is not None]
 
     # ---- split sums ----
 
@@ -134,9 +139,9 @@ class BucketMean:
         yield
         transfer.wait()
         for member in self._members:
-            if member.slot is not None and member.grad is not None:
+            if member.slot is not None:
                 residual = member.slot.residual_for(member.half, format_.residual_dtype)
-                _in_shape_of(member.grad, residual).copy_(member.within(low, buffer))
+                _in_shape_of(member.laid_out, residual).copy_(member.within(low, buffer))
         torch.autograd.graph.increment_version([member.half for member in self._members])
 
     # ---- FP32 sums, and gradients without residuals ----
@@ -166,8 +171,8 @@ class BucketMean:
             raise RollCall(self._group, DOING).lost(error) from error
         to_store: list[tuple[Tensor, Tensor, Tensor]] = []
         for member in self._members:
-            part, half, grad = member.within(wide, buffer), member.half, member.grad
-            if member.slot is None or grad is None or format_ is None or format_.residual_dtype is None:
+            part, half, grad = member.within(wide, buffer), member.half, member.laid_out
+            if member.slot is None or format_ is None or format_.residual_dtype is None:
                 half.copy_(part.div_(fp32_scalar(self._divide_by, part.device)))
                 continue
             residual = member.slot.residual_for(half, format_.residual_dtype)

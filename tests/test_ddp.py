@@ -273,6 +273,37 @@ def test_mean_in_fp32_of_other_buffers(ranks: Ranks, way: dict[str, Any], buffer
     ranks.run(mean_in_fp32, way, True, buffer)
 
 
+def mean_of_what_one_rank_uses(way: dict[str, Any], buffer: str) -> None:
+    """Every rank has the mean to the same precision, whoever has used the parameter: replicas stay alike."""
+    module = net(BF16, way)
+    model = DistributedDataParallel(module, **way)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    acc = accumkern.attach(optimizer, buffer, master_weights="split32")
+    acc.reduce_in_fp32(model)
+    weight = module.sometimes.weight
+    for window in range(3):
+        truth = fp64_sums([weight])
+        for n in range(5):
+            with model.no_sync() if n < 4 else nullcontext():
+                model(micro_batch(window, n).to(BF16), dist.get_rank() == 0).float().sum().backward()
+        dist.all_reduce(truth[0])
+        assert relative_error([acc.gradient(weight) * dist.get_world_size()], truth) < 1e-5
+        acc.finish(max_norm=1.0)
+        optimizer.step()
+        for param in module.parameters():
+            masters = [torch.empty_like(param, dtype=torch.float32) for _ in range(dist.get_world_size())]
+            dist.all_gather(masters, acc.master_weight(param))
+            assert all(torch.equal(masters[0], other) for other in masters)
+        optimizer.zero_grad()
+    assert module.never.weight.grad is None
+
+
+@pytest.mark.parametrize("buffer", ["split24", "split32", "fp32"])
+@pytest.mark.parametrize("way", [w for w in WAYS.values() if "find_unused_parameters" in w])
+def test_mean_in_fp32_of_what_one_rank_uses(ranks: Ranks, way: dict[str, Any], buffer: str) -> None:
+    ranks.run(mean_of_what_one_rank_uses, way, buffer)
+
+
 def mean_in_fp32_beside_another_default() -> None:
     torch.set_default_dtype(torch.float64)
     try:
