@@ -73,7 +73,7 @@ gpu-kernels: gpu-build
 	$(call run_benchmarks,kernels product finish overhead batch step registers,$(PYTHON),cuda)
 
 gpu-training: gpu-build
-	$(call run_benchmarks,training convergence accuracy reduce whole scale parallel,$(PYTHON),cuda)
+	$(call run_benchmarks,training convergence accuracy reduce whole parallel,$(PYTHON),cuda)
 
 clean:
 	rm -rf $(VENV) build demo dist *.egg-info accumkern/backends/_C.*.so .mypy_cache .pytest_cache .ruff_cache

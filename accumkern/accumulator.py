@@ -310,6 +310,7 @@ class GradAccumulator:
                 reduces in a way that :meth:`backward` refuses.
             accumkern.ranks.RanksError: another rank has failed or is gone.
         """
+        self._check_attached()
         with window_of(model, has_to_reduce=True) as window:
             self._check_parameters()
             self._passes.complete()

@@ -215,6 +215,7 @@ WHEN_DETACHED: dict[str, Callable[[accumkern.GradAccumulator, Tensor], object]] 
     "noise_scale": lambda acc, p: acc.noise_scale(),
     "report": lambda acc, p: acc.report(),
     "reduce_in_fp32": lambda acc, p: acc.reduce_in_fp32(p),  # type: ignore[arg-type]
+    "mean_over_ranks": lambda acc, p: acc.mean_over_ranks(p),  # type: ignore[arg-type]
     "scale": lambda acc, p: setattr(acc, "scale", torch.tensor(0.5)),
     "state_dict": lambda acc, p: acc.state_dict(),
     "empty_state_dict": lambda acc, p: acc.empty_state_dict(),
