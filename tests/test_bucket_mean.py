@@ -19,6 +19,8 @@ from accumkern.bucket_mean import BucketMean
 from accumkern.exchange import Exchange
 from accumkern.formats import BUFFERS, decode, encode
 
+pytestmark = pytest.mark.integration("DistributedDataParallel: reduce_in_fp32")
+
 BF16 = torch.bfloat16
 SHAPES = [(1,), (3,), (7, 11), (1000,), (64, 33), (5,)]
 several = pytest.mark.parametrize("count", [1, 2, 3, 5, 8], ids=lambda count: f"{count} ranks")

@@ -21,7 +21,7 @@ import accumkern
 from accumkern import whole_gradients
 from accumkern.fully_shard_private import sharded_groups, sharded_modules
 
-pytestmark = pytest.mark.integration("fully_shard (FSDP2)")
+pytestmark = pytest.mark.integration("fully_shard (FSDP2): reduce_in_fp32")
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MICRO_BATCHES = 20
