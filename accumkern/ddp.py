@@ -98,7 +98,7 @@ class CommunicationHook:
                 if not is_shadow:
                     # DistributedDataParallel writes the gradients in a callback that it queues later than this one.
                     queue_callback(lambda: queue_callback(reduction.end))
-            if buffer.dtype in HALVES:
+            if buffer.dtype in HALVES and not buffer.is_sparse:
                 future = reduction.start(bucket, self._group, divide_by, is_shadow)
             else:
                 future = self._as_without(buffer, divide_by)

@@ -80,8 +80,11 @@ class DdpWindow(RankWindow):
         reduction = reduction_of(self._model)
         if reduction is not None:
             reduction.begin()
-        for params_of_bucket in _bucketed(used):
-            self._reduce(Bucket(params_of_bucket), reduction)
+        try:
+            for params_of_bucket in _bucketed(used):
+                self._reduce(Bucket(params_of_bucket), reduction)
+        finally:
+            torch.autograd.graph.increment_version([param.grad for param in used])
         if reduction is not None:
             reduction.end()
         self._agreement.meet()
@@ -100,7 +103,7 @@ class DdpWindow(RankWindow):
             self._agreement.meet()
             dist.all_reduce(buffer.mul_(1 / self._agreement.count), group=self._model.process_group)
         for param, part in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            param.grad.copy_(part)
+            param.grad.data.copy_(part)  # without a new version, which gradients of other buckets may have in common
 
     def __enter__(self) -> RankWindow:
         with ExitStack() as stack:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from accumkern.lost_rank import RollCall
 
+_TAG = 0x6D65616E  # of these messages, which are not taken for others in the same group (gloo; NCCL has no tags)
 _ALIGNED = 64  # elements from which each row begins, so that kernels read it in whole cache lines
 
 
@@ -91,7 +92,7 @@ class Exchange:
     def _start(self, pairs: list[tuple[int, Tensor, Tensor]]) -> Transfer:
         """Start to send and receive, as bytes, which every backend takes: (peer, what it gets, what comes from it)."""
         ops = [
-            dist.P2POp(op, tensor.view(torch.uint8), group=self._group, group_peer=peer)
+            dist.P2POp(op, tensor.view(torch.uint8), group=self._group, tag=_TAG, group_peer=peer)
             for peer, *both in pairs
             for op, tensor in zip((dist.isend, dist.irecv), both, strict=True)
             if tensor.numel()

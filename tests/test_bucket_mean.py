@@ -239,3 +239,29 @@ def test_a_bucket_travels_while_the_backward_pass_goes_on(ranks: Ranks) -> None:
     at_once = ["gradient 2", "parts", "means", "gradient 1", "parts", "means", "gradient 0", "parts", "means"]
     for events in ranks.run(order_of_events):
         assert events == (hidden if ranks.backend == "gloo" else at_once)
+
+
+# ---- messages of others -------------------------------------------------------------------------------------------
+
+
+def beside_other_messages() -> None:
+    """The other message comes before those of the exchange on one rank, and after them on the other."""
+    rank = dist.get_rank()
+    other, theirs = torch.full((8,), 77, dtype=torch.uint8), torch.full((8,), float(rank), dtype=BF16)
+    if rank == 0:
+        message = dist.isend(other, 1)
+    exchange = Exchange(dist.group.WORLD, theirs.numel(), "in this test")
+    rows = exchange.rows(theirs)
+    exchange.scatter([theirs], [rows]).wait()
+    if rank == 1:
+        other.zero_()
+        message = dist.irecv(other, 0)
+    message.wait()
+    assert rows.tolist() == [[0.0] * 4, [1.0] * 4]
+    assert other.tolist() == [77] * 8
+
+
+def test_messages_of_others_in_the_same_group_are_not_taken_for_its_own(ranks: Ranks) -> None:
+    if ranks.backend == "nccl":
+        pytest.skip("its messages have no tags")
+    ranks.run(beside_other_messages)

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import accumkern
+from accumkern import ddp_window
 
 pytestmark = pytest.mark.integration("DistributedDataParallel")
 
@@ -302,6 +303,52 @@ def mean_of_what_one_rank_uses(way: dict[str, Any], buffer: str) -> None:
 @pytest.mark.parametrize("way", [w for w in WAYS.values() if "find_unused_parameters" in w])
 def test_mean_in_fp32_of_what_one_rank_uses(ranks: Ranks, way: dict[str, Any], buffer: str) -> None:
     ranks.run(mean_of_what_one_rank_uses, way, buffer)
+
+
+def mean_over_ranks_of_bucket_views() -> None:
+    """Gradients of several buckets may be views of one tensor of DistributedDataParallel: of one version."""
+    ddp_window.BUCKET_BYTES, before = 600, ddp_window.BUCKET_BYTES
+    try:
+        module = net(BF16, {})
+        model = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        acc = accumkern.attach(torch.optim.SGD(module.parameters()), "split32")
+        acc.reduce_in_fp32(model)
+        run_window(model, module, 9, 1, no_sync=False)
+        model.zero_grad(set_to_none=False)
+        truth = fp64_sums(module.parameters())
+        with model.no_sync():
+            run_window(model, module, 0, 8, no_sync=False)
+        acc.mean_over_ranks(model)
+    finally:
+        ddp_window.BUCKET_BYTES = before
+    for p, total in zip(module.parameters(), truth, strict=True):
+        assert p.grad._is_view()
+        dist.all_reduce(total)
+        assert relative_error([acc.gradient(p) * dist.get_world_size()], [total]) < 1e-6
+
+
+def test_mean_over_ranks_of_bucket_views(ranks: Ranks) -> None:
+    ranks.run(mean_over_ranks_of_bucket_views)
+
+
+def mean_in_fp32_beside_sparse_gradients() -> None:
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Embedding(20, 8, sparse=True), nn.Linear(8, 4)).to(device(), BF16)
+    model = DistributedDataParallel(module)
+    acc = accumkern.attach(torch.optim.SGD(module.parameters()), "split32")
+    acc.reduce_in_fp32(model)
+    truth = fp64_sums(module[1].parameters())
+    rows = torch.tensor([3, 4 + dist.get_rank(), 9], device=device())
+    model(rows).float().sum().backward()
+    for p, total in zip(module[1].parameters(), truth, strict=True):
+        dist.all_reduce(total)
+        assert relative_error([acc.gradient(p) * dist.get_world_size()], [total]) < 1e-6
+    used = module[0].weight.grad.to_dense().any(1).nonzero().flatten()
+    assert used.tolist() == [3, *range(4, 4 + dist.get_world_size()), 9]
+
+
+def test_mean_in_fp32_beside_sparse_gradients(ranks: Ranks) -> None:
+    ranks.run(mean_in_fp32_beside_sparse_gradients)
 
 
 def mean_in_fp32_beside_another_default() -> None:
