@@ -22,6 +22,8 @@ from accumkern.torch_private import (
     divides_by_all_ranks,
     has_communication_hook,
     queue_callback,
+    refusal_of_hook,
+    register_communication_hook,
 )
 
 #: Dtypes of gradients whose sums are wider than they are.
@@ -34,12 +36,15 @@ def reduce_in_fp32(model: Any, reduction: Fp32Reduction) -> None:
     Raises:
         RuntimeError: the model has another reduction that has not ended, or a communication hook of somebody else.
     """
+    refusal = refusal_of_hook(model)
+    if refusal is not None:
+        raise RuntimeError(f"model is a DistributedDataParallel with {refusal}; reduce_in_fp32() cannot register one")
     hook = _HOOKS.get(model)
     if hook is None:
         hook = CommunicationHook(model)
         try:
             # A lambda, because DDP compares annotations, and takes none that are strings.
-            model.register_comm_hook(None, lambda state, bucket: hook.start(bucket))
+            register_communication_hook(model, lambda state, bucket: hook.start(bucket))
         except RuntimeError as error:
             raise RuntimeError(
                 f"model has a communication hook already, and DistributedDataParallel takes only one: {error}"

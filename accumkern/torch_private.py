@@ -241,6 +241,28 @@ def has_communication_hook(model: Any) -> bool:
     return bool(model._comm_hooks)
 
 
+def register_communication_hook(model: Any, hook: Callable[[Any, Any], Any]) -> None:
+    """Register a communication hook that copies and pickles of the model, which do not have it, know nothing of.
+
+    Raises:
+        RuntimeError: the model has one already.
+    """
+    known = len(model._comm_hooks)  # a list for its reducer in Python
+    try:
+        model.register_comm_hook(None, hook)
+    finally:
+        del model._comm_hooks[known:]
+
+
+def refusal_of_hook(model: Any) -> str | None:
+    """Return why a DistributedDataParallel takes no communication hook; None if it does."""
+    if model.mixed_precision is not None:
+        return "mixed_precision, which has a communication hook of its own"
+    if model._use_python_reducer:
+        return "torch._dynamo.config.optimize_ddp = 'python_reducer', whose hooks get no buckets"
+    return None
+
+
 def refusal_of_ddp(model: Any) -> str | None:
     """Return why a DistributedDataParallel cannot run without the collectives of its own passes; None if it can."""
     if model.mixed_precision is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import pickle
 import re
 import weakref
 from contextlib import nullcontext
@@ -630,6 +631,37 @@ def test_a_detached_accumulator_leaves_the_bits_of_stock(
 ) -> None:
     """With three ranks, because 1 / 3 rounds."""
     ranks.run(stock_after_detach, dtype, way, ending, ranks=3)
+
+
+def copies() -> None:
+    """Copies and pickles of a model have no communication hook, and know of none."""
+    module = net(BF16, {})
+    model = DistributedDataParallel(module)
+    accumkern.attach(torch.optim.SGD(module.parameters())).reduce_in_fp32(model)
+    copied = copy.deepcopy(model)
+    for other in (copied, pickle.loads(pickle.dumps(model))):
+        acc = accumkern.attach(torch.optim.SGD(other.parameters()))
+        x = micro_batch(0, 0).to(BF16)
+        acc.backward(lambda part, other=other: other(part).float().mean(), x, model=other)
+        acc.reduce_in_fp32(other)
+        run_window(other, other.module, 0, 3, True)
+
+
+def test_copies_of_a_model_have_no_hook(ranks: Ranks) -> None:
+    ranks.run(copies)
+
+
+def without_buckets() -> None:
+    module = net(BF16, {})
+    with torch._dynamo.config.patch(optimize_ddp="python_reducer"):
+        model = DistributedDataParallel(module)
+    acc = accumkern.attach(torch.optim.SGD(module.parameters()))
+    with pytest.raises(RuntimeError, match="python_reducer', whose hooks get no buckets; reduce_in_fp32"):
+        acc.reduce_in_fp32(model)
+
+
+def test_a_reducer_without_buckets_is_refused(ranks: Ranks) -> None:
+    ranks.run(without_buckets)
 
 
 def other_hooks() -> None:
