@@ -282,7 +282,7 @@ class GradAccumulator:
         if not modules:
             raise TypeError(
                 f"model is a {type(model).__name__}; it must be a DistributedDataParallel, or have modules under "
-                "fully_shard"
+                "fully_shard (of a stage of a pipeline: the stage's module)"
             )
         self._rooms.whole.update(whole_gradients.reduce_in_fp32(modules, self._attachment.slots, self._fold))
 

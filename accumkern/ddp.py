@@ -189,7 +189,7 @@ class Fp32Reduction:
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=None if is_on_cpu else [buffer.device])
         self._advance()
         if group not in self._by_parts:
-            self._by_parts[group] = not share_machines(group, DOING)
+            self._by_parts[group] = not share_machines(group, buffer.device, DOING)
         mean = BucketMean(
             bucket,
             {} if is_shadow else self._slots,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -16,21 +17,27 @@ _TAG = 0x6D65616E  # of these messages, which are not taken for others in the sa
 _ALIGNED = 64  # elements from which each row begins, so that kernels read it in whole cache lines
 
 
-def share_machines(group: dist.ProcessGroup, doing: str) -> bool:
+def share_machines(group: dist.ProcessGroup, device: torch.device, doing: str) -> bool:
     """Return whether some ranks are on one machine and some on others, the same on all ranks, which have to call it.
 
     There a ring between machines enters each of them once, where direct messages come for each rank that is in it.
 
+    Args:
+        group: the ranks.
+        device: of the tensors that they exchange.
+        doing: what it is for, for errors.
+
     Raises:
-        RanksError: a rank does not call it within the timeout of the group's store; ``doing`` says of what.
+        RanksError: a rank is gone, or does not call it within the group's timeout.
     """
-    store = dist.PrefixStore("accumkern/host", group.get_group_store())
+    digest = hashlib.sha256(socket.gethostname().encode()).digest()
+    host = torch.tensor([int.from_bytes(digest[:7], "big")], device=device)
+    hosts = host.new_empty(group.size())
     try:
-        store.set(str(group.rank()), socket.gethostname())
-        hosts = store.multi_get([str(rank) for rank in range(group.size())])
+        dist.all_gather_into_tensor(hosts, host, group=group)
     except RuntimeError as error:
         raise RollCall(group, doing).lost(error) from error
-    return 1 < len(set(hosts)) < len(hosts)
+    return 1 < len(set(hosts.tolist())) < len(hosts)
 
 
 class Exchange:

@@ -108,13 +108,14 @@ class FsdpWindow(RankWindow):
             groups = sharded_groups(self._modules)
             if not all(map(is_reduced, groups)):
                 raise ValueError(
-                    "set_requires_gradient_sync(False) or set_requires_all_reduce(False) is set, and acc.backward() "
-                    "reduces the gradients of its batch itself; set it to True before"
+                    "set_requires_gradient_sync(False) or set_requires_all_reduce(False) is set, and acc.backward() and "
+                    "acc.mean_over_ranks() need every pass to reduce; set it to True before"
                 )
             if any(map(has_whole_gradients, groups)):
                 raise ValueError(
                     "fully_shard keeps gradients of earlier passes that were not reduced, which acc.backward() could "
-                    "not put back where memory runs out; run a backward pass before that reduces them"
+                    "not put back where memory runs out, and acc.mean_over_ranks() does not reach; run a backward pass "
+                    "before that reduces them"
                 )
             added_in = [dtypes_of_sums(group) for group in groups if not keeps_split_sums(group)]
             dtypes = {dtype for dtypes in added_in for dtype in dtypes}

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import accumkern
 from accumkern.__main__ import main
 from accumkern.planning import speed, trial
+from accumkern.planning.caveats import rank_warnings
 from accumkern.planning.plan_result import Plan
 from accumkern.planning.protocol import Setup
 
@@ -312,3 +313,12 @@ def plan_that_dies() -> str:
 def test_a_rank_that_dies_is_missed(ranks: Ranks) -> None:
     (_, one), _ = ranks.outcomes(plan_that_dies, ranks=2)
     assert one.startswith("RanksError: rank 1 is gone (its connection closed) in the phase 'what fits'; see its output")
+
+
+def test_processes_that_no_group_joins_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rank_warnings() == []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert rank_warnings() == []  # of something else than torchrun
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    (warning,) = rank_warnings()
+    assert warning.startswith("torchrun has started 4 processes, and they are in no process group")

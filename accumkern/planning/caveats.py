@@ -1,9 +1,11 @@
-"""What a plan warns of: a CPU that was measured for another device, a machine that others used, and BatchNorm."""
+"""What a plan warns of: another device than the one meant, a machine that others used, lone ranks, and BatchNorm."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+
+import torch.distributed as dist
 
 from accumkern.out_of_memory import format_bytes
 from accumkern.planning.protocol import Setup
@@ -57,6 +59,17 @@ def cpu_warnings(setup: Setup, limit: int) -> list[str]:
     return [
         f"setup() puts the model on the CPU, so this is a plan for this machine's CPU with {format_bytes(limit)}, its "
         "speed and all; for a GPU that is not here, predict (--predict, measure=False)"
+    ]
+
+
+def rank_warnings() -> list[str]:
+    """Return a warning where torchrun has started several processes that no process group joins."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count < 2 or not dist.is_available() or dist.is_initialized() or not dist.is_torchelastic_launched():
+        return []
+    return [
+        f"torchrun has started {count} processes, and they are in no process group: each makes a plan of its own, while "
+        "the others use the machine; call torch.distributed.init_process_group() in setup() or before it"
     ]
 
 

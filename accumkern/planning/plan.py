@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from torch.nn.parallel import DistributedDataParallel
 
 from accumkern.out_of_memory import format_bytes, parse_bytes
-from accumkern.planning.caveats import busy_warnings, cpu_warnings, load
+from accumkern.planning.caveats import busy_warnings, cpu_warnings, load, rank_warnings
 from accumkern.planning.fakes import PredictionError, fake_setup
 from accumkern.planning.fit import find_fit, largest, verify
 from accumkern.planning.link import Link, measure_link
@@ -134,7 +134,7 @@ def plan(
             at_most = min(at_most, max(1, math.ceil(effective_batch / count)))
         with Preserved(made, buffer, group, master_weights) as preserved:
             asked = effective_batch, count, link, laws, limit, margin, at_most, noise_windows
-            caveats = [] if memory is None else cpu_warnings(made, limit)
+            caveats = [*rank_warnings(), *([] if memory is None else cpu_warnings(made, limit))]
             plan = _measured_plan(setup, preserved, *asked, caveats, progress)
         # Predictions, losses and the machine may differ.
         return group.gathered(with_schedule(plan) if schedule else plan)[0]
