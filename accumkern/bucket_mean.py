@@ -106,11 +106,11 @@ class BucketMean:
         return self.by_parts(ready) if self._is_by_parts else self.all_reduced(ready)
 
     @property
-    def reduced(self) -> list[Slot]:
-        """The slots whose residuals belong to the mean, once it is there."""
+    def reduced(self) -> list[tuple[Slot, Tensor]]:
+        """The slots whose residuals belong to the mean, once it is there, and the mean."""
         if self._format is None or self._format.residual_dtype is None:
             return []
-        return [member.slot for member in self._members if member.slot is not None]
+        return [(member.slot, member.half) for member in self._members if member.slot is not None]
 
     # ---- split sums ----
 
@@ -192,15 +192,21 @@ class BucketMean:
 def _residual_in_bucket(slot: Slot, format_: Format | None) -> Tensor | None:
     """Return the residual of a gradient that has just been put into a bucket, if it has one, as it lies in memory.
 
-    Where gradients are views of the bucket, ``.grad`` is another tensor than what was folded, with its values.
+    Where gradients are views of the bucket, ``.grad`` is another tensor than what was folded, with its values; and its
+    version is that of all others there, of which DistributedDataParallel zeroes those that are not used.
     """
     grad = slot.param.grad
     residual = slot.residual
     if grad is None or format_ is None or residual is None or residual.dtype is not format_.residual_dtype:
         return None
     folded = slot.written()
-    moved = grad._is_view() and slot.version >= 0 and (folded is None or folded._version == slot.version)
-    return residual if moved or slot.owns(grad) else None
+    if slot.owns(grad):
+        return residual
+    if not grad._is_view() or slot.version < 0:
+        return None
+    if folded is grad and residual.numel() == grad.numel():  # or it was itself zeroed
+        return (_in_shape_of(grad, residual) * (grad != 0)).as_strided((grad.numel(),), (1,))
+    return residual if folded is None or folded._version == slot.version else None
 
 
 def _in_shape_of(grad: Any, residual: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ class Fp32Reduction:
         self._streams: dict[torch.device, Any] = {}
         self._by_parts: dict[dist.ProcessGroup, bool] = {}
         self._in_flight: list[Iterator[None]] = []  # the steps of buckets that are not done, oldest first
-        self._reduced: list[Slot] = []
+        self._reduced: list[tuple[Slot, Tensor]] = []  # with the mean
 
     @property
     def is_on(self) -> bool:
@@ -213,10 +213,11 @@ class Fp32Reduction:
 
     def end(self) -> None:
         """Let the residuals of the means belong to the gradients, now that these are the means."""
-        for slot in self._reduced:
-            if slot.owns(slot.param.grad):  # of a parameter that no rank uses, which is left as it was
-                slot.forget()
-            elif slot.param.grad is not None:
+        for slot, mean in self._reduced:
+            grad: Any = slot.param.grad
+            if slot.owns(grad):  # of a parameter that no rank uses, which is left as it was: the mean over equal ones
+                slot.residual.as_strided(mean.shape, grad.stride()).mul_(mean == grad)
+            elif grad is not None:
                 slot.remember()
         self._reduced = []
 

@@ -352,6 +352,28 @@ def test_mean_in_fp32_beside_sparse_gradients(ranks: Ranks) -> None:
     ranks.run(mean_in_fp32_beside_sparse_gradients)
 
 
+def mean_in_fp32_again_in_a_window(way: dict[str, Any], uses: tuple[bool, ...], buffer: str) -> None:
+    """Several reductions in a window: what one of them does not use keeps its residual, and so do its neighbours."""
+    module = net(BF16, way)
+    model = DistributedDataParallel(module, **way)
+    acc = accumkern.attach(torch.optim.SGD(module.parameters(), lr=0.0), buffer)
+    acc.reduce_in_fp32(model)
+    params = [p for name, p in module.named_parameters() if "never" not in name]
+    truth = fp64_sums(params)
+    for n, use in enumerate(uses):
+        model(micro_batch(0, n).to(BF16), use).float().sum().backward()
+    for p, total in zip(params, truth, strict=True):
+        dist.all_reduce(total)
+        assert relative_error([acc.gradient(p) * dist.get_world_size()], [total]) < 2e-5
+
+
+@pytest.mark.parametrize("buffer", ["split24", "split32", "fp32"])
+@pytest.mark.parametrize("uses", [(True, True), (True, False), (True, True, False)], ids=str)
+@pytest.mark.parametrize("way", [w for w in WAYS.values() if "find_unused_parameters" in w])
+def test_mean_in_fp32_again_in_a_window(ranks: Ranks, way: dict[str, Any], uses: tuple[bool, ...], buffer: str) -> None:
+    ranks.run(mean_in_fp32_again_in_a_window, way, uses, buffer)
+
+
 def mean_in_fp32_beside_another_default() -> None:
     torch.set_default_dtype(torch.float64)
     try:
