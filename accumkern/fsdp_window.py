@@ -108,8 +108,8 @@ class FsdpWindow(RankWindow):
             groups = sharded_groups(self._modules)
             if not all(map(is_reduced, groups)):
                 raise ValueError(
-                    "set_requires_gradient_sync(False) or set_requires_all_reduce(False) is set, and acc.backward() and "
-                    "acc.mean_over_ranks() need every pass to reduce; set it to True before"
+                    "set_requires_gradient_sync(False) or set_requires_all_reduce(False) is set, and acc.backward() "
+                    "and acc.mean_over_ranks() need every pass to reduce; set it to True before"
                 )
             if any(map(has_whole_gradients, groups)):
                 raise ValueError(

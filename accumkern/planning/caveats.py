@@ -68,8 +68,8 @@ def rank_warnings() -> list[str]:
     if count < 2 or not dist.is_available() or dist.is_initialized() or not dist.is_torchelastic_launched():
         return []
     return [
-        f"torchrun has started {count} processes, and they are in no process group: each makes a plan of its own, while "
-        "the others use the machine; call torch.distributed.init_process_group() in setup() or before it"
+        f"torchrun has started {count} processes, and they are in no process group: each makes a plan of its own, "
+        "while the others use the machine; call torch.distributed.init_process_group() in setup() or before it"
     ]
 
 
