@@ -75,10 +75,10 @@ def test_every_script_has_a_section_and_a_schema() -> None:
     scripts = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
     schemas = {path.stem for path in (ROOT / "benchmarks" / "schemas").glob("*.json")} - {"file", "notes"}
     assert scripts == schemas == set(SECTIONS)
-    for target in ("bench", "gpu"):
+    for target, left_out in (("bench", set()), ("gpu", {"scale"})):  # a simulation, which is the same on any machine
         planned = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         run = {name for names in re.findall(r"for name in ([a-z ]+);", planned) for name in names.split()}
-        assert run == scripts, target
+        assert run == scripts - left_out, target
 
 
 def time_quickly(makers: dict[str, Callable[[], timing.Variant]]) -> dict[str, timing.Timing | str]:
