@@ -69,7 +69,7 @@ def rank_warnings() -> list[str]:
         return []
     return [
         f"torchrun has started {count} processes, and they are in no process group: each makes a plan of its own, "
-        "while the others use the machine; call torch.distributed.init_process_group() in setup() or before it"
+        "while the others use the machine; let the script call torch.distributed.init_process_group() at its import"
     ]
 
 
