@@ -1,8 +1,10 @@
 # Everything from a fresh machine. `make demo` and `make test` set up what they need.
-.PHONY: demo test lint bench gpu gpu-build gpu-test gpu-kernels gpu-training clean help
+.PHONY: demo test lint bench gpu clean help
 
 PYTHON ?= python3
 TEXT ?=
+END ?= 1800
+PARTS ?=
 CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,8 +17,8 @@ help:
 	@echo "make demo [TEXT=folder]   train a small GPT in stock bf16, FP32 + autocast and accumkern, and compare"
 	@echo "make test                 lint, types and all tests; with CONSTRAINTS=constraints-floor.txt, on the oldest torch"
 	@echo "make bench                the CPU benchmarks; writes benchmarks/results/"
-	@echo "make gpu                  GPU tests and benchmarks, with the python3 that has torch; installs nothing."
-	@echo "                          Its parts: make gpu-test, gpu-kernels, gpu-training"
+	@echo "make gpu [END=1800]       GPU tests and benchmarks within so many seconds, with the python3 that has torch;"
+	@echo "                          installs nothing, writes gpu-run/. Some of its parts: PARTS=tests,memcheck,kernels"
 	@echo "make lint                 ruff, mypy and the import contract alone"
 	@echo "make clean                remove what the others made"
 
@@ -51,30 +53,16 @@ test: $(BUILT) lint
 	$(BIN)/python -m pytest --numprocesses $(shell nproc) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # Each script writes one result file; one that fails does not keep the others from running, but make says so.
-run_benchmarks = failed=; for name in $(1); do \
-	$(2) benchmarks/bench_$$name.py --device $(3) || failed="$$failed $$name"; \
-	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
-
 bench: $(BUILT)
-	$(call run_benchmarks,$(BENCHMARKS),$(BIN)/python,cpu)
+	failed=; for name in $(BENCHMARKS); do \
+	$(BIN)/python benchmarks/bench_$$name.py --device cpu || failed="$$failed $$name"; \
+	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 	$(BIN)/python benchmarks/report.py
 
 # A GPU machine may have no network: its own python3 has torch, triton, pybind11, rich and pytest, and nvcc is on PATH.
-gpu: gpu-test gpu-kernels gpu-training
-
-gpu-build:
-	ACCUMKERN_BUILD=cuda $(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m accumkern doctor
-
-gpu-test: gpu-build
-	$(PYTHON) -m pytest -m gpu --override-ini addopts= -q
-
-gpu-kernels: gpu-build
-	$(call run_benchmarks,kernels product finish overhead batch step registers,$(PYTHON),cuda)
-
-gpu-training: gpu-build
-	$(call run_benchmarks,training convergence accuracy reduce whole parallel,$(PYTHON),cuda)
+gpu:
+	$(PYTHON) benchmarks/gpu.py --end $(END) --parts "$(PARTS)"
 
 clean:
-	rm -rf $(VENV) build demo dist *.egg-info accumkern/backends/_C.*.so .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build demo dist gpu-run *.egg-info accumkern/backends/_C.*.so .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, installed or not
 
-from harness import backends_on, parser, steps, write_results
+from harness import backends_on, parser, steps, until_interrupted, write_results
 from shapes import MODELS, Shape
 from tables.kernels import COPY, MUL
 from timing import Timing, Variant, allocate, sets_of, time_variants
@@ -264,8 +264,9 @@ def main() -> None:
     cases = chosen_cases(options, arguments)
 
     results: list[dict[str, Any]] = []
-    for case in cases:
-        results += measure(case, device, rounds)
+    with until_interrupted():
+        for case in cases:
+            results += measure(case, device, rounds)
     method = {
         "how": "benchmarks/timing.py; all variants of a case in one run, by turns",
         "rounds": rounds,

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import torch
 from bench_kernels import parse_size
-from harness import parser, steps, write_results
+from harness import parser, steps, until_interrupted, write_results
 from paired import quantiles, summary
 from provenance import version_of
 from step_designs import DESIGNS, BesideWeights, Design, is_installed, package_of, stored_bytes, with_bucket
@@ -265,9 +265,10 @@ def main() -> None:
     buckets = [with_bucket(mebibytes) for mebibytes in BUCKETS_MIB]
     many: list[tuple[int, ...]] = [(SIDE, SIDE)] * (numel // SIDE**2)
     cases: list[tuple[list[tuple[int, ...]], list[type[Any]]]] = [(many, buckets), ([(numel,)], [])]
-    for shapes, more in cases:
-        with steps(f"step, {len(shapes)} tensors") as on_step:
-            results += measured(shapes, [*designs, *more], device, rounds, on_step)
+    with until_interrupted():
+        for shapes, more in cases:
+            with steps(f"step, {len(shapes)} tensors") as on_step:
+                results += measured(shapes, [*designs, *more], device, rounds, on_step)
     method = {
         "how": f"{AT_A_TIME} designs beside the one that they are compared with, and their ends, by turns, one at a "
         "time, forwards and backwards; wall time of everything between two windows, on a GPU until it is done",

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checko
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import torch
-from harness import parser, steps, write_results
+from harness import parser, steps, until_interrupted, write_results
 from paired import quantiles, summary
 from regimes import MAX_NORM, MODELS, REGIMES, Regime, adapted, names_of
 from timing import describe
@@ -74,11 +74,12 @@ def main() -> None:
     device = torch.device(arguments.device)
     text = read_text()
     results: list[dict[str, Any]] = []
-    for name in arguments.regimes:
-        regime = adapted(REGIMES[arguments.device][name], arguments)
-        if regime.designs:
-            with steps(f"training, {name}") as on_step:
-                results += [{"regime": name, **r} for r in Measurement(regime, text, device, on_step).results()]
+    with until_interrupted():
+        for name in arguments.regimes:
+            regime = adapted(REGIMES[arguments.device][name], arguments)
+            if regime.designs:
+                with steps(f"training, {name}") as on_step:
+                    results += [{"regime": name, **r} for r in Measurement(regime, text, device, on_step).results()]
     method = {
         "text": "source text of Python's standard library; its last twentieth is for validation",
         "optimizer": f"AdamW, lr {LEARNING_RATE}, gradients clipped to norm {MAX_NORM:g}",

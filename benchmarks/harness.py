@@ -65,6 +65,15 @@ def steps(title: str) -> Iterator[Callable[[int, int], None]]:
         yield on_step
 
 
+@contextmanager
+def until_interrupted() -> Iterator[None]:
+    """Go on behind the block when Ctrl-C or SIGINT ends it, so that what has been measured by then is written."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted: what has been measured is written", flush=True)
+
+
 def write_results(
     arguments: argparse.Namespace, name: str, method: dict[str, Any], results: list[dict[str, Any]]
 ) -> None:

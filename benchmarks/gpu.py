@@ -1,0 +1,323 @@
+"""Run everything that only a GPU can show, within a given time: tests, checks of memory accesses, benchmarks.
+
+``python benchmarks/gpu.py [--end 540] [--parts tests,kernels] [--output gpu-run]``
+
+Every part is a process of its own with a time limit of its own, so that one that fails, hangs or breaks the GPU's
+context does not end the others. What is not timed goes first, all of it side by side; what is timed has the machine for
+itself, the most valuable first. ``--end`` is the number of seconds after which no part goes on. Logs lie in
+``<output>/logs`` and result files in ``<output>/results``, each as soon as its part has it; a summary comes last.
+Needs torch, pytest and rich; uses nvcc, compute-sanitizer, pytest-xdist and pytest-timeout where they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = sys.executable
+KILL_AFTER = 10  # seconds between the request to end and the end
+LEAST = 10  # seconds: with less than this left a part does not begin
+TOGETHER, ALONE = "together", "alone"
+
+# Test files that share a process: an illegal access ends no other group, and what waits does not hold up what computes.
+# Group -> (files, processes of pytest-xdist, which tests).
+TESTS: dict[str, tuple[tuple[str, ...], int, str | None]] = {
+    "folds": (("kernels", "fold", "fold_into", "layouts", "triton_launch", "slot", "finish", "norm_kernel"), 5, None),
+    "steps": (("step_kernels", "mean_kernel", "training", "optimizers", "master_weights"), 3, None),
+    "ranks": (("ddp", "backward_ranks", "fsdp", "fsdp_whole", "master_ranks", "elastic", "master_checkpoint"), 6, None),
+    "meshes": (
+        ("bucket_mean", "pipeline", "plan_ranks", "plan_link", "tensor_parallel", "meshes", "distributed_checkpoint",
+         "bench_parallel", "token_means", "split_backward", "lost_rank"), 4, None),
+    "graphs": (("gpu", "cuda_graphs"), 0, "captured or graphs"),
+    "gpu": (("gpu",), 2, "not captured"),
+}  # fmt: skip
+REST = "rest"  # of the files, 2 processes
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process.
+
+    Attributes:
+        name: of its log.
+        command: what is run, from the root of the checkout.
+        limit: seconds after which it is ended.
+        when: TOGETHER with others of its kind, before those that are ALONE.
+        environment: variables that it has beside those of this process.
+    """
+
+    name: str
+    command: list[str]
+    limit: int
+    when: str = ALONE
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """A part that has begun."""
+
+    part: Part
+    process: subprocess.Popen[bytes]
+    log: Path
+    begun: float
+    seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Return the part's name."""
+        return self.part.name
+
+
+# ---- the parts ---------------------------------------------------------------------------------------------------
+
+
+def parts(results: Path) -> list[Part]:
+    """Return all parts, the most valuable first; ``results`` is where benchmarks write."""
+    return [*tests(), *sanitizers(), *benchmarks(results, gpus())]
+
+
+def tests() -> list[Part]:
+    """Return the tests that need a GPU, in groups."""
+    grouped = {name for files, _, _ in TESTS.values() for name in files}
+    rest = sorted(path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py"))
+    groups = TESTS | {REST: (tuple(name for name in rest if name not in grouped), 2, None)}
+    # References are computed on the CPU, by many processes at once.
+    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONUTF8": "1"}
+    return [
+        Part(f"tests {group}", pytest_command(files, processes, which), 170, TOGETHER, environment)
+        for group, (files, processes, which) in groups.items()
+    ]
+
+
+def pytest_command(files: tuple[str, ...], processes: int, which: str | None) -> list[str]:
+    """Return what runs the GPU tests of some files."""
+    command = [PYTHON, "-m", "pytest", "-m", "gpu", "--override-ini", "addopts=", "-p", "no:cacheprovider", "-q"]
+    command += ["--tb=short", "-rfEs", "--durations=8"]
+    if is_there("pytest_timeout"):
+        command += ["--timeout=90"]
+    if processes and is_there("xdist"):
+        command += ["-n", str(processes), "--dist", "load"]
+    if which is not None:
+        command += ["-k", which]
+    return [*command, *(f"tests/test_{name}.py" for name in files)]
+
+
+def sanitizers() -> list[Part]:
+    """Return checks of the memory accesses of every kernel, where compute-sanitizer is."""
+    if shutil.which("compute-sanitizer") is None:
+        return []
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}  # each tensor is an allocation
+    return [
+        Part(
+            f"{tool} {backend}",
+            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", PYTHON,
+             "tests/every_kernel.py", backend],
+            170,
+            TOGETHER,
+            environment,
+        )
+        for tool in ("memcheck", "racecheck", "initcheck")
+        for backend in ("cuda", "triton")
+    ]  # fmt: skip
+
+
+def benchmarks(results: Path, gpus: int) -> list[Part]:
+    """Return the benchmarks of a machine with so many GPUs: what is timed is alone."""
+
+    def part(name: str, limit: int, *arguments: str, when: str = ALONE) -> Part:
+        script = f"benchmarks/bench_{name}.py"
+        return Part(name, [PYTHON, script, "--device", "cuda", "--results", str(results), *arguments], limit, when)
+
+    found = [
+        part("convergence", 170, when=TOGETHER),
+        part("kernels", 120, "--sizes", "2^20,2^24,2^26,2^28,2^30", "--models", "GPT-2,Llama-1B"),
+        part("overhead", 60),
+        part("training", 120),
+        part("step", 90),
+        part("finish", 30),
+        part("product", 45),
+        part("batch", 60),
+        part("accuracy", 30),
+    ]
+    if gpus > 1:
+        found += [part(name, 120) for name in ("reduce", "whole", "parallel")]
+    return found
+
+
+def is_there(module: str) -> bool:
+    """Return whether a module can be imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def gpus() -> int:
+    """Return how many GPUs torch finds, asked in another process: this one stays without a context of its own."""
+    asked = subprocess.run(
+        [PYTHON, "-c", "import torch; print(torch.cuda.device_count())"], capture_output=True, text=True, cwd=ROOT
+    )
+    return int(asked.stdout) if asked.returncode == 0 else 0
+
+
+# ---- running -----------------------------------------------------------------------------------------------------
+
+
+class Driver:
+    """Runs parts, and says what came of them."""
+
+    def __init__(self, output: Path, end: float) -> None:
+        self.begun = time.monotonic()
+        self.end = end
+        self.logs = output / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.outcomes: dict[str, str] = {}
+        self.failed: list[str] = []
+
+    def now(self) -> float:
+        """Return the seconds since the beginning."""
+        return time.monotonic() - self.begun
+
+    def run(self, together: list[Part]) -> bool:
+        """Run parts side by side, each until its limit or the end; return whether all of them succeeded."""
+        runs = [run for part in together if (run := self.start(part)) is not None]
+        waiting = list(runs)
+        while waiting:
+            time.sleep(0.1)
+            for run in list(waiting):
+                limit = min(run.part.limit, self.end - run.begun)
+                if run.process.poll() is None and self.now() - run.begun > limit:
+                    stop(run.process)
+                if run.process.poll() is not None:
+                    waiting.remove(run)
+                    self.note(run, was_stopped=self.now() - run.begun > limit)
+        return len(runs) == len(together) and not any(run.process.returncode for run in runs)
+
+    def start(self, part: Part) -> Run | None:
+        """Start a part, if there is time for it."""
+        if self.end - self.now() < LEAST:
+            self.outcomes[part.name] = "left out: no time"
+            self.failed.append(part.name)
+            print(f"== {part.name}: left out at {self.now():.0f} s", flush=True)
+            return None
+        log = self.logs / f"{part.name.replace(' ', '-')}.txt"
+        python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                part.command,
+                cwd=ROOT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path, **part.environment},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a group, with which all that it starts is ended
+            )
+        return Run(part, process, log, self.now())
+
+    def note(self, run: Run, *, was_stopped: bool) -> None:
+        """Note, and print, what came of a part."""
+        code = run.process.returncode
+        last = last_line(run.log)
+        outcome = f"{'ended by its limit' if was_stopped else f'rc {code}'}, {self.now() - run.begun:.0f} s: {last}"
+        self.outcomes[run.name] = outcome
+        if code != 0:
+            self.failed.append(run.name)
+        print(f"== {run.name} (at {self.now():.0f} s): {outcome}", flush=True)
+
+    def summary(self) -> None:
+        """Print what came of every part, and the tests that failed."""
+        print(f"\n======== summary, at {self.now():.0f} s")
+        for log in sorted(self.logs.glob("tests-*.txt")):
+            failures = [line for line in log.read_text(errors="replace").splitlines() if is_failure(line)]
+            for line in failures[:12]:
+                print(f"{log.stem}: {line[:200]}")
+            if len(failures) > 12:
+                print(f"{log.stem}: and {len(failures) - 12} more")
+        for name, outcome in self.outcomes.items():
+            print(f"{name:18s} {outcome[:150]}")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it has started: by request, then by force."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(KILL_AFTER)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log that says something."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip(" =-\r")]
+    return lines[-1] if lines else ""
+
+
+def is_failure(line: str) -> bool:
+    """Return whether a line of pytest's summary names a test that failed."""
+    return re.match(r"(FAILED|ERROR) ", line) is not None
+
+
+def needs_build() -> bool:
+    """Return whether the CUDA kernels are missing, asked in another process."""
+    asked = "from accumkern.backends import _C; raise SystemExit(_C.cuda_targets is None)"
+    return subprocess.run([PYTHON, "-c", asked], cwd=ROOT, capture_output=True).returncode != 0
+
+
+def before(driver: Driver, run: Callable[[list[Part]], bool]) -> bool:
+    """Build what is missing, and say what works on this machine; return whether accumkern can be imported."""
+    if needs_build():
+        run([Part("build", [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"], 180, environment=BUILD)])
+    works = run([Part("doctor", [PYTHON, "-m", "accumkern", "doctor"], 60)])
+    print((driver.logs / "doctor.txt").read_text(errors="replace"), flush=True)
+    return works
+
+
+BUILD = {"ACCUMKERN_BUILD": "cuda"}
+
+
+def main() -> None:
+    """Run the parts that the command line names, or all."""
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("--end", type=float, default=1800, help="seconds after which nothing goes on (default: 1800)")
+    options.add_argument("--parts", help="names or first words of names, as tests,memcheck,kernels; default: all")
+    options.add_argument("--output", type=Path, default=ROOT / "gpu-run", help="folder of logs and results")
+    arguments = options.parse_args()
+    if not os.environ.get("ACCUMKERN_COMMIT") and not (ROOT / ".git").exists():
+        options.error("there is no git history here: set ACCUMKERN_COMMIT to the commit, which result files need")
+    output = arguments.output.resolve()
+    known = parts(output / "results")
+    chosen = known
+    if arguments.parts:
+        names = arguments.parts.split(",")
+        unknown = [name for name in names if not any(is_named(part, name) for part in known)]
+        if unknown:
+            options.error(f"--parts has {', '.join(unknown)}; there are {', '.join(part.name for part in known)}")
+        chosen = [part for part in known if any(is_named(part, name) for name in names)]
+    driver = Driver(output, arguments.end)
+    if before(driver, driver.run):
+        driver.run([part for part in chosen if part.when == TOGETHER])
+        for part in chosen:
+            if part.when == ALONE:
+                driver.run([part])
+    driver.summary()
+    sys.exit(bool(driver.failed))
+
+
+def is_named(part: Part, name: str) -> bool:
+    """Return whether a name is a part's, or its first word."""
+    return name in (part.name, part.name.split()[0])
+
+
+if __name__ == "__main__":
+    main()
