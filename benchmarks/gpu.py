@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,12 +79,18 @@ class Run:
         return self.part.name
 
 
+BUILD = Part(
+    "build", [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"], 300, environment={"ACCUMKERN_BUILD": "cuda"}
+)
+
+
 # ---- the parts ---------------------------------------------------------------------------------------------------
 
 
 def parts(results: Path) -> list[Part]:
     """Return all parts, the most valuable first; ``results`` is where benchmarks write."""
-    return [*tests(), *sanitizers(), *benchmarks(results, gpus())]
+    doctor = Part("doctor", [PYTHON, "-m", "accumkern", "doctor"], 60, TOGETHER)
+    return [doctor, *tests(), *sanitizers(), *benchmarks(results, gpus())]
 
 
 def tests() -> list[Part]:
@@ -162,11 +167,11 @@ def is_there(module: str) -> bool:
 
 
 def gpus() -> int:
-    """Return how many GPUs torch finds, asked in another process: this one stays without a context of its own."""
-    asked = subprocess.run(
-        [PYTHON, "-c", "import torch; print(torch.cuda.device_count())"], capture_output=True, text=True, cwd=ROOT
-    )
-    return int(asked.stdout) if asked.returncode == 0 else 0
+    """Return how many GPUs the driver lists."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    return len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
 
 
 # ---- running -----------------------------------------------------------------------------------------------------
@@ -269,21 +274,9 @@ def is_failure(line: str) -> bool:
 
 
 def needs_build() -> bool:
-    """Return whether the CUDA kernels are missing, asked in another process."""
-    asked = "from accumkern.backends import _C; raise SystemExit(_C.cuda_targets is None)"
+    """Return whether the CUDA kernels are missing, asked in another process; neither takes time to import torch."""
+    asked = "import sys; sys.path.insert(0, 'accumkern/backends'); import _C; sys.exit(_C.cuda_targets is None)"
     return subprocess.run([PYTHON, "-c", asked], cwd=ROOT, capture_output=True).returncode != 0
-
-
-def before(driver: Driver, run: Callable[[list[Part]], bool]) -> bool:
-    """Build what is missing, and say what works on this machine; return whether accumkern can be imported."""
-    if needs_build():
-        run([Part("build", [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"], 180, environment=BUILD)])
-    works = run([Part("doctor", [PYTHON, "-m", "accumkern", "doctor"], 60)])
-    print((driver.logs / "doctor.txt").read_text(errors="replace"), flush=True)
-    return works
-
-
-BUILD = {"ACCUMKERN_BUILD": "cuda"}
 
 
 def main() -> None:
@@ -305,11 +298,12 @@ def main() -> None:
             options.error(f"--parts has {', '.join(unknown)}; there are {', '.join(part.name for part in known)}")
         chosen = [part for part in known if any(is_named(part, name) for name in names)]
     driver = Driver(output, arguments.end)
-    if before(driver, driver.run):
-        driver.run([part for part in chosen if part.when == TOGETHER])
-        for part in chosen:
-            if part.when == ALONE:
-                driver.run([part])
+    if needs_build():
+        driver.run([BUILD])
+    driver.run([part for part in chosen if part.when == TOGETHER])
+    for part in chosen:
+        if part.when == ALONE:
+            driver.run([part])
     driver.summary()
     sys.exit(bool(driver.failed))
 

@@ -91,7 +91,7 @@ def test_parts_are_chosen_by_name(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--output", str(tmp_path), "--parts", "kernel"]
     refused = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "--parts has kernel; there are tests folds" in refused.stderr
+    assert "--parts has kernel; there are doctor, tests folds" in refused.stderr
 
 
 @pytest.mark.slow
