@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
-import signal
 import subprocess
 import sys
-import time
-from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import bench_convergence  # noqa: E402
 import bench_training  # noqa: E402
-import figures  # noqa: E402
 import report  # noqa: E402
 import tables  # noqa: E402
 from paired import median_interval, summary  # noqa: E402
 from regimes import REGIMES, TINY  # noqa: E402
-from tables.convergence import COMPARED_WITH, convergence_summary, convergence_tables  # noqa: E402
 from tables.training import training_tables, verdict  # noqa: E402
 
 import designs  # noqa: E402
@@ -204,149 +197,6 @@ def test_as_many_designs_at_a_time_as_fit_into_memory(monkeypatch: pytest.Monkey
         assert sorted(key for group in found for key in group[1:]) == sorted([*others, "split24"])
 
 
-# ---- the convergence benchmark -----------------------------------------------------------------------------------
-
-
-CONVERGENCE = bench_convergence.REGIMES
-
-
-def convergence_run(design: str, micro_batches: int, total: int = 64) -> bench_convergence.Run:
-    return bench_convergence.Run(design, micro_batches, 1e-3, 1, total, "cpu", CONVERGENCE["cpu"])
-
-
-@pytest.mark.slow
-def test_convergence(tmp_path: Path) -> None:
-    content = run("convergence", tmp_path, "--workers", "2")
-    assert {(r["design"], r["micro_batches"]) for r in content["results"]} == {
-        (design, count) for design in bench_convergence.DESIGN_KEYS for count in (1, 8)
-    }
-    assert {r["learning_rate"] for r in content["results"]} == set(CONVERGENCE["cpu"].learning_rates)
-    assert content["method"]["seeds"] == "2 of 2"
-    for result in content["results"]:
-        assert len(set(result["validation_loss"])) == 2  # the seeds
-        assert all(3 < loss < 5.5 for loss in result["validation_loss"])  # it has learnt something
-        assert ("difference" in result) == (result["design"] != COMPARED_WITH)
-    # 16-bit weights swallow small updates; masters do not.
-    of = {
-        (r["design"], r["micro_batches"], r["learning_rate"]): r["difference"]
-        for r in content["results"]
-        if "difference" in r
-    }
-    for count, rate in ((1, 2e-4), (1, 1e-3), (8, 2e-4), (8, 1e-3)):
-        assert of["split24", count, rate]["low"] > 10 * abs(of["split24_masters", count, rate]["median"])
-
-
-def test_the_losses_are_compared_with_the_design_that_the_tables_name() -> None:
-    assert bench_convergence.REFERENCE == COMPARED_WITH
-    assert set(figures.CONVERGENCE_COLORS) == set(bench_convergence.DESIGN_KEYS) - {COMPARED_WITH}
-
-
-def test_a_run_is_the_same_again() -> None:
-    run_ = convergence_run("split24_masters", 4, total=8)
-    assert bench_convergence.train(run_) == bench_convergence.train(run_)
-
-
-@pytest.mark.parametrize("design", bench_convergence.DESIGN_KEYS)
-def test_a_run_of_a_gpu_but_for_its_size(design: str) -> None:
-    regime = CONVERGENCE["cuda"]
-    assert 10e6 <= bench_convergence.parameters_of(regime) <= 100e6
-    assert regime.windows == (8,)
-    small = replace(regime, width=32, layers=2, heads=1, context=16, batch_size=3)
-    run_ = replace(convergence_run(design, 8, total=64), learning_rate=1e-2, regime=small)
-    loss = bench_convergence.train(run_)
-    assert 3 < loss < 5  # of 5.5 at the beginning
-    found = bench_convergence.result(run_, [loss], [loss])
-    report.check(found, "convergence", design)
-    weights = GPT(32, 2, 1, 16)
-    assert found["parameters"] == sum(param.numel() for param in weights.parameters())
-    assert (found["steps"], found["tokens"]) == (8, 64 * 3 * 16)
-
-
-def test_micro_batches_are_the_same_text_whatever_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Tensor] = []
-
-    class Seeing(GPT):
-        def forward(self, batch: Tensor) -> Tensor:
-            if torch.is_grad_enabled():
-                seen.append(batch)
-            return super().forward(batch)
-
-    monkeypatch.setattr(bench_convergence, "GPT", Seeing)
-    regime = replace(CONVERGENCE["cpu"], batch_size=2)
-    for count in (1, 4):
-        bench_convergence.train(replace(convergence_run("stock_bf16", count, total=8), regime=regime))
-    assert all(batch.shape == (2, 33) for batch in seen)
-    assert torch.equal(torch.stack(seen[:8]), torch.stack(seen[8:]))
-
-
-class OneAfterTheOther(Executor):
-    """A pool whose runs have ended when they are submitted, after so many seconds by their own account."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def submit(self, function: Any, run_: Any) -> Future[Any]:  # type: ignore[override]
-        future: Future[Any] = Future()
-        if run_.design == "split24":
-            future.set_exception(ValueError("no"))
-        else:
-            future.set_result((3.0 + run_.seed, self.seconds))
-        return future
-
-
-@pytest.mark.parametrize(
-    ("taken", "seconds", "seeds"),
-    [(0.0, math.inf, 3), (0.0, 100.0, 3), (99.0, 100.0, 3), (101.0, 100.0, 1), (0.0, 0.0, 1)],
-    ids=["no limit", "fast", "just in time", "too slow", "no time"],
-)
-def test_no_seed_begins_that_would_end_too_late(taken: float, seconds: float, seeds: int) -> None:
-    runs = [
-        replace(convergence_run(design, 8), seed=seed)
-        for seed in range(3)
-        for design in ("split24", "stock_fp32_masters", "autocast")
-    ]
-    pool = OneAfterTheOther(taken)
-    found = dict(bench_convergence.trained(runs, pool, 2, time.monotonic(), seconds))
-    assert {run_.seed for run_ in found} == set(range(seeds))
-    assert len(found) == 3 * seeds  # whole ones
-    results = bench_convergence.results_of([run_ for run_ in runs if run_ in found], found)
-    assert [r["design"] for r in results] == ["split24", "stock_fp32_masters", "autocast"]
-    assert results[0]["error"] == "ValueError: no"
-    assert results[2]["validation_loss"] == [3.0, 4.0, 5.0][:seeds]
-    assert results[2]["difference"]["n"] == seeds
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are looked up in /proc")
-def test_what_ends_the_script_leaves_whole_seeds(tmp_path: Path) -> None:
-    script = str(ROOT / "benchmarks" / "bench_convergence.py")
-    options = "--device cpu --quick --micro-batches 8 --seeds 1000 --workers 2 --results".split()
-    environment = os.environ | {"ACCUMKERN_COMMIT": "0" * 40, "PYTHONPATH": str(ROOT)}
-    script_ = subprocess.Popen(
-        [sys.executable, script, *options, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    assert script_.stdout is not None
-    assert script_.stdout.readline().startswith("convergence: 1 of 1000 seeds after ")
-    children = Path(f"/proc/{script_.pid}/task/{script_.pid}/children").read_text().split()
-    assert len(children) >= 2
-    script_.terminate()
-    assert script_.wait(10) == -signal.SIGTERM
-    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
-    (found,) = report.load_results(tmp_path).values()
-    seeds = int(found["convergence"]["method"]["seeds"].removesuffix(" of 1000"))
-    assert {len(r["validation_loss"]) for r in found["convergence"]["results"]} == {seeds}
-
-
-def test_a_run_that_failed_is_the_result() -> None:
-    run_ = convergence_run("split24", 8)
-    found = bench_convergence.result(run_, [3.0, "OOM"], [3.0, 3.1])
-    assert found["error"] == "OOM"
-    found = bench_convergence.result(run_, [3.0, 3.2], [3.0, "OOM"])
-    assert found["median_loss"] == pytest.approx(3.1)
-    assert "difference" not in found
-    report.check(found, "convergence", "split24")
-
-
 # ---- what the numbers prove --------------------------------------------------------------------------------------
 
 
@@ -377,34 +227,3 @@ def training_result(design: str, ratios: list[float]) -> dict[str, Any]:
 def test_a_verdict_follows_the_interval(ratios: list[float], said: str) -> None:
     results = [training_result("stock_bf16", []), training_result("split24", ratios)]
     assert verdict(results, "window", "stock_bf16") == [f"By the window, {said}.", ""]
-
-
-def test_where_there_is_a_visible_difference_it_is_said() -> None:
-    results = []
-    reference = [3.0, 3.1, 3.2, 3.3, 3.4]
-    for rate, count, less in ((2e-4, 1, 0.02), (2e-4, 8, 0.0), (1e-3, 1, 0.02), (1e-3, 8, -0.01), (1e-3, 64, 0.0)):
-        losses: list[float | str] = [
-            loss + less + noise for loss, noise in zip(reference, (0.001, -0.001, 0.0, 0.002, -0.002), strict=True)
-        ]
-        for design, of_design in (
-            ("stock_bf16", losses),
-            ("stock_fp32_masters", reference),
-            ("split24", ["OOM"] * 5),
-        ):
-            run_ = replace(convergence_run(design, count, total=512), learning_rate=rate)
-            results.append(bench_convergence.result(run_, [*of_design], [*reference]))
-    content = {"results": results}
-    summary_ = convergence_summary(content)
-    said = " ".join(summary_)
-    assert "Validation loss of a GPT of 0.084 million weights after 16,384 tokens" in said
-    older = [{key: value for key, value in r.items() if key != "parameters"} for r in results]
-    assert "Validation loss of a small GPT after" in " ".join(convergence_summary({"results": older}))
-    assert (
-        "stock bf16: the loss is higher than that of stock fp32 + masters at N = 1 (learning rate 0.0002) and N = 1 "
-        "(learning rate 0.001); lower than that of stock fp32 + masters at N = 8 (learning rate 0.001); not to be told "
-        "from that of stock fp32 + masters at N = 8 (learning rate 0.0002) and N = 64 (learning rate 0.001)."
-    ) in said
-    assert "a confidence of 94%: of 5, about 0 would" in said
-    assert "| stock bf16 | +0.02000 (+0.01800 to +0.02200) | +0.00000 (-0.00200 to +0.00200) |" in summary_
-    assert "| **accumkern split24** | OOM | OOM | OOM |" in convergence_tables(content)
-    assert figures.convergence("a machine", content) is not None
