@@ -174,11 +174,12 @@ def processes(workers: int) -> Iterator[ProcessPoolExecutor]:
     context = get_context("spawn")
     # A pipe that this process alone holds open at one end: when that is closed, by it or by its death, workers see it.
     alive, held = context.Pipe(duplex=False)
-    with ProcessPoolExecutor(workers, context, begin, (alive,)) as pool:
+    with held, ProcessPoolExecutor(workers, context, begin, (alive,)) as pool:
         try:
             yield pool
-        finally:
+        except BaseException:
             held.close()
+            raise
 
 
 def begin(alive: Connection) -> None:
