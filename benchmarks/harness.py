@@ -34,6 +34,14 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def at_least_one(text: str) -> int:
+    """Return the number of an option that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: it must be at least 1")
+    return number
+
+
 def backends_on(device: torch.device) -> list[str]:
     """Return the backends that take tensors on a device here."""
     return [name for name in backends.BACKENDS if _runs_on(name, device)]
@@ -74,10 +82,10 @@ def until_interrupted() -> Iterator[None]:
         print("interrupted: what has been measured is written", flush=True)
 
 
-def write_results(
+def save_results(
     arguments: argparse.Namespace, name: str, method: dict[str, Any], results: list[dict[str, Any]]
-) -> None:
-    """Write ``<--results>/<machine>/<name>.json``, and print its tables.
+) -> Content:
+    """Write ``<--results>/<machine>/<name>.json`` and return its content; whoever reads it finds all of it or the last.
 
     Args:
         arguments: what :func:`parser` parsed.
@@ -88,6 +96,16 @@ def write_results(
     content: Content = {"provenance": provenance(torch.device(arguments.device)), "method": method, "results": results}
     folder = arguments.results / folder_name(content["provenance"]["machine"])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    written = folder / f"{name}.json.part"
+    written.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    written.replace(folder / f"{name}.json")
+    return content
+
+
+def write_results(
+    arguments: argparse.Namespace, name: str, method: dict[str, Any], results: list[dict[str, Any]]
+) -> None:
+    """Write the same, and print its tables."""
+    content = save_results(arguments, name, method, results)
     Console(width=140).print(Markdown("\n".join(SECTIONS[name].full(content))))
-    print(f"wrote {folder.name}/{name}.json")
+    print(f"wrote {folder_name(content['provenance']['machine'])}/{name}.json")

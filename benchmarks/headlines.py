@@ -7,7 +7,18 @@ from dataclasses import dataclass
 
 from tables.convergence import COMPARED_WITH
 from tables.kernels import STOCK
-from tables.parts import NOT_MEASURED, Content, Result, fastest, grouped, interval, number, number_of_tensors, table
+from tables.parts import (
+    NOT_MEASURED,
+    Content,
+    Result,
+    fastest,
+    grouped,
+    interval,
+    millions,
+    number,
+    number_of_tensors,
+    table,
+)
 from tables.step import ALONE
 
 MICRO_BATCHES = 8  # of the losses that are shown: the middle of the three that are measured
@@ -76,6 +87,8 @@ def loss(content: Content) -> str | None:
     for rate, of_rate in grouped(results, "learning_rate").items():
         losses = {r["design"]: f"{r['median_loss']:.3f}" for r in of_rate}
         said.append(f"learning rate {rate:g}: {_each(LOSSES, losses)}")
+    if results and "parameters" in results[0]:
+        said[0] = f"{millions(results[0])}, {said[0]}"
     return "<br>".join(said) or None
 
 

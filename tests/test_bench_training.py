@@ -20,14 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import bench_convergence  # noqa: E402
 import bench_training  # noqa: E402
-import figures  # noqa: E402
 import report  # noqa: E402
 import tables  # noqa: E402
 from paired import median_interval, summary  # noqa: E402
 from regimes import REGIMES, TINY  # noqa: E402
-from tables.convergence import COMPARED_WITH, convergence_summary, convergence_tables  # noqa: E402
 from tables.training import training_tables, verdict  # noqa: E402
 
 import designs  # noqa: E402
@@ -200,49 +197,6 @@ def test_as_many_designs_at_a_time_as_fit_into_memory(monkeypatch: pytest.Monkey
         assert sorted(key for group in found for key in group[1:]) == sorted([*others, "split24"])
 
 
-# ---- the convergence benchmark -----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_convergence(tmp_path: Path) -> None:
-    content = run("convergence", tmp_path, "--workers", "2")
-    assert {(r["design"], r["micro_batches"]) for r in content["results"]} == {
-        (design, count) for design in bench_convergence.DESIGN_KEYS for count in (1, 8)
-    }
-    assert {r["learning_rate"] for r in content["results"]} == set(bench_convergence.LEARNING_RATES)
-    for result in content["results"]:
-        assert len(set(result["validation_loss"])) == 2  # the seeds
-        assert all(3 < loss < 5.5 for loss in result["validation_loss"])  # it has learnt something
-        assert ("difference" in result) == (result["design"] != COMPARED_WITH)
-    # 16-bit weights swallow small updates; masters do not.
-    of = {
-        (r["design"], r["micro_batches"], r["learning_rate"]): r["difference"]
-        for r in content["results"]
-        if "difference" in r
-    }
-    for count, rate in ((1, 2e-4), (1, 1e-3), (8, 2e-4), (8, 1e-3)):
-        assert of["split24", count, rate]["low"] > 10 * abs(of["split24_masters", count, rate]["median"])
-
-
-def test_the_losses_are_compared_with_the_design_that_the_tables_name() -> None:
-    assert bench_convergence.REFERENCE == COMPARED_WITH
-    assert set(figures.CONVERGENCE_COLORS) == set(bench_convergence.DESIGN_KEYS) - {COMPARED_WITH}
-
-
-def test_a_run_is_the_same_again() -> None:
-    run_ = bench_convergence.Run("split24_masters", 4, 1e-3, seed=1, total=8, device="cpu")
-    assert bench_convergence.train(run_) == bench_convergence.train(run_)
-
-
-def test_a_run_that_failed_is_the_result() -> None:
-    found = bench_convergence.result("split24", 8, 1e-3, 64, [3.0, "OOM"], [3.0, 3.1])
-    assert found["error"] == "OOM"
-    found = bench_convergence.result("split24", 8, 1e-3, 64, [3.0, 3.2], [3.0, "OOM"])
-    assert found["median_loss"] == pytest.approx(3.1)
-    assert "difference" not in found
-    report.check(found, "convergence", "split24")
-
-
 # ---- what the numbers prove --------------------------------------------------------------------------------------
 
 
@@ -273,27 +227,3 @@ def training_result(design: str, ratios: list[float]) -> dict[str, Any]:
 def test_a_verdict_follows_the_interval(ratios: list[float], said: str) -> None:
     results = [training_result("stock_bf16", []), training_result("split24", ratios)]
     assert verdict(results, "window", "stock_bf16") == [f"By the window, {said}.", ""]
-
-
-def test_where_there_is_a_visible_difference_it_is_said() -> None:
-    results = []
-    reference = [3.0, 3.1, 3.2, 3.3, 3.4]
-    for rate, count, less in ((2e-4, 1, 0.02), (2e-4, 8, 0.0), (1e-3, 1, 0.02), (1e-3, 8, -0.01), (1e-3, 64, 0.0)):
-        losses: list[float | str] = [
-            loss + less + noise for loss, noise in zip(reference, (0.001, -0.001, 0.0, 0.002, -0.002), strict=True)
-        ]
-        results.append(bench_convergence.result("stock_bf16", count, rate, 512, losses, [*reference]))
-        results.append(bench_convergence.result("stock_fp32_masters", count, rate, 512, [*reference], [*reference]))
-        results.append(bench_convergence.result("split24", count, rate, 512, ["OOM"] * 5, [*reference]))
-    content = {"results": results}
-    summary_ = convergence_summary(content)
-    said = " ".join(summary_)
-    assert (
-        "stock bf16: the loss is higher than that of stock fp32 + masters at N = 1 (learning rate 0.0002) and N = 1 "
-        "(learning rate 0.001); lower than that of stock fp32 + masters at N = 8 (learning rate 0.001); not to be told "
-        "from that of stock fp32 + masters at N = 8 (learning rate 0.0002) and N = 64 (learning rate 0.001)."
-    ) in said
-    assert "a confidence of 94%: of 5, about 0 would" in said
-    assert "| stock bf16 | +0.02000 (+0.01800 to +0.02200) | +0.00000 (-0.00200 to +0.00200) |" in summary_
-    assert "| **accumkern split24** | OOM | OOM | OOM |" in convergence_tables(content)
-    assert figures.convergence("a machine", content) is not None

@@ -183,6 +183,9 @@ def test_headlines_answer_from_the_files() -> None:
     answer = headlines.loss({"results": [loss, {**loss, "micro_batches": 64, "median_loss": 9.0}]})
     assert answer is not None
     assert answer.startswith(said)
+    answer = headlines.loss({"results": [{**loss, "parameters": 28_844_544}]})
+    assert answer is not None
+    assert answer.startswith(f"28.8 million weights, {said}")
     steps = [step_result(), step_result(tensors=1), step_result(bucket_bytes=8), step_result(end="mean, step")]
     assert headlines.step({"results": steps}) == "0.50 for weights in 4 tensors, 0.50 for weights in 1 tensor"
     assert headlines.step({"results": [step_result(design="other")]}) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tables.parts import Content, Result, design_name, grouped, paragraph, side_of, table
+from tables.parts import Content, Result, design_name, grouped, millions, paragraph, side_of, table
 
 COMPARED_WITH = "stock_fp32_masters"  # the design that the others' losses are compared with
 
@@ -29,12 +29,17 @@ def convergence_summary(content: Content) -> list[str]:
     seeds = max(len(r.get("validation_loss", [])) for r in results)
     tokens = max(r["tokens"] for r in results)
     lines = paragraph(
-        f"Validation loss of a small GPT after {tokens:,} tokens with N micro-batches in a window, less that of "
-        f"{_reference_label(content)} with the same seed: median of {seeds} seeds and interval."
+        f"Validation loss of {_model(results[0])} after {tokens:,} tokens with N micro-batches in a window, less that "
+        f"of {_reference_label(content)} with the same seed: median of {seeds} seeds and interval."
     )
     for rate, of_rate in grouped(results, "learning_rate").items():
         lines += _by_count(of_rate, _difference, f"learning rate {rate:g}")
     return lines + _differences(content)
+
+
+def _model(result: Result) -> str:
+    """Return what was trained; older files do not have its size."""
+    return f"a GPT of {millions(result)}" if "parameters" in result else "a small GPT"
 
 
 def _reference_label(content: Content) -> str:

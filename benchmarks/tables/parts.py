@@ -71,6 +71,11 @@ def interval(found: Result | None) -> str:
     return f"{found['median']:.3f} ({found['low']:.3f}-{found['high']:.3f})" if found else ""
 
 
+def millions(result: Result) -> str:
+    """Return how many weights were trained."""
+    return f"{number(result['parameters'] / 1e6)} million weights"
+
+
 def number_of_tensors(number: Hashable) -> str:
     """Return a number of tensors in words."""
     return "1 tensor" if number == 1 else f"{number} tensors"
