@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
-BENCHMARKS := kernels product finish overhead batch step training accuracy convergence reduce whole scale parallel registers
+BENCHMARKS := kernels product finish overhead batch step training accuracy convergence reduce whole scale parallel plan registers
 SOURCES := $(wildcard csrc/*) setup.py accumkern/version.py
 
 help:
@@ -73,7 +73,7 @@ gpu-kernels: gpu-build
 	$(call run_benchmarks,kernels product finish overhead batch step registers,$(PYTHON),cuda)
 
 gpu-training: gpu-build
-	$(call run_benchmarks,training convergence accuracy reduce whole parallel,$(PYTHON),cuda)
+	$(call run_benchmarks,training convergence accuracy reduce whole parallel plan,$(PYTHON),cuda)
 
 clean:
 	rm -rf $(VENV) build demo dist *.egg-info accumkern/backends/_C.*.so .mypy_cache .pytest_cache .ruff_cache

@@ -44,6 +44,7 @@ QUICK = {
     "batch": [],
     "scale": [],
     "parallel": [],
+    "plan": [],
 }
 
 
