@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
-BENCHMARKS := kernels product finish overhead batch step training accuracy convergence reduce whole scale parallel registers
+BENCHMARKS := kernels product finish overhead batch step training accuracy convergence reduce whole scale parallel plan registers
 SOURCES := $(wildcard csrc/*) setup.py accumkern/version.py
 
 help:

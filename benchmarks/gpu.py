@@ -147,6 +147,7 @@ def benchmarks(results: Path, gpus: int) -> list[Part]:
 
     found = [
         part("convergence", 170, "--seconds", "120", when=TOGETHER),
+        part("plan", 170, when=TOGETHER),
         part("kernels", 120, "--sizes", "2^20,2^24,2^26,2^28,2^30", "--models", "GPT-2,Llama-1B"),
         part("overhead", 60),
         part("training", 120),

@@ -45,6 +45,7 @@ QUICK = {
     "batch": [],
     "scale": [],
     "parallel": [],
+    "plan": [],
 }
 
 

@@ -14,6 +14,7 @@ from tables.kernels import kernels_summary, kernels_tables
 from tables.overhead import overhead_summary, overhead_tables
 from tables.parallel import parallel_summary, parallel_tables
 from tables.parts import Section
+from tables.plan import plan_summary, plan_tables
 from tables.product import product_summary, product_tables
 from tables.reduce import reduce_summary, reduce_tables
 from tables.registers import registers_tables
@@ -37,5 +38,6 @@ SECTIONS = {
     "scale": Section("The mean over many ranks, simulated", scale_tables, scale_summary),
     "parallel": Section("One global batch among ranks", parallel_tables, parallel_summary),
     "whole": Section("Whole gradients under fully_shard", whole_tables, whole_summary),
+    "plan": Section("Memory, predicted and measured", plan_tables, plan_summary),
     "registers": Section("Registers of the GPU kernels", registers_tables),
 }
