@@ -5,8 +5,8 @@
 The gradient of a linear layer's weight is a product of two matrices, ``dy.T @ x``, and what adds it finds it partly in
 the cache. It is added by a split24 fold, or by torch in bfloat16 or FP32. Or it is added within the product, on CUDA
 only: by torch to an FP32 sum, ``torch.addmm(out, a, b, out_dtype=torch.float32, out=out)``, or to a split sum by
-``product_kernels.py``, whose product alone is timed too. That takes a linear layer of its own, since autograd hands over
-products. Writes ``benchmarks/results/<machine>/product.json``.
+``product_kernels.py``, whose product alone is timed too. That takes a linear layer of its own, since autograd hands
+over products. Writes ``benchmarks/results/<machine>/product.json``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 SHAPES = {"cpu": "1024x512x512,1024x512x128", "cuda": "8192x4096x4096,4096x4096x2048"}
 QUICK_SHAPES = "128x64x32"
 SECONDS_EACH = 2.5
-# What is computed before a variant of product_kernels.py is timed: more tiles than programs, and tiles that end outside.
+# What product_kernels.py computes before it is timed: more tiles than programs, and some that end outside.
 CHECKED_SHAPES = {"cpu": (160, 272, 80), "cuda": (2064, 2064, 208)}
 
 BY_TRITON = {

@@ -13,10 +13,10 @@ def product_tables(content: Content) -> list[str]:
     """Return a table of all ways for each shape."""
     with_host = not on_cpu(content)
     lines = paragraph(
-        "The gradient of a weight, a product in bf16, and its addition to a sum: by torch, by a split24 fold, or within "
-        "the product (`torch.addmm(sum, a, b, out_dtype=torch.float32, out=sum)`, and a kernel in Triton, "
-        "`benchmarks/product_kernels.py`), which takes a linear layer of its own. *More* is the time beyond that of the "
-        "product."
+        "The gradient of a weight, a product in bf16, and its addition to a sum: by torch, by a split24 fold, or "
+        "within the product (`torch.addmm(sum, a, b, out_dtype=torch.float32, out=sum)`, and on CUDA a kernel in "
+        "Triton, `benchmarks/product_kernels.py`), which takes a linear layer of its own. *More* is the time beyond "
+        "that of the product."
     )
     for shape, results in _by_shape(content):
         rows = []
