@@ -3,6 +3,7 @@
 A program of its own, because triton compiles only outside of its interpreter::
 
     python compile_kernels.py triton 90    kernel -> format-start[-partials] -> what it does, for sm_90
+    python compile_kernels.py product 90   tile -> format -> what the kernels of benchmarks/product_kernels.py do
     python compile_kernels.py cuda 90      kernel -> format -> what it does; nvcc must be on PATH
 
 A step has an update and two formats, of weights and of gradients: update-format-format[-start].
@@ -78,6 +79,15 @@ def half_nans(ptx: str) -> int:
     return len(re.findall(r"\bselp\.b(?:16|32)\s.*\b(?:32256|0x7E00)\b", ptx))
 
 
+def describe_compiled(compiled: Any) -> dict[str, int]:
+    """Return the same of a kernel that triton has compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        (counts,) = describe_functions(cubin).values()
+    return counts
+
+
 def compile_triton(architecture: int) -> dict[str, Any]:
     report: dict[str, Any] = {}
 
@@ -92,10 +102,7 @@ def compile_triton(architecture: int) -> dict[str, Any]:
         source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
         options = NORM_OPTIONS if name == "norm_kernel" else OPTIONS
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / "kernel.cubin"
-            cubin.write_bytes(compiled.asm["cubin"])
-            (counts,) = describe_functions(cubin).values()
+        counts = describe_compiled(compiled)
         counts |= arithmetic(compiled.asm["ptx"]) | {"half_nans": half_nans(compiled.asm["ptx"])}
         report.setdefault("rescale_kernel" if constants.get("RESCALES") else name, {})[variant] = counts
 
@@ -158,6 +165,36 @@ def build_steps(build: Callable[[str, str, dict[str, str], dict[str, Any]], None
                 build("step_list_kernel", variant, arguments, constants)
 
 
+def compile_product(architecture: int) -> dict[str, Any]:
+    """Compile as for large products, whose addresses and sizes are multiples of 16."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import product_kernels
+
+    report: dict[str, Any] = {}
+    for tile in product_kernels.TILES:
+        for format_, residual in ((Format.SPLIT24, "*i8"), (Format.SPLIT32, "*i16")):
+            kernel = product_kernels.streamed_kernel
+            constants = {"FORMAT": int(format_), "ROWS": tile.rows, "COLUMNS": tile.columns, "INNER": tile.inner}
+            constants |= {"PART": tile.part}
+            if tile.kernel == "pointers":
+                kernel = product_kernels.product_kernel
+            else:
+                constants["SPECIALIZED"] = tile.kernel == "specialized"
+            arguments = dict.fromkeys(("dy_ptr", "x_ptr", "sum_ptr"), "*bf16") | {"residual_ptr": residual}
+            arguments |= dict.fromkeys(("rows", "columns", "inner"), "i32")
+            multiples = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in arguments}
+            signature = arguments | dict.fromkeys(constants, "constexpr")
+            source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, multiples)
+            options = {"num_warps": tile.warps, "num_stages": tile.stages}
+            compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+            counts = describe_compiled(compiled) | {"SHARED": compiled.metadata.shared}
+            for name, instruction in (("wgmma", "wgmma.mma_async"), ("tma", "cp.async.bulk.tensor")):
+                counts[name] = compiled.asm["ptx"].count(instruction)
+            counts["specialized"] = compiled.asm["ttgir"].count("ttg.warp_specialize(")
+            report.setdefault(str(tile), {})[format_.name] = counts
+    return report
+
+
 # The CUDA kernels' types -> formats, and updates without and with what their template's argument says.
 CUDA_FORMATS = {
     "Split24": Format.SPLIT24,
@@ -217,5 +254,7 @@ def compile_cuda(architecture: int) -> dict[str, Any]:
     return report
 
 
+COMPILERS = {"triton": compile_triton, "product": compile_product, "cuda": compile_cuda}
+
 if __name__ == "__main__":
-    print(json.dumps({"triton": compile_triton, "cuda": compile_cuda}[sys.argv[1]](int(sys.argv[2]))))
+    print(json.dumps(COMPILERS[sys.argv[1]](int(sys.argv[2]))))

@@ -154,7 +154,7 @@ def test_a_product_is_added_in_every_way(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1)
     shape = bench_product.parse_shape("6x5x4")
     buffers = bench_product.Buffers(*shape, CPU)
-    product = buffers.left[0] @ buffers.right[0]
+    product = buffers.dy[0].t() @ buffers.x[0]
     for dtype in (torch.bfloat16, torch.float32):
         before = buffers.sums(dtype)[0].clone()
         bench_product.added_by_torch(buffers, dtype).run(0)
@@ -170,8 +170,10 @@ def test_a_product_is_added_in_every_way(monkeypatch: pytest.MonkeyPatch) -> Non
         report.check(result, "product", "results")
     assert "aten::addmm.dtype_out" in found["addmm(out_dtype=fp32), in place"]["error"]  # no silent gap on a CPU
     assert found["product, fp32.add_(bf16)"]["over_product"] > 0
-    with pytest.raises(bench_product.argparse.ArgumentTypeError, match="'2x3': three sizes are needed"):
-        bench_product.parse_shape("2x3")
+    assert bench_product.parse_shapes("2x3x4,5x6x7") == [(2, 3, 4), (5, 6, 7)]
+    for text in ("2x3", "2x3x4,", "2x0x4"):
+        with pytest.raises(bench_product.argparse.ArgumentTypeError, match="three sizes are needed"):
+            bench_product.parse_shapes(text)
 
 
 def test_memory_that_is_not_there_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,6 +228,21 @@ def test_triton_makes_one_nan_of_all_in_float16() -> None:
             assert counts["half_nans"] == expected * elements, f"{kernel} {name}: {counts}"
 
 
+def test_products_that_add_to_a_split_sum() -> None:
+    """Hopper's own matrix products, all in flight in what shared memory there is; tiles come and go by hardware."""
+    report = compiled("product", 90)
+    assert len(report) == 5
+    for tile, formats in report.items():
+        for name, counts in formats.items():
+            where = f"{tile} {name}: {counts}"
+            assert counts["wgmma"] > 0, where
+            assert (counts["tma"] > 0) == ("pointers" not in tile), where
+            assert counts["specialized"] == ("specialized" in tile), where
+            assert counts["SHARED"] <= 227 * 1024, where
+            if name == Format.SPLIT24.name:
+                assert not any(key.startswith(("LDL", "STL")) for key in counts), where
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: f"sm_{a}")
 def test_cuda(architecture: int) -> None:
