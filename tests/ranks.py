@@ -96,9 +96,9 @@ def device() -> torch.device:
 
 
 def full(tensor: Tensor | None) -> Tensor:
-    """Return the whole of a tensor that may be spread over the ranks."""
+    """Return the whole of a tensor that may be spread over the ranks; of shards on the CPU, where NCCL is not, too."""
     assert tensor is not None
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.to(device()).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _serve(connection: Connection) -> None:

@@ -220,7 +220,7 @@ def ddp_collectives() -> None:
 
 
 def test_ddp_reduces_once_in_a_window(ranks: Ranks) -> None:
-    ranks.run(ddp_collectives)
+    ranks.run(ddp_collectives, at_least=2)
 
 
 def ddp_in_no_sync() -> None:
@@ -356,7 +356,7 @@ def ddp_with_unused(dtype: torch.dtype, in_fp32: bool) -> None:
         whole.zero_grad()
         whole.scarce = Scarce(PLENTY)
         loss_of(whole)(batch_of(6)).backward()
-        own = torch.zeros(9, 9) if whole.sometimes.weight.grad is None else whole.sometimes.weight.grad
+        own = torch.zeros(9, 9, device=device()) if whole.sometimes.weight.grad is None else whole.sometimes.weight.grad
         dist.all_reduce(own)
         torch.testing.assert_close(module.sometimes.weight.grad, own * 2 / dist.get_world_size())
 

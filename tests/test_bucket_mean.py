@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import accumkern
 from accumkern.bucket_mean import BucketMean
 from accumkern.exchange import Exchange
-from accumkern.formats import BUFFERS, decode, encode
+from accumkern.formats import BUFFERS, decode, divide, encode
 
 pytestmark = pytest.mark.integration("DistributedDataParallel: reduce_in_fp32")
 
@@ -72,7 +72,7 @@ def bits(group: Any, buffer: str, **way: Any) -> list[tuple[Tensor, Tensor]]:
             total, *others = gathered(acc_alone.gradient(q), group)
             for other in others:
                 total = total + other
-            half, low = encode(format_, total / dist.get_world_size(group))
+            half, low = encode(format_, divide(total, dist.get_world_size(group)))
             assert torch.equal(p.grad, half)
             assert torch.equal(acc.gradient(p), decode(format_, half, low))
             means.append((p.grad.clone(), acc.gradient(p)))

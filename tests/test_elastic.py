@@ -225,7 +225,7 @@ def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:
 
 @pytest.mark.parametrize("in_fp32", [True, False], ids=["FP32", "bfloat16"])
 def test_the_mean_is_that_of_the_sums_with_their_residuals(ranks: Ranks, in_fp32: bool) -> None:
-    for error in ranks.run(means, in_fp32, ranks=3):
+    for error in ranks.run(means, in_fp32, ranks=3, at_least=2):
         assert error < (1e-6 if in_fp32 else 1e-2)
         assert in_fp32 or error > 1e-4
 
@@ -303,7 +303,7 @@ def measured() -> int:
 
 
 def test_what_is_measured_begins_again_with_the_mean(ranks: Ranks) -> None:
-    assert set(ranks.run(measured)) == {3}
+    assert set(ranks.run(measured, at_least=2)) == {3}
 
 
 # ---- torchrun ------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 import accumkern
 from accumkern.fold import Fold
+from accumkern.formats import divide
 from accumkern.sharded import RunningShard
 
 pytestmark = pytest.mark.integration("fully_shard (FSDP2)")
@@ -358,7 +359,7 @@ def norms(dtype: torch.dtype, mesh_shape: tuple[int, ...]) -> None:
         for max_norm in (None, 0.25):
             optimizer.zero_grad()
             run_window(model, dtype, 5)
-            wide = [full(acc.gradient(p)) / 7 for p in model.parameters()]
+            wide = [divide(full(acc.gradient(p)), 7.0) for p in model.parameters()]
             truth = torch.linalg.vector_norm(torch.cat([w.flatten() for w in wide]).double(), norm_type)
             finished = acc.finish(divide_by=torch.tensor(7, device=device()), max_norm=max_norm, norm_type=norm_type)
             torch.testing.assert_close(finished.norm.double(), truth, rtol=1e-6, atol=0)

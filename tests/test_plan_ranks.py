@@ -311,6 +311,8 @@ def plan_that_dies() -> str:
 
 
 def test_a_rank_that_dies_is_missed(ranks: Ranks) -> None:
+    if ranks.backend == "nccl":
+        pytest.skip("NCCL ends the other processes")
     (_, one), _ = ranks.outcomes(plan_that_dies, ranks=2)
     assert one.startswith("RanksError: rank 1 is gone (its connection closed) in the phase 'what fits'; see its output")
 
