@@ -6,7 +6,7 @@ Every part is a process of its own with a time limit of its own, so that one tha
 context does not end the others. What is not timed goes first, all of it side by side; what is timed has the machine for
 itself, the most valuable first. ``--end`` is the number of seconds after which no part goes on. Logs lie in
 ``<output>/logs`` and result files in ``<output>/results``, each as soon as its part has it; a summary comes last.
-Needs torch, pytest and rich; uses nvcc, compute-sanitizer, pytest-xdist and pytest-timeout where they are.
+Needs torch, pytest, rich, nvcc and compute-sanitizer; uses pytest-xdist and pytest-timeout where they are.
 """
 
 from __future__ import annotations
@@ -120,14 +120,13 @@ def pytest_command(files: tuple[str, ...], processes: int, which: str | None) ->
 
 
 def sanitizers() -> list[Part]:
-    """Return checks of the memory accesses of every kernel, where compute-sanitizer is."""
-    if shutil.which("compute-sanitizer") is None:
-        return []
+    """Return checks of the memory accesses of every kernel."""
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}  # each tensor is an allocation
     return [
         Part(
             f"{tool} {backend}",
-            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", PYTHON,
+            [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", PYTHON,
              "tests/every_kernel.py", backend],
             170,
             TOGETHER,
@@ -211,22 +210,30 @@ class Driver:
     def start(self, part: Part) -> Run | None:
         """Start a part, if there is time for it."""
         if self.end - self.now() < LEAST:
-            self.outcomes[part.name] = "left out: no time"
-            self.failed.append(part.name)
-            print(f"== {part.name}: left out at {self.now():.0f} s", flush=True)
+            self.leave_out(part, "left out: no time")
             return None
         log = self.logs / f"{part.name.replace(' ', '-')}.txt"
         python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                part.command,
-                cwd=ROOT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path, **part.environment},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a group, with which all that it starts is ended
-            )
+        try:
+            with log.open("wb") as file:
+                process = subprocess.Popen(
+                    part.command,
+                    cwd=ROOT,
+                    env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path, **part.environment},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # a group, with which all that it starts is ended
+                )
+        except OSError as error:
+            self.leave_out(part, f"cannot be started: {error}")
+            return None
         return Run(part, process, log, self.now())
+
+    def leave_out(self, part: Part, why: str) -> None:
+        """Note, and print, why a part has not begun."""
+        self.outcomes[part.name] = why
+        self.failed.append(part.name)
+        print(f"== {part.name} (at {self.now():.0f} s): {why}", flush=True)
 
     def note(self, run: Run, *, was_stopped: bool) -> None:
         """Note, and print, what came of a part."""

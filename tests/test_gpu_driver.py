@@ -65,6 +65,13 @@ def test_nothing_begins_when_the_time_is_over(tmp_path: Path) -> None:
     assert not list((tmp_path / "logs").iterdir())
 
 
+def test_a_program_that_is_missing_is_told_of(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, end=60)
+    assert not driver.run([Part("missing", ["/no/such/program"], 10), part("works", "pass")])
+    assert "cannot be started" in driver.outcomes["missing"]
+    assert "rc 0" in driver.outcomes["works"]
+
+
 def test_failed_tests_are_named_in_the_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     driver = Driver(tmp_path, end=60)
     driver.run([part("tests some", "print('FAILED tests/test_x.py::test_y - nothing'); print('1 failed in 2s')")])
