@@ -56,8 +56,8 @@ class Tile(NamedTuple):
         return f"{self.rows}x{self.columns}x{self.inner}, {self.stages} stages, {self.kernel}"
 
 
-# Triton 3.6 does not compile a specialized tile that is taken apart, so such a one is folded as a whole, and where it is
-# large, less of the factors is on its way. A tile of 128 x 128 by pointers leaves room for a second program, which
+# Triton 3.6 does not compile a specialized tile that is taken apart, so such a one is folded as a whole, and where it
+# is large, less of the factors is on its way. A tile of 128 x 128 by pointers leaves room for a second program, which
 # multiplies while the first one folds.
 TILES = (
     Tile(128, 256, 64, part=64, stages=3, warps=8, kernel="streamed"),
