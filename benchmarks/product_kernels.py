@@ -6,8 +6,8 @@ product in FP32, which nothing has rounded. Of sum and residual 3 or 4 bytes an 
 the least that such a sum can move; the product itself never lies in memory.
 
 Two kernels do it. One works for all sizes, with pointers and masks, a program for each tile. The other is persistent
-and for Hopper: the hardware copies tiles (TMA), and the factors of a program's next tile come while a tile is folded.
-Where it is specialized, warps of their own do that, and what a tile is added to comes during its product.
+and for Hopper: the hardware copies tiles (TMA). The first factors of the next tile come while a tile is folded, and
+what a tile is added to comes into the cache during its product. Or it is specialized: warps of their own copy factors.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class Tile(NamedTuple):
         return f"{self.rows}x{self.columns}x{self.inner}, {self.stages} stages, {self.kernel}"
 
 
-# Triton 3.6 does not compile a specialized tile that is taken apart, so such a one is folded as a whole. A tile of
-# 128 x 128 by pointers leaves room for a second program, which multiplies while the first one folds.
+# Triton 3.6 does not compile a specialized tile that is taken apart, so such a one is folded as a whole, and where it
+# is large, less of the factors is on its way. A tile of 128 x 128 by pointers leaves room for a second program, which
+# multiplies while the first one folds.
 TILES = (
     Tile(128, 256, 64, part=64, stages=3, warps=8, kernel="streamed"),
     Tile(128, 128, 64, part=128, stages=4, warps=4, kernel="specialized"),
-    Tile(128, 256, 64, part=256, stages=2, warps=4, kernel="specialized"),
-    Tile(128, 256, 64, part=64, stages=4, warps=8, kernel="pointers"),
+    Tile(128, 256, 32, part=256, stages=4, warps=4, kernel="specialized"),
     Tile(128, 128, 64, part=64, stages=3, warps=4, kernel="pointers"),
 )
 
@@ -86,6 +86,23 @@ def multiply(dy, x, product):
     if INTERPRETED:
         dy, x = widen(dy), widen(x)
     return tl.dot(tl.trans(dy), x, product)
+
+
+@triton.jit
+def prefetch(ptr, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Ask for the memory of a tile, row by row, so that it is in the cache when the tile is folded."""
+    if not INTERPRETED:
+        i = row + tl.arange(0, ROWS)
+        numel = tl.where(i < rows, min(columns - column, COLUMNS), 0)
+        tl.inline_asm_elementwise(
+            """{ .reg .pred inside; setp.ne.s32 inside, $2, 0;
+            @inside cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""",
+            "=r,l,r",
+            [ptr + i.to(tl.int64) * columns + column, numel * (ptr.dtype.element_ty.primitive_bitwidth // 8)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -190,6 +207,9 @@ def streamed_kernel(
         tl.program_id(0), tiles, tl.num_programs(0), flatten=not SPECIALIZED, warp_specialize=SPECIALIZED
     ):
         row, column = corner(tile, rows, columns, ROWS, COLUMNS)
+        if FORMAT != PRODUCT_ALONE and not SPECIALIZED:  # where triton does not compile it
+            prefetch(sum_ptr, row, column, rows, columns, ROWS, COLUMNS)
+            prefetch(residual_ptr, row, column, rows, columns, ROWS, COLUMNS)
         product = tl.zeros((ROWS, COLUMNS), tl.float32)
         for begin in range(0, inner, INNER):
             product = multiply(dy.load([begin, row]), x.load([begin, column]), product)
