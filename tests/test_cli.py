@@ -27,7 +27,7 @@ from accumkern.planning.script import Script  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread", "old_objects_aside")
 
-PREDICT = ["--predict", "--memory", "1MB", "--effective-batch", "64"]
+PREDICT = ["--predict", "--memory", "1GB", "--effective-batch", "64"]
 SETUP = """
     import torch
     from torch import nn

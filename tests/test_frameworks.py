@@ -766,7 +766,7 @@ def test_a_script_names_a_thing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     sweep = ["--effective-batches", "4", "--samples", "16", "--micro-batch", "4", "--json"]
     for name in ("thing", "make"):
         assert (
-            main(["plan", f"{script}:{name}", "--predict", "--memory", "1MB", "--effective-batch", "64", "--json"]) == 0
+            main(["plan", f"{script}:{name}", "--predict", "--memory", "1GB", "--effective-batch", "64", "--json"]) == 0
         )
         assert json.loads(capsys.readouterr().out)["choice"]["effective_batch"] == 64
         plan = ["--effective-batch", "8", "--largest-micro-batch", "2", "--noise-windows", "4", "--json"]

@@ -137,7 +137,7 @@ def test_a_measured_plan_has_the_warning_and_a_prediction_has_not(clock: Clock) 
     (warning,) = plan.warnings
     assert "samples see each other" in warning
     assert f"- warning: {warning}" in str(plan)
-    assert accumkern.plan(contrastive, **asked, memory="1MB", measure=False).warnings == ()  # type: ignore[arg-type]
+    assert accumkern.plan(contrastive, **asked, memory="1GB", measure=False).warnings == ()  # type: ignore[arg-type]
 
 
 # ---- the machine -------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_the_first_line_says_what_was_measured(clock: Clock) -> None:
 
 
 def test_a_plan_ends_with_what_to_set() -> None:
-    plan = accumkern.plan(mlp, effective_batch=96, largest_micro_batch=24, memory="1MB", measure=False)
+    plan = accumkern.plan(mlp, effective_batch=96, largest_micro_batch=24, memory="1GB", measure=False)
     lines = str(plan).splitlines()
     lines = lines[lines.index("What to set: micro-batch 24, accumulation steps 4, ranks 1: effective batch 96") + 1 :]
     attach = "accumkern.attach(optimizer, 'split24', master_weights='split32'"
@@ -234,5 +234,5 @@ def test_a_batch_far_from_the_recipes_has_no_rule_for_beta2() -> None:
 
 
 def test_a_prediction_without_a_batch_says_that_it_is_no_reason_to_train_with_it() -> None:
-    plan = accumkern.plan(mlp, memory="1MB", measure=False)
+    plan = accumkern.plan(mlp, memory="1GB", measure=False)
     assert "the largest that fits, without accumulation. That it fits is no reason to train with it: ask" in str(plan)

@@ -311,7 +311,7 @@ def test_without_a_bandwidth_a_plan_says_how_to_get_it(clock: Clock) -> None:
 
 
 def test_a_prediction_has_times_and_no_shares() -> None:
-    plan = accumkern.plan(mlp, measure=False, memory="1MB", effective_batch=64, ranks=16, bandwidth_gb_per_s=25)
+    plan = accumkern.plan(mlp, measure=False, memory="1GB", effective_batch=64, ranks=16, bandwidth_gb_per_s=25)
     assert (plan.choice.ranks, plan.choice.effective_batch) == (16, 64)
     assert [choice.ranks for choice in plan.by_ranks] == [1, 2, 4, 8, 16]
     assert plan.exchange is not None

@@ -136,11 +136,11 @@ def test_plan_prints_a_table_and_reasons(results: Results) -> None:
 
 
 def test_json_is_all_that_goes_to_stdout(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", f"{script}:setup", "--predict", "--memory", "1MB", "--effective-batch", "64", "--json"]) == 0
+    assert main(["plan", f"{script}:setup", "--predict", "--memory", "1GB", "--effective-batch", "64", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["choice"]["effective_batch"] == 64
     assert plan["fit"] is None
-    assert plan["predictions"][0]["memory"]["total"] <= 0.9e6
+    assert plan["predictions"][0]["memory"]["total"] <= 0.9e9
     assert plan["machine"]["device"] == "none: predicted for a GPU on fake tensors"
 
 
@@ -344,8 +344,8 @@ def test_no_text_of_a_figure_lies_over_another(folder: Path) -> None:
 
 
 def test_figures_of_a_plan_without_measurements(script: Path, tmp_path: Path) -> None:
-    command = ["plan", f"{script}:setup", "--predict", "--memory", "40kB", "--effective-batch", "4096"]
-    assert main([*command, "--output", str(tmp_path)]) == 0
+    command = ["plan", f"{script}:setup", "--predict", "--device", "cpu", "--memory", "40kB"]
+    assert main([*command, "--effective-batch", "4096", "--output", str(tmp_path)]) == 0
     plan = json.loads((tmp_path / "plan.json").read_text())
     figures = plan_figures(plan)
     assert list(figures) == ["memory"]

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import accumkern
 from accumkern.planning.fakes import PredictionError, fake_setup
+from accumkern.planning.kernels import block_bytes
 from accumkern.planning.precision import choose_buffer
 from accumkern.planning.predict import Prediction, predict, smallest_size
 from accumkern.planning.protocol import Setup
@@ -494,7 +495,8 @@ def test_a_gpu_needs_no_attention_matrices_with_dropout(checkpoints: bool) -> No
     kept = 0 if checkpoints else 8 * 128 * 64 * 4 * 2 * 2  # and what was dropped from
     assert plain.total <= dropping.total <= plain.total + masks + kept + 8 * 128 * 64 * 5
     on_cpu = predicted(gpt(0.1, checkpoints), 8, "cpu").memory.total
-    assert on_cpu > dropping.total + 8 * 4 * 128 * 128 * 4  # one matrix at least
+    on_gpu = dropping.total - dropping.kernels  # without cuBLAS
+    assert on_cpu > on_gpu + 8 * 4 * 128 * 128 * 4  # one matrix at least
 
 
 def test_attention_on_a_gpu_saves_inputs_result_and_logarithms() -> None:
@@ -516,6 +518,52 @@ def test_attention_on_a_gpu_saves_inputs_result_and_logarithms() -> None:
     matrix = batch * heads * length * length * 4
     assert on["cuda"] < 13 * tensor
     assert on["cpu"] > on["cuda"] + matrix
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_rms_norm_on_a_gpu_saves_its_input_and_a_number_for_each_row(dtype: torch.dtype) -> None:
+    batch, length, width, layers = 4, 128, 256, 8
+
+    def setup(mixed: bool = False) -> Setup:
+        model = nn.Sequential(*(nn.RMSNorm(width) for _ in range(layers))).to(dtype)
+        if mixed:
+            model.to(torch.float64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return Setup(
+            model,
+            optimizer,
+            lambda size: torch.randn(size, length, width, dtype=dtype),
+            lambda model, x: model(x).float().mean(),
+        )
+
+    tensor, rows = batch * length * width * dtype.itemsize, batch * length * 4
+    on_gpu, on_cpu = (predicted(setup, batch, device).memory.activations for device in ("cuda", "cpu"))
+    saved = (layers + 1) * tensor + layers * rows
+    assert saved <= on_gpu <= saved + 3 * batch * length * width * 4  # the loss, and a gradient
+    assert on_cpu > on_gpu + (layers - 1) * tensor
+    mixed = functools.partial(setup, True)  # which is not fused there either
+    at_once = [predicted(mixed, batch, device).low for device in ("cuda", "cpu")]
+    assert at_once == [pytest.approx(at_once[0], rel=0.01)] * 2
+
+
+def test_memory_of_a_gpu_is_in_the_blocks_of_its_allocator() -> None:
+    mib = 2**20
+    sizes = {1: 512, 512: 512, 513: 1024, 9 * mib + 1: 9 * mib + 512}  # cut from larger pieces
+    sizes |= {11 * mib: 12 * mib, 12 * mib: 12 * mib, 11 * mib - 512: 11 * mib - 512, 70 * mib + 1: 70 * mib + 512}
+    assert {size: block_bytes(size) for size in sizes} == sizes
+
+
+def test_what_cublas_keeps_counts_where_matrices_are_multiplied() -> None:
+    def without() -> Setup:
+        model = nn.RMSNorm(64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return Setup(model, optimizer, lambda size: torch.randn(size, 64), lambda model, x: model(x).mean())
+
+    kept = {made: predicted(made, 1, "cuda") for made in (without, vit)}
+    assert kept[without].memory.kernels == 0
+    assert kept[vit].memory.kernels >= 64 * 2**20  # 32 MiB for each of two threads
+    assert kept[vit].low < 64 * 2**20
+    assert predicted(vit, 1, "cpu").memory.kernels < 2**20
 
 
 def test_an_optimizer_steps_as_it_would_on_a_gpu() -> None:
@@ -623,7 +671,7 @@ def test_the_error_of_the_first_size_is_told_where_all_fail() -> None:
 
 def test_the_tracker_counts_what_is_there_by_what_it_is_for() -> None:
     held, weight = torch.zeros(100), nn.Parameter(torch.ones(50))
-    tracker = MemoryTracker(512)
+    tracker = MemoryTracker(block_bytes)
     tracker.count("residuals", {"x": [held, held[1:]]})
     tracker.count("parameters", weight)
     module = nn.Module()
@@ -651,7 +699,7 @@ def test_the_tracker_counts_what_is_there_by_what_it_is_for() -> None:
 
 def test_the_tracker_sees_what_a_tensor_is_made_of() -> None:
     both = TwoTensor(torch.ones(10), torch.ones(10))
-    with MemoryTracker(1) as tracker:
+    with MemoryTracker() as tracker:
         first = both + 1
         made = first * 2
         del first

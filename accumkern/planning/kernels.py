@@ -1,6 +1,7 @@
 """What kernels do that fake tensors on a CPU do not show: what they need inside themselves, and what a GPU's differ in.
 
-The sizes of scratch memory are those of torch's CPU kernels, seen in the events of its allocator.
+The sizes of scratch memory are those of torch's CPU kernels, seen in the events of its allocator; those of a GPU's
+allocator and of cuBLAS are the rules of torch's CUDACachingAllocator.cpp and CublasHandlePool.cpp.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
 from accumkern.planning.convolutions import of_convolution, of_convolution_backward
-from accumkern.torch_private import TorchDispatchMode, is_fake, run_backward
+from accumkern.torch_private import TorchDispatchMode, is_fake, run_backward, suggest_memory_format
 
 # ---- inside a kernel ---------------------------------------------------------------------------------------------
 
@@ -58,14 +59,47 @@ _SCRATCH: Mapping[str, Callable[[Sequence[Any], Any], int]] = {
 }
 
 
+# ---- what a GPU's memory is allocated in -------------------------------------------------------------------------
+
+_MIB = 2**20
+_MATRIX_PRODUCTS = frozenset(f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm"))
+
+
+def block_bytes(size: int) -> int:
+    """Return how much torch's allocator for GPUs takes for a tensor of so many bytes.
+
+    It rounds to 512 bytes. What has 10 MiB or more is cut from memory of whole 2 MiB, and what is left of that stays
+    with the tensor where it is no more than 1 MiB.
+    """
+    rounded = -(-size // 512) * 512
+    whole = -(-size // (2 * _MIB)) * 2 * _MIB
+    return whole if rounded >= 10 * _MIB and whole - rounded <= _MIB else rounded
+
+
+def workspace_bytes(operation: Any, device: torch.device) -> int:
+    """Return what cuBLAS keeps from an operation on: nothing if that is no product of matrices.
+
+    It is a piece of memory for each thread that multiplies: one runs forward passes, and another one backward passes.
+
+    Args:
+        operation: of ``torch.ops``, as a dispatch mode is given it.
+        device: of the model. Where it is a CPU the GPU is not known, and has as much as any needs.
+    """
+    if str(operation) not in _MATRIX_PRODUCTS:
+        return 0
+    is_older = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9
+    return 2 * (8 * _MIB + _MIB // 8 if is_older else 32 * _MIB)
+
+
 # ---- another device's kernels ------------------------------------------------------------------------------------
 
 
 class GpuKernels(TorchFunctionMode):
-    """Lets attention and dropout on fake tensors of a CPU allocate and save what a GPU's kernels do.
+    """Lets attention, dropout and RMSNorm on fake tensors of a CPU allocate and save what a GPU's kernels do.
 
     Attention saves its inputs, the result and a logarithm for each query, and never the matrix of all queries and keys,
-    which a CPU has with dropout; dropout saves a byte for each element, where a CPU saves a factor.
+    which a CPU has with dropout; dropout saves a byte for each element, where a CPU saves a factor; RMSNorm saves its
+    input and a number for each row, where a CPU computes it from FP32 copies, operation by operation.
     """
 
     def __torch_function__(
@@ -129,9 +163,40 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     return torch.native_dropout(input, p, True)[0]
 
 
+def _rms_norm(
+    input: Tensor,  # noqa: A002
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor | None:
+    is_channels_last = input.dim() > 3 and suggest_memory_format(input) is not torch.contiguous_format
+    if is_channels_last or (weight is not None and weight.dtype is not input.dtype):
+        return None  # operation by operation there too
+    result: Tensor = _RMSNorm.apply(input, len(normalized_shape), weight)
+    return result
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The memory of a fused kernel of RMSNorm over the last dimensions of the input."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, dimensions: int, weight: Tensor | None) -> Tensor:
+        roots = given.new_empty(given.shape[: given.dim() - dimensions], dtype=torch.float32)
+        ctx.save_for_backward(given, weight, roots)
+        return torch.empty_like(given, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        given, weight, _ = ctx.saved_tensors
+        of_weight = None if weight is None or not ctx.needs_input_grad[2] else torch.empty_like(weight)
+        return torch.empty_like(given) if ctx.needs_input_grad[0] else None, None, of_weight
+
+
 _OF_GPU: Mapping[Any, Callable[..., Tensor | None]] = {
     F.scaled_dot_product_attention: _attention,
     F.dropout: _dropout,
+    F.rms_norm: _rms_norm,
+    torch.rms_norm: _rms_norm,
 }
 
 

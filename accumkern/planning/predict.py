@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from accumkern import backends
 from accumkern.checks import one_of
 from accumkern.out_of_memory import format_bytes
 from accumkern.planning.fakes import StepValues
-from accumkern.planning.kernels import GpuKernels
+from accumkern.planning.kernels import GpuKernels, block_bytes, workspace_bytes
 from accumkern.planning.precision import accumulation
 from accumkern.planning.protocol import Setup, make_batch, step
 from accumkern.planning.tracker import MemoryTracker
@@ -23,7 +24,6 @@ from accumkern.torch_private import pop_mode_temporarily
 
 #: What can be predicted for, and what the plan says of the machine then.
 DEVICES = {"cpu": "none: predicted for a CPU on fake tensors", "cuda": "none: predicted for a GPU on fake tensors"}
-_BLOCK_BYTES = {"cpu": 1, "cuda": 512}  # what an allocator rounds up to
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Memory:
         optimizer_state: with what its step needs for a moment, such as FP32 weights and gradients of a bucket.
         activations: with the batch, gradients of activations, and results of operations that are needed for a moment.
         kernels: what the kernel that runs then needs inside itself, such as copies in another layout: as much as is
-            known of torch's CPU kernels. Those of a GPU may need less.
+            known of torch's CPU kernels. Those of a GPU may need less. With what cuBLAS keeps on a GPU.
     """
 
     parameters: int
@@ -93,8 +93,8 @@ def predict(
 ) -> Prediction:
     """Return the peak memory of training with a micro-batch, without having that memory.
 
-    Two windows run, with the optimizer's step; all that there is counts in the second. What CUDA keeps apart from
-    tensors is not in it, and neither are workspaces of cuBLAS and cuDNN.
+    Two windows run, with the optimizer's step; all that there is counts in the second. CUDA's own context is not in it,
+    and neither are workspaces of cuDNN.
 
     Args:
         setup: of the block of :func:`accumkern.planning.fakes.fake_setup`, and inside it.
@@ -102,12 +102,14 @@ def predict(
         buffer: of :func:`accumkern.attach`; None accumulates as stock PyTorch does.
         micro_batches: in a window; 1 accumulates nothing.
         master_weights: of :func:`accumkern.attach`.
-        device: ``"cpu"`` or ``"cuda"``; None takes that of the model. For a GPU, memory counts as its allocator rounds
-            it, to 512 bytes, optimizers step several parameters at a time where they would there, and a model on the
-            CPU has a GPU's attention and dropout.
+        device: ``"cpu"`` or ``"cuda"``; None takes that of the model. For a GPU, memory counts in the blocks of its
+            allocator, with the workspaces of cuBLAS, optimizers step several parameters at a time where they would
+            there, and a model on the CPU has a GPU's attention, dropout and RMSNorm.
     """
     device = device or setup.device.type
-    tracker = MemoryTracker(_BLOCK_BYTES[device])
+    tracker = MemoryTracker()
+    if device == "cuda":
+        tracker = MemoryTracker(block_bytes, partial(workspace_bytes, device=setup.device))
 
     def batches() -> Iterator[Any]:
         # A batch counts, but not the data that it is cut from, which was there before.

@@ -32,10 +32,19 @@ class MemoryTracker(TorchDispatchMode):
             the most.
     """
 
-    def __init__(self, block_bytes: int) -> None:
-        """Make ready to count memory in blocks of so many bytes."""
+    def __init__(
+        self,
+        block_bytes: Callable[[int], int] = lambda size: size,
+        workspace_bytes: Callable[[Any], int] = lambda operation: 0,
+    ) -> None:
+        """Make ready to count.
+
+        Args:
+            block_bytes: what the allocator takes for a tensor of so many bytes.
+            workspace_bytes: what a library keeps from an operation on, in which all that it keeps is.
+        """
         super().__init__()
-        self._block_bytes = block_bytes
+        self._block_bytes, self._workspace_bytes, self._workspace = block_bytes, workspace_bytes, 0
         self._bytes = dict.fromkeys(KINDS, 0)
         self._total = self._most = self.low = 0
         self._kind_now = "activations"
@@ -83,6 +92,7 @@ class MemoryTracker(TorchDispatchMode):
         for storage in _storages(result):
             if storage._cdata not in self._known:
                 self._count(storage, self._kind_now)
+        self._workspace = max(self._workspace, self._workspace_bytes(func))
         self._look(scratch_bytes(func, args, result))
         return result
 
@@ -96,7 +106,7 @@ class MemoryTracker(TorchDispatchMode):
             self._bytes[before] -= size
             self._known[key][1][1] = kind
         else:
-            size = -(-storage.nbytes() // self._block_bytes) * self._block_bytes
+            size = self._block_bytes(storage.nbytes())
             self._known[key] = weakref.ref(storage, partial(self._forget, key)), [size, kind]
             self._total += size
         self._bytes[kind] += size
@@ -106,7 +116,8 @@ class MemoryTracker(TorchDispatchMode):
         self._bytes[kind] -= size
         self._total -= size
 
-    def _look(self, kernels: int) -> None:
+    def _look(self, scratch: int) -> None:
+        kernels = scratch + self._workspace
         self.low = max(self.low, self._total)
         if self._total + kernels > self._most:
             self._most = self._total + kernels
