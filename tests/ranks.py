@@ -32,8 +32,8 @@ class Ranks:
         self.backend = backend
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
-        # Of the stores of process groups. It lies there as long as the processes: they end a group after its outcome has
-        # come, NCCL makes a connection as late as that, and a store that goes then ends the process.
+        # Of the stores of process groups. It lies there as long as the processes: they end a group after its outcome
+        # has come, NCCL makes a connection as late as that, and a store that goes then ends the process.
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._calls = 0
 
