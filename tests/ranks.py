@@ -32,6 +32,10 @@ class Ranks:
         self.backend = backend
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
+        # Of the stores of process groups. It lies there as long as the processes: they end a group after its outcome
+        # has come, NCCL makes a connection as late as that, and a store that goes then ends the process.
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._calls = 0
 
     def run(self, function: Callable[..., Any], *args: Any, ranks: int = 2, at_least: int = 1) -> list[Any]:
         """Return what ``function(*args)`` returns on each rank; fail with the tracebacks of those where it raised.
@@ -57,6 +61,9 @@ class Ranks:
 
     def outcomes(self, function: Callable[..., Any], *args: Any, ranks: int) -> list[tuple[bool, Any]]:
         """Return (True, result) or (False, what went wrong) of each rank."""
+        if not all(process.is_alive() for process in self._processes):
+            warnings.warn("a rank died after its last call", stacklevel=3)
+            self.stop()
         context = torch.multiprocessing.get_context("spawn")
         while len(self._processes) < ranks:
             ours, theirs = context.Pipe()
@@ -65,18 +72,20 @@ class Ranks:
             theirs.close()
             self._processes.append(process)
             self._connections.append(ours)
+        self._folder = self._folder or tempfile.TemporaryDirectory()
+        self._calls += 1
         connections = self._connections[:ranks]
         outcomes: dict[Any, tuple[bool, Any]] = {}
-        with tempfile.TemporaryDirectory() as folder:
-            for rank, connection in enumerate(connections):
-                group = {"backend": self.backend, "init_method": f"file://{folder}/store", "rank": rank}
-                connection.send_bytes(pickle.dumps((function, args, {**group, "world_size": ranks})))
-            while len(outcomes) < ranks:
-                for connection in wait([c for c in connections if c not in outcomes]):
-                    try:
-                        outcomes[connection] = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
-                    except EOFError:
-                        outcomes[connection] = False, DIED
+        for rank, connection in enumerate(connections):
+            store = f"file://{self._folder.name}/{self._calls}"
+            group = {"backend": self.backend, "init_method": store, "rank": rank, "world_size": ranks}
+            connection.send_bytes(pickle.dumps((function, args, group)))
+        while len(outcomes) < ranks:
+            for connection in wait([c for c in connections if c not in outcomes]):
+                try:
+                    outcomes[connection] = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
+                except (EOFError, ConnectionResetError):
+                    outcomes[connection] = False, DIED
         if not all(ok for ok, _ in outcomes.values()):
             self.stop()  # who knows in which state they are
         return [outcomes[connection] for connection in connections]
@@ -88,6 +97,9 @@ class Ranks:
             process.join()
         self._processes.clear()
         self._connections.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
 
 def device() -> torch.device:

@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 import re
+import threading
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -771,3 +772,18 @@ def test_ranks_that_crash_again_have_failed(tmp_path: Path) -> None:
     processes = Ranks("gloo")
     with pytest.raises(pytest.fail.Exception, match="rank 1: the process died"):
         processes.run(dies, str(tmp_path), 2)
+
+
+def dies_later() -> None:
+    """End the process when its call is over."""
+    threading.Timer(0.5, os._exit, [1]).start()
+
+
+def test_ranks_begin_again_after_a_crash_between_two_calls() -> None:
+    processes = Ranks("gloo")
+    processes.run(dies_later)
+    for process in processes._processes:
+        process.join(60)
+    with pytest.warns(UserWarning, match="a rank died after its last call"):
+        assert processes.run(dist.get_world_size) == [2, 2]
+    processes.stop()
