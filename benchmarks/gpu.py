@@ -40,6 +40,7 @@ TESTS: dict[str, tuple[tuple[str, ...], int, str | None]] = {
          "bench_parallel", "token_means", "split_backward", "lost_rank"), 4, None),
     "graphs": (("gpu", "cuda_graphs"), 0, "captured or graphs"),
     "gpu": (("gpu",), 2, "not captured"),
+    "product": (("product_kernels",), 0, None),
 }  # fmt: skip
 REST = "rest"  # of the files, 2 processes
 
