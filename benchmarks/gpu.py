@@ -12,6 +12,7 @@ Needs torch, pytest, rich, nvcc and compute-sanitizer; uses pytest-xdist and pyt
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -66,13 +67,14 @@ class Part:
 
 @dataclass
 class Run:
-    """A part that has begun."""
+    """A part that has begun; times are seconds since the beginning of all."""
 
     part: Part
     process: subprocess.Popen[bytes]
     log: Path
     begun: float
-    seconds: float = 0.0
+    deadline: float
+    was_asked: bool = False  # to end
 
     @property
     def name(self) -> str:
@@ -200,12 +202,13 @@ class Driver:
         while waiting:
             time.sleep(0.1)
             for run in list(waiting):
-                limit = min(run.part.limit, self.end - run.begun)
-                if run.process.poll() is None and self.now() - run.begun > limit:
-                    stop(run.process)
                 if run.process.poll() is not None:
+                    signal_all(run.process, signal.SIGKILL)  # what it has left behind
                     waiting.remove(run)
-                    self.note(run, was_stopped=self.now() - run.begun > limit)
+                    self.note(run)
+                elif self.now() > run.deadline:
+                    signal_all(run.process, signal.SIGKILL if run.was_asked else signal.SIGINT)
+                    run.was_asked, run.deadline = True, self.now() + KILL_AFTER
         return len(runs) == len(together) and not any(run.process.returncode for run in runs)
 
     def start(self, part: Part) -> Run | None:
@@ -228,7 +231,7 @@ class Driver:
         except OSError as error:
             self.leave_out(part, f"cannot be started: {error}")
             return None
-        return Run(part, process, log, self.now())
+        return Run(part, process, log, self.now(), min(self.now() + part.limit, self.end))
 
     def leave_out(self, part: Part, why: str) -> None:
         """Note, and print, why a part has not begun."""
@@ -236,13 +239,13 @@ class Driver:
         self.failed.append(part.name)
         print(f"== {part.name} (at {self.now():.0f} s): {why}", flush=True)
 
-    def note(self, run: Run, *, was_stopped: bool) -> None:
+    def note(self, run: Run) -> None:
         """Note, and print, what came of a part."""
         code = run.process.returncode
-        last = last_line(run.log)
-        outcome = f"{'ended by its limit' if was_stopped else f'rc {code}'}, {self.now() - run.begun:.0f} s: {last}"
+        how = "ended by its limit" if run.was_asked else f"rc {code}"
+        outcome = f"{how}, {self.now() - run.begun:.0f} s: {last_line(run.log)}"
         self.outcomes[run.name] = outcome
-        if code != 0:
+        if code != 0 or run.was_asked:
             self.failed.append(run.name)
         print(f"== {run.name} (at {self.now():.0f} s): {outcome}", flush=True)
 
@@ -259,16 +262,10 @@ class Driver:
             print(f"{name:18s} {outcome[:150]}")
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it has started: by request, then by force."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(KILL_AFTER)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+def signal_all(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Send a signal to a process and to all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def last_line(log: Path) -> str:
