@@ -21,6 +21,7 @@ from accumkern.master_weights import MasterWeights, local_of
 from accumkern.ops import is_dense, same_order
 from accumkern.optimizers import is_stepped_in_parts
 from accumkern.slot import Slot, Stored
+from accumkern.torch_private import is_fake
 from accumkern.updates import Update, adam_coefficients, sgd_coefficients
 
 #: The classes of optimizers that are stepped in one pass, and how their parameter groups name the update.
@@ -229,7 +230,9 @@ def _coefficients(group: Mapping[str, Any], update: Update, members: list[Member
         rows = sgd_coefficients(group, torch.zeros(len(members), dtype=torch.bool, device=where))
     if where == device:
         return rows
-    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
+    if device.type != "cuda" or is_fake(rows):  # which cannot be pinned
+        return rows.to(device)
+    return rows.pin_memory().to(device, non_blocking=True)
 
 
 def _check_capture(optimizer: Any, group: Mapping[str, Any], device: torch.device) -> None:

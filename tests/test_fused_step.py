@@ -11,6 +11,7 @@ import torch
 from masters import Make, Masters, OwnAdamW, Reference, adamw, assert_equal, backward, fp32_model, own_adamw
 from pinned import pinned
 from torch import Tensor, nn, optim
+from torch._subclasses import FakeTensorMode
 
 import accumkern
 from accumkern import backends
@@ -537,3 +538,17 @@ def test_a_subclass_of_a_fused_optimizer_has_its_own_arithmetic() -> None:
     mine.window(0)
     reference.window(0)
     assert_equal(mine.masters(), reference.masters())
+
+
+@pytest.mark.parametrize("make", [adamw, lambda params: optim.SGD(params, lr=0.1, momentum=0.9)], ids=["AdamW", "SGD"])
+def test_a_step_of_fake_weights_on_a_gpu(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their coefficients come from the host, where fake tensors cannot be pinned."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with backends.without_kernels(), FakeTensorMode():
+        weight = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16, device="cuda"))
+        weight.grad = torch.zeros_like(weight)
+        optimizer = make([weight])
+        acc = accumkern.attach(optimizer, master_weights="split32", backend="eager")
+        optimizer.step()
+    assert_fused(acc)
+    assert all(state.shape in ((), (3,)) for state in optimizer.state[weight].values())
