@@ -42,7 +42,7 @@ BUFFER, MASTERS = "split24", "split32"
 MARGIN = 0.1
 MICRO_BATCHES = 2  # of a window: the second allocates what the first does not need
 WARM_WINDOWS = 1  # in the first the optimizer's states appear, and what libraries keep for themselves
-QUICK_MODELS, QUICK_LIMIT = ("GPT",), "20MB"
+QUICK = {"cpu": "20MB", "cuda": "4GB"}  # the limit, of one model
 
 
 class Job(NamedTuple):
@@ -77,7 +77,7 @@ def main() -> None:
     kind = arguments.device
     jobs = [Job(kind, name, model.limit) for name, model in MODELS[kind].items() if name in arguments.models]
     if arguments.quick:
-        jobs = [job._replace(limit=QUICK_LIMIT) for job in jobs if kind == "cuda" or job.name in QUICK_MODELS]
+        jobs = [job._replace(limit=QUICK[kind]) for job in jobs[:1]]
     results: list[dict[str, Any]] = []
     with steps("plan") as on_step, ThreadPoolExecutor(len(jobs) if kind == "cuda" else 1) as models:
         for done, found in enumerate(models.map(results_of, jobs)):
@@ -169,7 +169,9 @@ def measured(job: Job, sizes: list[int]) -> tuple[dict[int, Peak | str], int | s
     Returns:
         The peak, or what went wrong, of each; and the largest micro-batch that fits.
     """
-    device, limit = torch.device(job.kind), parse_bytes(job.limit)
+    device, limit = torch.device(job.kind, 0), parse_bytes(job.limit)
+    if device.type == "cuda":
+        torch.cuda.init()
     peaks: dict[int, Peak | str] = {}
     for size in sizes:
         try:

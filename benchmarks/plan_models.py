@@ -37,7 +37,8 @@ class Model:
 
     def setup(self, device: torch.device) -> Any:
         """Return model, optimizer, make_batch and loss, as :func:`accumkern.plan` takes them."""
-        model = self.make().to(device, torch.bfloat16)
+        with device:
+            model = self.make().to(torch.bfloat16)
         if self.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return (
@@ -207,13 +208,13 @@ MODELS: Mapping[str, Mapping[str, Model]] = {
     "cpu": {
         "GPT": _gpt("40MB", 128, 4, 4, 64),
         "ResNet": _resnet("40MB", 16, (1, 1, 1, 1), 64, channels_last=False),
-        "ResNet, channels last": _resnet("40MB", 16, (1, 1, 1, 1), 64, channels_last=True),
+        "ResNet channels last": _resnet("40MB", 16, (1, 1, 1, 1), 64, channels_last=True),
         "Llama": _llama("40MB", 128, 4, 8, 352, 2000, 64),
     },
     "cuda": {
         "GPT": _gpt("18GB", 768, 12, 12, 1024),
         "ResNet-50": _resnet("9GB", 64, (3, 4, 6, 3), 224, channels_last=False),
-        "ResNet-50, channels last": _resnet("9GB", 64, (3, 4, 6, 3), 224, channels_last=True),
+        "ResNet-50 channels last": _resnet("9GB", 64, (3, 4, 6, 3), 224, channels_last=True),
         "Llama": _llama("18GB", 1024, 12, 16, 2816, 32_000, 1024),
     },
 }
