@@ -25,7 +25,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # pip brings its own; `pytho
     sys.exit(f"setuptools is {setuptools.__version__}; accumkern is built with 77 or newer: pip install -U setuptools")
 
 CPU_FILES = ("accumulate_cpu", "step_cpu", "norm_cpu", "mean_cpu")
-SOURCES = [f"csrc/{name}.cpp" for name in ("bindings", "fold_into", *CPU_FILES)]
+SOURCES = [f"csrc/{name}.cpp" for name in ("bindings", "fold_into", "tensors", *CPU_FILES)]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 CUDA_SOURCES = [f"csrc/{name}.cu" for name in ("accumulate_cuda", "step_cuda", "norm_cuda", "mean_cuda")]
 # Every fused multiply-add is spelled out; nobody reads floating-point flags or errno, which otherwise forbid

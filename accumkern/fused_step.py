@@ -7,16 +7,17 @@ them, and their roundings); ``optimizer.state`` holds what torch's own step woul
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from accumkern.backends import Kernels
+from accumkern.backends import Kernels, layout_function
 from accumkern.dtensor import is_dtensor, shard, with_shard
-from accumkern.formats import Start
+from accumkern.formats import Format, Start
 from accumkern.master_weights import MasterWeights, local_of
 from accumkern.ops import is_dense, same_order
 from accumkern.optimizers import is_stepped_in_parts
@@ -51,6 +52,51 @@ class Member(NamedTuple):
     made: dict[str, Any]  # for this step, what its state lacks: none of it is in the optimizer's state yet
 
 
+class Kind(NamedTuple):
+    """What all parameters of a launch have in common; ``is_alone`` where sums have no residuals."""
+
+    device: torch.device
+    update: Update
+    format: Format
+    is_alone: bool
+
+
+@dataclass
+class Launch:
+    """Parameters that are stepped in one launch: lists of what belongs to them, and a row of coefficients for each."""
+
+    kind: Kind
+    params: list[Tensor]
+    weights: list[Tensor]
+    weight_residuals: list[Tensor]  # empty where they are still to be looked up
+    sums: list[Tensor]
+    residuals: list[Any]
+    states: list[list[Tensor]]  # of each of the update's states
+    steps: list[Tensor]  # empty where they are not counted
+    made: list[dict[str, Any]]  # empty where no state lacks anything
+    rows: Tensor
+
+    def add(self, other: Launch) -> None:
+        """Step those of another launch of the same kind, too."""
+        if bool(self.weight_residuals) is not bool(other.weight_residuals):
+            self.weight_residuals = other.weight_residuals = []
+        for mine, others in zip(self._lists(), other._lists(), strict=True):
+            mine += others
+        self.rows = torch.cat([self.rows, other.rows])
+
+    def _lists(self) -> list[list[Any]]:
+        return [
+            self.params,
+            self.weights,
+            self.weight_residuals,
+            self.sums,
+            self.residuals,
+            *self.states,
+            self.steps,
+            self.made,
+        ]
+
+
 class FusedStep:
     """Steps parameters of an optimizer in one pass.
 
@@ -70,6 +116,104 @@ class FusedStep:
     ) -> None:
         self._update_of = FUSED[type(optimizer)]
         self._masters, self._slots, self._kernels_on = masters, slots, kernels_on
+        self._layout = layout_function()
+        # Number of a group -> kind and layout of all that belonged to its parameters in the last step.
+        self._known: dict[int, tuple[Kind, Any]] = {}
+
+    def launches(self, optimizer: Any, has_master: Callable[[Tensor], bool]) -> tuple[list[Launch], int]:
+        """Return what is to be launched, and how many parameters with masters torch has to step.
+
+        Args:
+            optimizer: the optimizer.
+            has_master: returns whether a parameter has a master, and a gradient for it.
+        """
+        groups = optimizer.param_groups
+        # torch lets a group hold a parameter twice
+        times = Counter(id(param) for group in groups for param in group["params"])
+        launches: dict[Kind, Launch] = {}
+        left_out = 0
+        for number, group in enumerate(groups):
+            params = [param for param in group["params"] if has_master(param)]
+            once = [param for param in params if times[id(param)] == 1]
+            found = self._as_before(number, optimizer, group, once) or self._one_by_one(number, optimizer, group, once)
+            for launch in found:
+                if launch.kind in launches:
+                    launches[launch.kind].add(launch)
+                else:
+                    launches[launch.kind] = launch
+            left_out += len(params) - sum(len(launch.params) for launch in found)
+        return list(launches.values()), left_out
+
+    def _as_before(
+        self, number: int, optimizer: Any, group: Mapping[str, Any], params: list[Tensor]
+    ) -> list[Launch] | None:
+        """Return the launch of a group of which everything lies as in the last step, looking at whole lists."""
+        if number not in self._known:
+            return None
+        kind, layout = self._known[number]
+        update, columns = kind.update, self._columns(optimizer, kind.update, params)
+        if columns is None or update is not self._update_of(group) or self._layout(params, *columns) != layout:
+            return None
+        grads, residuals, *states = columns
+        slots = [self._slots[param] for param in params]
+        belongs = {
+            slot.written() is grad and grad._version == slot.version for slot, grad in zip(slots, grads, strict=True)
+        }
+        weight_residuals = self._masters.as_written(params)
+        if belongs != {not kind.is_alone} or weight_residuals is None:
+            return None
+        steps = states.pop() if update in COUNTED else []
+        _check_capture(optimizer, group, kind.device)
+        rows = _coefficients(group, update, steps, [], len(params), kind.device)
+        weights = [param.detach() for param in params]
+        return [Launch(kind, params, weights, weight_residuals, grads, residuals, states, steps, [], rows)]
+
+    def _columns(self, optimizer: Any, update: Update, params: list[Tensor]) -> list[list[Any]] | None:
+        """Return lists of gradients, of their residuals and of each state, the count of steps last."""
+        if not params:
+            return None
+        of_params = [optimizer.state.get(param) for param in params]
+        names = (*update.states, "step") if update in COUNTED else update.states
+        if names and not all(of_params):
+            return None
+        columns: list[list[Any]] = [[param.grad for param in params], [self._slots[param].residual for param in params]]
+        return columns + [[state.get(name) for state in of_params] for name in names]
+
+    def _one_by_one(self, number: int, optimizer: Any, group: Mapping[str, Any], params: list[Tensor]) -> list[Launch]:
+        """Return the launches of a group, looking at each of its parameters."""
+        update = self._update_of(group)
+        members = [member for param in params if (member := self.member(optimizer, group, param)) is not None]
+        by_device: dict[torch.device, list[Member]] = defaultdict(list)
+        for member in members:
+            by_device[member.weight.device].append(member)
+        launches: list[Launch] = []
+        for device, there in by_device.items():
+            _check_capture(optimizer, group, device)
+            counts = [member.steps for member in there if member.steps is not None]
+            rows = _coefficients(group, update, counts, [bool(m.made) for m in there], len(there), device)
+            alike: dict[Kind, list[int]] = defaultdict(list)
+            for i, member in enumerate(there):
+                assert member.gradient.format is not None
+                alike[Kind(device, update, member.gradient.format, member.gradient.residual is None)].append(i)
+            for kind, indices in alike.items():
+                of_these = rows  # those of some one by one: indices would be copied to the device, and waited for
+                if len(indices) < len(there):
+                    of_these = torch.stack([rows[i] for i in indices])
+                launches.append(_launch(kind, [there[i] for i in indices], of_these))
+        self._known.pop(number, None)
+        is_plain = all(
+            type(slot := self._slots[m.param]) is Slot
+            and not is_dtensor(m.param)
+            and not m.made
+            and m.gradient.residual is slot.residual
+            for m in members
+        )
+        if is_plain and len(launches) == 1 and len(members) == len(params):
+            columns = self._columns(optimizer, update, params)
+            layout = None if columns is None else self._layout(params, *columns)
+            if layout is not None:
+                self._known[number] = launches[0].kind, layout
+        return launches
 
     def member(self, optimizer: Any, group: Mapping[str, Any], param: Any) -> Member | None:
         """Return what belongs to a parameter that has a master and a gradient; None where torch has to step it.
@@ -118,7 +262,7 @@ class FusedStep:
 
     @torch.no_grad()
     def step(
-        self, optimizer: Any, members: Iterable[list[Member]], divisor: float | Tensor, factor: float | Tensor
+        self, optimizer: Any, launches: list[Launch], divisor: float | Tensor, factor: float | Tensor
     ) -> Iterator[list[Tensor]]:
         """Step parameters with ``(gradient / divisor) * factor``; yield some once they are stepped.
 
@@ -127,62 +271,58 @@ class FusedStep:
 
         Args:
             optimizer: the optimizer.
-            members: of each of its groups, what :meth:`member` has returned.
+            launches: what :meth:`launches` has returned.
             divisor: a number, or an FP32 0-dim tensor.
             factor: the same.
-
-        Raises:
-            RuntimeError: a CUDA graph is being captured, and the optimizer is not ``capturable``.
         """
-        launches: dict[Any, list[tuple[list[Member], Tensor]]] = defaultdict(list)
-        for group, of_group in zip(optimizer.param_groups, members, strict=True):
-            update = self._update_of(group)
-            by_device: dict[torch.device, list[Member]] = defaultdict(list)
-            for member in of_group:
-                by_device[member.weight.device].append(member)
-            for device, there in by_device.items():
-                _check_capture(optimizer, group, device)
-                rows = _coefficients(group, update, there, device)
-                alike: dict[Any, list[int]] = defaultdict(list)
-                for i, member in enumerate(there):
-                    alike[member.gradient.format, member.gradient.residual is None].append(i)
-                for (format_, is_alone), indices in alike.items():
-                    of_these = rows  # those of some one by one: indices would be copied to the device, and waited for
-                    if len(indices) < len(there):
-                        of_these = torch.stack([rows[i] for i in indices])
-                    launches[device, update, format_, is_alone].append(([there[i] for i in indices], of_these))
         found_inf, grad_scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
-        for (device, update, format_, is_alone), parts in launches.items():
-            stepped = [member for some, _ in parts for member in some]
-            counts = [member.steps for member in stepped if member.steps is not None]
-            _add(counts, 1.0)  # torch may refuse it
+        for launch in launches:
+            device, update, format_, is_alone = launch.kind
+            weight_residuals = launch.weight_residuals or [self._masters.residual_to_write(p) for p in launch.params]
+            _add(launch.steps, 1.0)  # torch may refuse it
             try:
                 self._kernels_on(device).step(
                     update,
                     self._masters.format,
                     format_,
                     Start.FROM_SUM if is_alone else Start.CONTINUE,
-                    [member.weight for member in stepped],
-                    [self._masters.residual_to_write(member.param) for member in stepped],
-                    [member.gradient.sum for member in stepped],
-                    None if is_alone else [member.gradient.residual for member in stepped],
-                    [[member.states[i] for member in stepped] for i in range(len(update.states))],
-                    torch.cat([rows for _, rows in parts]) if len(parts) > 1 else parts[0][1],
+                    launch.weights,
+                    weight_residuals,
+                    launch.sums,
+                    None if is_alone else launch.residuals,
+                    launch.states,
+                    launch.rows,
                     _product(divisor, grad_scale, device),
                     _on(factor, device),
                     None if found_inf is None else _on(found_inf, device).float(),
                 )
             except BaseException:
-                _add(counts, -1.0)
+                _add(launch.steps, -1.0)
                 raise
-            if found_inf is not None and counts:  # they were not steps
-                torch._foreach_sub_(counts, [_on(found_inf, count.device) for count in counts])
-            for member in stepped:
-                if member.made:
-                    optimizer.state[member.param].update(member.made)
-            wrote = [member.param for member in stepped]
-            self._masters.wrote(wrote, [member.weight for member in stepped])
-            yield wrote
+            if found_inf is not None and launch.steps:  # they were not steps
+                torch._foreach_sub_(launch.steps, [_on(found_inf, count.device) for count in launch.steps])
+            for param, made in zip(launch.params, launch.made, strict=False):
+                if made:
+                    optimizer.state[param].update(made)
+            if not launch.weight_residuals:  # else it was so before
+                self._masters.wrote(launch.params, launch.weights)
+            yield launch.params
+
+
+def _launch(kind: Kind, members: list[Member], rows: Tensor) -> Launch:
+    """Return a launch of parameters of one kind."""
+    return Launch(
+        kind,
+        [member.param for member in members],
+        [member.weight for member in members],
+        [],
+        [member.gradient.sum for member in members],
+        [member.gradient.residual for member in members],
+        [[member.states[i] for member in members] for i in range(len(kind.update.states))],
+        [member.steps for member in members if member.steps is not None],
+        [member.made for member in members],
+        rows,
+    )
 
 
 def _zero_steps(group: Mapping[str, Any], device: torch.device) -> Tensor:
@@ -208,26 +348,44 @@ def _state_of(value: Any, is_spread: bool, weight: Tensor) -> Tensor | None:
 
 def _add(counts: list[Tensor], number: float) -> None:
     """Add a number to counts of steps."""
-    on_host = [count for count in counts if count.is_cpu]
     elsewhere = [count for count in counts if not count.is_cpu]
+    on_host = [count for count in counts if count.is_cpu] if len(elsewhere) < len(counts) else []
     if on_host:  # torch would make a tensor of the number for each of them
         torch._foreach_add_(on_host, torch.tensor(number, device="cpu"), alpha=1)
     if elsewhere:
         torch._foreach_add_(elsewhere, number)
 
 
-def _coefficients(group: Mapping[str, Any], update: Update, members: list[Member], device: torch.device) -> Tensor:
-    """Return a row of coefficients for each parameter, on the device of the weights, without waiting for it."""
-    counts = [member.steps for member in members if member.steps is not None]
-    inputs = [*counts, group["lr"], *group.get("betas", ())]
-    is_on_device = any(isinstance(value, Tensor) and value.device == device for value in inputs)
+def _coefficients(
+    group: Mapping[str, Any],
+    update: Update,
+    counts: list[Tensor],
+    are_first: list[bool],
+    number: int,
+    device: torch.device,
+) -> Tensor:
+    """Return a row of coefficients for each of some parameters, on the device of the weights, without waiting for it.
+
+    Args:
+        group: their parameter group.
+        update: how they are stepped.
+        counts: of their steps, where these are counted.
+        are_first: whether each is stepped for the first time; empty where none is.
+        number: how many there are.
+        device: of the weights.
+    """
+    places = {count.device for count in counts}
+    options = [value.device for value in (group["lr"], *group.get("betas", ())) if isinstance(value, Tensor)]
+    is_on_device = device in places or device in options
     where = device if is_on_device or _is_capturing(device) else torch.device("cpu")
     if update in COUNTED:
-        rows = adam_coefficients(group, torch.stack([count.to(where) for count in counts]) + 1)
-    elif any(member.made for member in members):
-        rows = sgd_coefficients(group, torch.tensor([bool(member.made) for member in members], device=where))
+        if len(places) > 1:
+            counts = [count.to(where) for count in counts]
+        rows = adam_coefficients(group, torch.stack(counts).to(where) + 1)
+    elif any(are_first):
+        rows = sgd_coefficients(group, torch.tensor(are_first, device=where))
     else:
-        rows = sgd_coefficients(group, torch.zeros(len(members), dtype=torch.bool, device=where))
+        rows = sgd_coefficients(group, torch.zeros(number, dtype=torch.bool, device=where))
     if where == device:
         return rows
     if device.type != "cuda" or is_fake(rows):  # which cannot be pinned

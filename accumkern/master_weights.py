@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ class _Residual:
     tensor: Tensor
     place: Any = None
     version: int = -1
+    address: int = -1  # of the weight's first element
     seen: Tensor | None = None  # a copy of the weight, without holes in memory
     changes: int = 0  # by others, between steps
 
@@ -95,10 +96,11 @@ class MasterWeights:
         """Return whether a parameter has a master: all that are bfloat16 have one."""
         return param.dtype is self.format.sum_dtype and param.layout is torch.strided
 
-    def keep_only(self, params: Iterable[Tensor]) -> None:
+    def keep_only(self, params: Collection[Tensor]) -> None:
         """Let go of the residuals of all other parameters."""
-        for param in self._residuals.keys() - set(params):
-            del self._residuals[param]
+        if not {*map(id, self._residuals)} <= {*map(id, params)}:  # to hash tensors takes longer
+            for param in self._residuals.keys() - set(params):
+                del self._residuals[param]
 
     def forget_all(self) -> None:
         """Let go of all residuals."""
@@ -185,11 +187,10 @@ class MasterWeights:
 
         Parameters that are views of one tensor have one version: what belongs to a weight before does so afterwards.
         """
-        belong = [param for param, found in self._residuals.items() if found.version == version_of(param)]
-        for param in params:
-            torch.autograd.graph.increment_version(held(param))
-        for param in belong:
-            self._residuals[param].version = version_of(param)
+        belong = [(param, found) for param, found in self._residuals.items() if found.version == version_of(param)]
+        torch.autograd.graph.increment_version([held(param) for param in params])
+        for param, found in belong:
+            found.version = version_of(param)
 
     def load(self, param: Tensor, residual: Tensor | None) -> None:
         """Make a residual, flat in the weight's memory order, what belongs to the weight as it is now; None is zero."""
@@ -226,9 +227,25 @@ class MasterWeights:
         found.changes += 1
         return found.tensor
 
+    def as_written(self, params: list[Tensor]) -> list[Tensor] | None:
+        """Return the residuals of weights, flat in their memory order, if every weight is as a step has left it.
+
+        None of the parameters is a DTensor. Their shapes and strides are what they were then.
+        """
+        found = [self._residuals.get(param) for param in params]
+        is_as_written = all(
+            one is not None
+            and one.version == param._version
+            and one.address == param.data_ptr()
+            and one.seen is None
+            and one.changes < _CHANGES
+            for one, param in zip(found, params, strict=True)
+        )
+        return [one.tensor for one in found if one is not None] if is_as_written else None
+
     def _remember(self, param: Tensor) -> None:
         found = self._residuals[param]
-        found.place, found.version = _place(param), version_of(param)
+        found.place, found.version, found.address = _place(param), version_of(param), held(param).data_ptr()
 
 
 def state_dict_of(model: torch.nn.Module, masters_of: Callable[[Tensor], MasterWeights | None]) -> dict[str, Any]:
@@ -308,4 +325,6 @@ def _place(param: Any) -> Any:
 
 def version_of(param: Any) -> int:
     """Return a number that grows with every change of a weight. A DTensor and its shard count their own."""
-    return param._version + (shard(param)._version if is_dtensor(param) else 0)
+    if not is_dtensor(param):
+        return param._version
+    return param._version + shard(param)._version

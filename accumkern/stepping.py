@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
@@ -25,7 +25,7 @@ from accumkern.backends import Kernels
 from accumkern.casting import count_calls, take_cut_off
 from accumkern.deferred import DeferredScaling
 from accumkern.dtensor import is_dtensor, largest_shard
-from accumkern.fused_step import FusedStep, Member, is_fused
+from accumkern.fused_step import FusedStep, Launch, is_fused
 from accumkern.master_weights import MasterWeights, dense, local_of, sum_of_bits, version_of
 from accumkern.optimizers import is_stepped_in_parts, raw_step
 from accumkern.passes import BackwardPasses
@@ -105,9 +105,11 @@ class Stepping:
         self._passes.complete()
         self.masters.keep_only(self._slots)
         step = raw_step(optimizer)
-        fused = self._fused_members(optimizer)
+        fused: list[Launch] = []
+        if self._fused is not None:
+            fused, self._not_fused = self._fused.launches(optimizer, self._has_stand_in)
         scaling = self.deferred.checked()
-        buckets = list(self._buckets(optimizer, {member.param for members in fused for member in members}))
+        buckets = list(self._buckets(optimizer, {id(param) for launch in fused for param in launch.params}))
         if closure is not None:
             closure.calls_left = len(buckets)
         memory = dict(self._stand_ins.kept)
@@ -183,30 +185,15 @@ class Stepping:
     def _has_stand_in(self, param: Tensor) -> bool:
         if param.grad is None or param not in self._slots:
             return False
+        if self.masters.has(param):
+            return True
         self.masters.check("a parameter of optimizer", param)  # it may have been cast
-        return self.masters.has(param)
+        return False
 
-    def _fused_members(self, optimizer: Any) -> list[list[Member]]:
-        """Return, for each parameter group, what is stepped in one pass."""
-        groups = optimizer.param_groups
-        if self._fused is None:
-            return [[] for _ in groups]
-        times = Counter(param for group in groups for param in group["params"])  # torch lets a group hold one twice
-        taken: list[list[Member]] = [[] for _ in groups]
-        self._not_fused = 0
-        for group, members in zip(groups, taken, strict=True):
-            for param in filter(self._has_stand_in, group["params"]):
-                member = self._fused.member(optimizer, group, param) if times[param] == 1 else None
-                if member is None:
-                    self._not_fused += 1
-                else:
-                    members.append(member)
-        return taken
-
-    def _buckets(self, optimizer: Any, fused: Set[Tensor]) -> Iterator[_Members]:
+    def _buckets(self, optimizer: Any, fused: Set[int]) -> Iterator[_Members]:
         """Yield the parameters in order, as many at a time as a bucket takes; those without stand-ins take nothing.
 
-        Those of ``fused`` are left out.
+        Those of ``fused``, addresses of parameters, are left out.
 
         Of DTensors all ranks yield the same: a step may take sums over ranks, several parameters at a time.
         """
@@ -215,7 +202,7 @@ class Stepping:
         size = 0
         for i, group in enumerate(groups):
             for param in group["params"]:
-                if param in fused:
+                if id(param) in fused:
                     continue
                 numel = largest_shard(param) if is_dtensor(param) else param.numel()
                 needed = STAND_IN_BYTES * numel if self._has_stand_in(param) else 0

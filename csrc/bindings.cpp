@@ -10,6 +10,7 @@
 
 #include "accumulate.h"
 #include "fold_into.h"
+#include "tensors.h"
 #if defined(__linux__)
 #include <sys/uio.h>
 #include <unistd.h>
@@ -128,6 +129,9 @@ bool is_writable(uintptr_t address, size_t bytes) {
   return true;
 }
 
+PyMethodDef layout_method = {"layout", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&layout)), METH_FASTCALL,
+                             "layout(*lists): bytes that are equal where all of their tensors lie alike, wherever in memory."};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -152,6 +156,7 @@ PYBIND11_MODULE(_C, module) {
     module.attr(name) = static_cast<int>(kernel);
   }
   module.def("read_tensors_of", [](const py::object& type) { read_tensors_of(type.ptr()); }, py::arg("type"));
+  module.attr("layout") = py::reinterpret_steal<py::object>(PyCFunction_New(&layout_method, nullptr));
   module.def(
       "fold_into",
       [](int format, int start, const py::object& total, const py::object& residual, const py::object& threads) {

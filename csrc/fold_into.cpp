@@ -8,6 +8,7 @@
 
 #include "accumulate.h"
 #include "dlpack.h"
+#include "tensors.h"
 
 namespace accumkern {
 namespace {
@@ -17,9 +18,7 @@ constexpr int64_t kShort = 1 << 15;  // elements, some ten microseconds
 
 constexpr int32_t kMaxDims = 6;  // of a sum that is folded so
 
-PyTypeObject* tensor_type = nullptr;  // torch.Tensor
-const dlpack::Exchange* exchange = nullptr;
-PyObject *version_name = nullptr, *is_neg_name = nullptr;
+PyObject *const version_name = PyUnicode_InternFromString("_version"), *const is_neg_name = PyUnicode_InternFromString("is_neg");
 
 // A sum where it lies, and what belongs to it.
 struct Place {
@@ -46,13 +45,6 @@ struct Place {
     return true;
   }
 };
-
-bool read(PyObject* object, dlpack::Tensor* tensor) {
-  if (Py_TYPE(object) != tensor_type) return false;
-  if (exchange->read(object, tensor) == 0) return true;
-  PyErr_Clear();  // a sparse one
-  return false;
-}
 
 // 1 or 0; -1 with a Python exception.
 int has_version(PyObject* tensor, PyObject* version) {
@@ -84,7 +76,7 @@ bool fold(const Place& place, void* grad, float scale) {
     if (PyErr_Occurred() != nullptr) return false;
   }
   void* stream = nullptr;
-  if (place.device.type != dlpack::kCpu && exchange->current_stream(place.device.type, place.device.id, &stream) != 0) return false;
+  if (place.device.type != dlpack::kCpu && exchange_of_tensors()->current_stream(place.device.type, place.device.id, &stream) != 0) return false;
 
   PyThreadState* interpreter = place.device.type == dlpack::kCpu && place.numel <= kShort ? nullptr : PyEval_SaveThread();
   std::string problem;
@@ -118,7 +110,7 @@ PyObject* add(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   PyObject *grad_object = arguments[0], *total_object = arguments[1];
   auto& place = *static_cast<Place*>(PyCapsule_GetPointer(self, nullptr));
   dlpack::Tensor grad, total;
-  if (!PyFloat_CheckExact(arguments[3]) || !read(grad_object, &grad) || !read(total_object, &total)) Py_RETURN_FALSE;
+  if (!PyFloat_CheckExact(arguments[3]) || !read_tensor(grad_object, &grad) || !read_tensor(total_object, &total)) Py_RETURN_FALSE;
   if (dlpack::address(total) != place.sum || !place.is_laid_out_alike(total) || !place.is_laid_out_alike(grad)) Py_RETURN_FALSE;
   if (dlpack::address(grad) == nullptr && place.numel > 0) Py_RETURN_FALSE;  // torch's immutable zeros
   const int is_unchanged = has_version(total_object, arguments[2]);
@@ -147,29 +139,9 @@ void release(PyObject* capsule) {
 
 }  // namespace
 
-void read_tensors_of(PyObject* type) {
-  PyObject* capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
-  if (capsule == nullptr) {
-    PyErr_Clear();
-    throw std::runtime_error("this torch has no torch.Tensor.__dlpack_c_exchange_api__");
-  }
-  const auto* found = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule, dlpack::kCapsuleName));
-  Py_DECREF(capsule);
-  while (found != nullptr && found->major > dlpack::kMajorVersion) found = found->older;
-  if (found == nullptr || found->read == nullptr || found->current_stream == nullptr) {
-    PyErr_Clear();
-    throw std::runtime_error("this torch exchanges tensors by another version of DLPack than 1");
-  }
-  exchange = found;
-  tensor_type = reinterpret_cast<PyTypeObject*>(type);
-  Py_INCREF(type);
-  version_name = PyUnicode_InternFromString("_version");
-  is_neg_name = PyUnicode_InternFromString("is_neg");
-}
-
 PyObject* fold_into(int format, int start, PyObject* total, PyObject* residual, PyObject* threads) {
   dlpack::Tensor sum, low = {};
-  if (!read(total, &sum) || (residual != Py_None && !read(residual, &low))) throw std::invalid_argument("not a torch.Tensor");
+  if (!read_tensor(total, &sum) || (residual != Py_None && !read_tensor(residual, &low))) throw std::invalid_argument("not a torch.Tensor");
   if (sum.ndim > kMaxDims) return PyCFunction_New(&cannot_method, nullptr);
   auto* place = new Place{static_cast<Format>(format), sum.device, sum.dtype, sum.ndim, {}, {}, dlpack::numel(sum),
                           dlpack::address(sum), residual == Py_None ? nullptr : dlpack::address(low), threads, static_cast<Start>(start)};

@@ -7,9 +7,6 @@
 
 namespace accumkern {
 
-// Takes torch.Tensor: its exact instances are read from now on. Throws std::runtime_error where it cannot be done.
-void read_tensors_of(PyObject* type);
-
 // Returns add(grad, total, version, scale), a new reference; nullptr with a Python exception.
 //
 // It does sum, residual = encode(scale * grad + decode(sum, residual)) and returns True, if total is the sum as it lies

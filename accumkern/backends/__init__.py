@@ -191,6 +191,28 @@ def kernels(name: str) -> Kernels:
     return Kernels(fold_into=getattr(module, "fold_into", partial(_fold_into, module.fold)), **others)
 
 
+@cache
+def layout_function() -> Callable[..., Any]:
+    """Return ``layout(*lists)``, a value that is equal for tensors that lie alike, wherever in memory that is.
+
+    That is to say, for lists of as many tensors of the same classes, dtypes, devices, shapes and strides; None may take
+    the place of a tensor. It returns None where something else is among them, or a tensor has no such value.
+    """
+    if extension_problem() is None:
+        from accumkern.backends import _C  # type: ignore[attr-defined]
+
+        return _C.layout
+    return _layout
+
+
+def _layout(*lists: list[Any]) -> Any:
+    if any(t is not None and not (isinstance(t, Tensor) and t.layout is torch.strided) for some in lists for t in some):
+        return None
+    return tuple(
+        tuple(None if t is None else (type(t), t.dtype, t.device, t.shape, t.stride()) for t in some) for some in lists
+    )
+
+
 def _fold_into(
     fold: Callable[..., None], format_: Format, start: Start, total: Tensor, residual: Tensor | None
 ) -> Callable[[Tensor, Tensor, int, Any], bool]:
