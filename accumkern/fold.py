@@ -129,11 +129,23 @@ class Fold:
             for slot in slots:
                 slot.remember()
         for slot, total in zip(slots, sums, strict=True):
-            if type(total) is Tensor and slot.address != total.data_ptr():
+            if not slot.may_wait and type(total) is Tensor and slot.address != total.data_ptr():
                 slot.prepare(total, kernels.fold_into, Start.CONTINUE)
         if squares is not None and partials is not None:
             for slot, rows in zip(slots, partials, strict=True):
                 squares.fold(slot.param, slot.param.grad, start, rows, scale)
+
+    def go_on(self, slots: list[Slot], grads: list[Tensor], sums: list[Tensor]) -> bool:
+        """Fold gradients of one device and dtype into sums that are as their slots left them, where all is as usual.
+
+        Return whether it was. Else, as where folds are measured, nothing is written.
+        """
+        dtype, scale = grads[0].dtype, self.scale
+        format_ = slots[0].formats.get(dtype)
+        if format_ is None or self.squares is not None or isinstance(scale, Tensor):
+            return False
+        residuals = None if format_.residual_dtype is None else [slot.residual for slot in slots]
+        return self.kernels_on(grads[0].device).fold_alike(format_, grads, sums, residuals, scale)
 
     def second(self, slot: Slot, running: Tensor, new: Tensor) -> None:
         """Fold the second gradient of a window into the first, where nothing measures it, as the next ones will be.

@@ -6,7 +6,7 @@ They arrive later in the backward pass, as far as anybody can tell: until then `
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -25,9 +25,9 @@ WAITING_DEVICE_TYPES = frozenset({"cuda"})
 # than that wait they are folded: less than twice as many, 16 MiB, most of it in the GPU's cache still.
 MAX_WAITING_NUMEL = 2**22
 
-# The slot; the gradient; .grad until then, and its version; the stream that made the gradient; the number of the
-# backward pass.
-_Entry: TypeAlias = tuple[Slot, Tensor, "Tensor | None", int, int, int]
+# The slot; the gradient; .grad until then, and its version; the device's index and the stream that made the gradient;
+# the number of the backward pass.
+_Entry: TypeAlias = tuple[Slot, Tensor, "Tensor | None", int, int, int, int]
 
 
 class WaitingGradients:
@@ -68,7 +68,7 @@ class WaitingGradients:
         stream = current_raw_stream(device) if device >= 0 else 0
         version = 0 if running is None else running._version
         slot.waits = True
-        self._entries.append((slot, new, running, version, stream, number))
+        self._entries.append((slot, new, running, version, device, stream, number))
         self._numel += new.numel()
         if self._numel > MAX_WAITING_NUMEL:
             self.fold()
@@ -95,20 +95,40 @@ class WaitingGradients:
 
     def _fold_entries(self) -> None:
         launches: dict[Any, tuple[list[Slot], list[Tensor], list[Any], Start]] = {}
+        likely: dict[Any, list[tuple[Slot, Tensor, Any, int]]] = defaultdict(list)  # to continue, as most do
+        others: list[tuple[Slot, Tensor, Any, int]] = []
         popleft = self._entries.popleft
         errors: list[Exception] = []  # the others are folded all the same
         while True:
             try:
-                slot, new, running, version, stream, number = popleft()
+                slot, new, running, version, device_index, stream, number = popleft()
             except IndexError:
                 break
             slot.waits = False
             grad: Any = slot.param.grad
-            is_changed = running is None or grad is not running or running._version != version
-            if is_changed and not self._is_under_way(number):  # the pass has failed, and zero_grad() was called
+            if (
+                running is not None
+                and grad is running
+                and slot.written() is running
+                and running._version == version == slot.version
+            ):
+                likely[new.dtype, device_index, stream].append((slot, new, running, stream))
                 continue
-            dtype = new.dtype
-            start = Start.FROM_ZERO
+            is_changed = running is None or grad is not running or running._version != version
+            if not is_changed or self._is_under_way(number):  # else it has failed, and zero_grad() was called
+                others.append((slot, new, grad, stream))
+        for (_, _, stream), some in likely.items():
+            slots, grads, sums, _ = map(list, zip(*some, strict=True))
+            try:
+                with _on_stream(grads[0].device, stream):
+                    is_done = self._fold.go_on(slots, grads, sums)
+            except Exception as error:
+                errors.append(error)
+            else:
+                if not is_done:
+                    others += some
+        for slot, new, grad, stream in others:
+            dtype, start = new.dtype, Start.FROM_ZERO
             if grad is not None:
                 start = Start.CONTINUE if slot.has_residual_of(grad) else Start.FROM_SUM
             if not is_plain(new, dtype) or (grad is not None and not is_plain(grad, dtype)):

@@ -7,6 +7,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "accumulate.h"
 #include "fold_into.h"
@@ -165,6 +166,18 @@ PYBIND11_MODULE(_C, module) {
         return py::reinterpret_steal<py::object>(function);
       },
       py::arg("format"), py::arg("start"), py::arg("total"), py::arg("residual"), py::arg("threads"));
+  module.def(
+      "fold_alike",
+      [](int format, const py::object& grads, const py::object& sums, const py::object& residuals, float scale, int device,
+         uintptr_t threads_or_stream) {
+        auto tensors = read_alike(grads.ptr(), sums.ptr(), residuals.ptr());
+        if (!tensors) return false;
+        run({Kernel::kFold, static_cast<Format>(format), Start::kContinue, std::move(*tensors), {scale, nullptr}, {1.0f, nullptr}},
+            device, threads_or_stream);
+        return true;
+      },
+      py::arg("format"), py::arg("grads"), py::arg("sums"), py::arg("residuals"), py::arg("scale"), py::arg("device"),
+      py::arg("threads_or_stream"));
   module.def(
       "run",
       [](int kernel, int format, int start, const std::vector<int64_t>& table, ScalarPair scalar, ScalarPair factor,

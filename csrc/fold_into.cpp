@@ -3,8 +3,10 @@
 #include "fold_into.h"
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "accumulate.h"
 #include "dlpack.h"
@@ -123,6 +125,22 @@ PyObject* add(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
+// Whether a tensor's elements lie one after another.
+bool is_contiguous(const dlpack::Tensor& tensor) {
+  int64_t numel = 1;
+  bool is_row_major = true;
+  for (int32_t i = tensor.ndim - 1; i >= 0; --i) {
+    if (tensor.shape[i] != 1 && tensor.strides[i] != numel) is_row_major = false;
+    numel *= tensor.shape[i];
+  }
+  return is_row_major || numel == 0;
+}
+
+bool is_of(const dlpack::Tensor& tensor, const dlpack::Device& device, const dlpack::DType& dtype) {
+  return tensor.device.type == device.type && tensor.device.id == device.id && tensor.dtype.code == dtype.code &&
+         tensor.dtype.bits == dtype.bits;
+}
+
 PyMethodDef add_method = {"add", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&add)), METH_FASTCALL,
                           "add(grad, total, version, scale): fold, or return False where that is not as it was."};
 
@@ -156,6 +174,37 @@ PyObject* fold_into(int format, int start, PyObject* total, PyObject* residual, 
   PyObject* function = PyCFunction_New(&add_method, capsule);
   Py_DECREF(capsule);
   return function;
+}
+
+std::optional<std::vector<FoldTensor>> read_alike(PyObject* grads, PyObject* sums, PyObject* residuals) {
+  const bool has_residuals = residuals != Py_None;
+  if (!PyList_CheckExact(grads) || !PyList_CheckExact(sums) || (has_residuals && !PyList_CheckExact(residuals)) ||
+      PyList_GET_SIZE(grads) != PyList_GET_SIZE(sums) || (has_residuals && PyList_GET_SIZE(residuals) != PyList_GET_SIZE(sums))) {
+    throw std::invalid_argument("accumkern.backends._C: fold_alike() takes lists of one length");
+  }
+  std::vector<FoldTensor> tensors(static_cast<size_t>(PyList_GET_SIZE(sums)));
+  dlpack::Device device = {};
+  dlpack::DType dtype = {}, low_dtype = {};
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const auto at = static_cast<Py_ssize_t>(i);
+    PyObject *grad_object = PyList_GET_ITEM(grads, at), *sum_object = PyList_GET_ITEM(sums, at);
+    dlpack::Tensor grad, sum, low = {};
+    if (!read(grad_object, &grad) || !read(sum_object, &sum)) return std::nullopt;
+    if (has_residuals && !read(PyList_GET_ITEM(residuals, at), &low)) return std::nullopt;
+    if (i == 0) device = grad.device, dtype = grad.dtype, low_dtype = low.dtype;
+    if (!is_of(grad, device, dtype) || !is_of(sum, device, dtype) || (has_residuals && !is_of(low, device, low_dtype))) return std::nullopt;
+    const int64_t numel = dlpack::numel(sum);
+    if (dlpack::numel(grad) != numel || (has_residuals && dlpack::numel(low) != numel)) return std::nullopt;
+    if (!is_contiguous(grad) || !is_contiguous(sum)) return std::nullopt;
+    if (numel > 0 && (dlpack::address(grad) == nullptr || dlpack::address(sum) == nullptr)) return std::nullopt;  // torch's immutable zeros
+    for (PyObject* object : {grad_object, sum_object}) {
+      const int is_neg = is_negated(object, dtype);
+      if (is_neg < 0) PyErr_Clear();
+      if (is_neg != 0) return std::nullopt;
+    }
+    tensors[i] = {dlpack::address(grad), dlpack::address(sum), has_residuals ? dlpack::address(low) : nullptr, nullptr, numel};
+  }
+  return tensors;
 }
 
 }  // namespace accumkern

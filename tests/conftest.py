@@ -121,6 +121,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
             recorded.append([grad.numel() for grad in grads])
             found.fold(format_, start, grads, *others)
 
+        def fold_alike_and_record(format_, grads, *others):  # type: ignore[no-untyped-def]
+            is_folded = found.fold_alike(format_, grads, *others)
+            if is_folded:
+                recorded.append([grad.numel() for grad in grads])
+            return is_folded
+
         def fold_into_and_record(*place):  # type: ignore[no-untyped-def]
             add = found.fold_into(*place)
 
@@ -132,7 +138,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
             return add_and_record
 
-        return found._replace(fold=fold_and_record, fold_into=fold_into_and_record)
+        return found._replace(fold=fold_and_record, fold_into=fold_into_and_record, fold_alike=fold_alike_and_record)
 
     monkeypatch.setattr(backends, "kernels", kernels)
     return recorded

@@ -80,6 +80,9 @@ class EveryKernel:
                 self.call("rescale", format_, start, sums, residuals, divisor, divisor)
         if start is Start.CONTINUE:
             values = [torch.empty(total.shape, device=self.device) for total in sums]
+            if sums:
+                assert self.kernels.fold_alike(format_, grads, sums, residuals, 0.5)
+                self.calls["fold_alike"] += 1
             self.call("decode", format_, sums, residuals, values)
             for divisor in numbers:
                 self.call("encode", format_, values, divisor, sums, residuals)

@@ -178,7 +178,9 @@ class RaisingKernels:
     def __init__(self, kernels: backends.Kernels) -> None:
         self.successes = 1_000
         self.kernels = kernels._replace(
-            fold=self.counted(kernels.fold), fold_into=lambda *place: self.counted(kernels.fold_into(*place))
+            fold=self.counted(kernels.fold),
+            fold_into=lambda *place: self.counted(kernels.fold_into(*place)),
+            fold_alike=self.counted(kernels.fold_alike),
         )
 
     def counted(self, call: Callable[..., Any]) -> Callable[..., Any]:

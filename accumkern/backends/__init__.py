@@ -6,10 +6,12 @@ A new backend is a row of :data:`BACKENDS` and a module with its kernels.
 from __future__ import annotations
 
 import importlib
+import operator
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -42,6 +44,11 @@ class Kernels(NamedTuple):
             first call does what ``fold(format_, start, [grad], [total], [residual], scale, None)`` does, later ones
             continue, and it returns True, if the sum lies as it lay and is of that version, the gradient is laid out
             alike, both are exactly tensors, and scale is a float. Else it writes nothing and returns False.
+        fold_alike: ``fold_alike(format_, grads, sums, residuals, scale)`` does what ``fold(format_, CONTINUE, grads,
+            sums, residuals, scale, None)`` does, and returns True, if all are exactly tensors of one device, gradients
+            and sums contiguous and of one dtype, residuals of the format's, each with as many elements as its sum, and
+            nothing is lazily negated. Else it writes nothing and returns False. ``scale`` is a number, and the first
+            gradient's dtype is the format's.
         finish: ``finish(format_, start, sums, residuals, divisor, factor)``: ``sum = round((x / divisor) * factor)`` in
             FP32, in place; ``x`` is ``decode(sum, residual)`` if ``start`` is CONTINUE, the sum if it is FROM_SUM.
         rescale: ``rescale(format_, start, sums, residuals, divisor, factor)``: ``(sum, residual) = encode((x /
@@ -76,6 +83,7 @@ class Kernels(NamedTuple):
 
     fold: Callable[[Format, Start, _Tensors, _Tensors, _Tensors | None, _Scalar, _Tensors | None], None]
     fold_into: Callable[[Format, Start, Tensor, Tensor | None], Callable[[Tensor, Tensor, int, Any], bool]]
+    fold_alike: Callable[[Format, _Tensors, _Tensors, _Tensors | None, float], bool]
     finish: Callable[[Format, Start, _Tensors, _Tensors | None, _Scalar, _Scalar], None]
     rescale: Callable[[Format, Start, _Tensors, _Tensors | None, _Scalar, _Scalar], None]
     decode: Callable[[Format, _Tensors, _Tensors | None, _Tensors], None]
@@ -93,7 +101,7 @@ class Backend(NamedTuple):
     """A row of the table."""
 
     summary: str  # what it does, in a line
-    module: str  # whose functions named as in Kernels are its kernels; fold_into may be left out
+    module: str  # whose functions named as in Kernels are its kernels; fold_into and fold_alike may be left out
     problem: Callable[[torch.device | None], str | None]  # why it cannot run on this machine, of several GPUs on one
     device_type: Callable[[], str | None]  # of the tensors that it takes; None for every one
     takes: str  # the same, in words
@@ -187,8 +195,9 @@ def kernels(name: str) -> Kernels:
     if _are_left_out:
         return Kernels(*[_do_nothing] * len(Kernels._fields))
     module = importlib.import_module(BACKENDS[name].module)
-    others = {name: getattr(module, name) for name in Kernels._fields if name != "fold_into"}
-    return Kernels(fold_into=getattr(module, "fold_into", partial(_fold_into, module.fold)), **others)
+    general = {"fold_into": partial(_fold_into, module.fold), "fold_alike": partial(_fold_alike, module.fold)}
+    found: dict[str, Any] = {name: getattr(module, name, general.get(name)) for name in Kernels._fields}
+    return Kernels(**found)
 
 
 @cache
@@ -239,6 +248,36 @@ def _fold_into(
         return is_as_it_was
 
     return add
+
+
+_is_contiguous, _is_neg, _numel, _get_device = Tensor.is_contiguous, Tensor.is_neg, Tensor.numel, Tensor.get_device
+_dtype_of = operator.attrgetter("dtype")
+
+
+def _fold_alike(
+    fold: Callable[..., None],
+    format_: Format,
+    grads: _Tensors,
+    sums: _Tensors,
+    residuals: _Tensors | None,
+    scale: float,
+) -> bool:
+    """Do what :attr:`Kernels.fold_alike` does, for a backend that has nothing of its own."""
+    dtype, of_all, lows = grads[0].dtype, [*grads, *sums], residuals or []
+    numels = list(map(_numel, sums))
+    are_alike = (
+        set(map(type, chain(of_all, lows))) == {Tensor}
+        and set(map(_dtype_of, of_all)) == {dtype}
+        and set(map(_dtype_of, lows)) <= {format_.residual_dtype}
+        and all(map(_is_contiguous, of_all))
+        and (dtype is torch.bfloat16 or not any(map(_is_neg, of_all)))  # no complex number has parts of bfloat16
+        and len(set(map(_get_device, chain(of_all, lows)))) == 1
+        and list(map(_numel, grads)) == numels
+        and (residuals is None or list(map(_numel, residuals)) == numels)
+    )
+    if are_alike:
+        fold(format_, Start.CONTINUE, grads, sums, residuals, scale, None)
+    return are_alike
 
 
 _are_left_out = False

@@ -37,6 +37,15 @@ def fold_into(
     return _C.fold_into(format_, start, total, residual, torch.get_num_threads)
 
 
+def fold_alike(
+    format_: Format, grads: list[Tensor], sums: list[Tensor], residuals: list[Tensor] | None, scale: float
+) -> bool:
+    """Fold if all tensors are as they mostly are; see :class:`accumkern.backends.Kernels`."""
+    if residuals is not None and type(residuals[0]) is Tensor and residuals[0].dtype is not format_.residual_dtype:
+        return False
+    return _C.fold_alike(format_, grads, sums, residuals, scale, *_place(sums[0]))
+
+
 def finish(
     format_: Format,
     start: Start,
