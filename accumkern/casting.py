@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from accumkern import backends
-from accumkern.dtensor import distributed_as, is_dtensor, shard, with_shard
+from accumkern.dtensor import is_dtensor, shard, shard_as, with_shard
 from accumkern.formats import Format, decode
 from accumkern.master_weights import MasterWeights, checksums, dense, local_of, warn_of_ranks
 
@@ -109,7 +109,7 @@ def take_cut_off(masters: MasterWeights, params: Mapping[Tensor, Any]) -> None:
             changed += 1
             continue
         if is_dtensor(param):
-            residual = shard(residual if is_dtensor(residual) else distributed_as(residual, param))
+            residual = shard(residual) if is_dtensor(residual) else shard_as(residual, param)
         local = dense(local_of(param))
         low = torch.empty_like(local, dtype=torch.int16).copy_(residual)
         master = decode(Format.SPLIT32, local, low)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from accumkern.formats import to_fp64
-from accumkern.torch_private import is_wrapper_subclass, wait_for
+from accumkern.torch_private import dtensor_of, is_wrapper_subclass, sendable, wait_for
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch.distributed import ProcessGroup
 
 
@@ -52,19 +54,17 @@ def wait_for_copy(grad: Any) -> None:
 
 @torch.no_grad()
 def with_shard(local: Tensor, like: Any) -> Any:
-    """Return a DTensor laid out over ranks as ``like`` is, of which this rank holds ``local``."""
-    from torch.distributed.tensor import DTensor
-
-    shape, stride = like.shape, like.stride()
-    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+    """Return a DTensor laid out over ranks as ``like`` is, of which this rank holds ``local``, and where that lies."""
+    return dtensor_of(local, like)
 
 
 @torch.no_grad()
-def distributed_as(tensor: Tensor, like: Any) -> Any:
-    """Return a whole tensor, the same on every rank, as a DTensor laid out as ``like`` is; nothing is sent."""
+def shard_as(tensor: Tensor, like: Any) -> Tensor:
+    """Return this rank's part of a tensor that is the same on every rank, laid out as ``like`` is; nothing is sent."""
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor.to(shard(like).device), like.device_mesh, like.placements, src_data_rank=None)
+    spread = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return shard(spread).to(shard(like).device)
 
 
 @torch.no_grad()
@@ -80,11 +80,8 @@ def sum_over_shards(numbers: list[Tensor], of: list[Any]) -> list[Tensor]:
         members.setdefault(groups_of_shards(tensor), []).append(i)
     sums = list(numbers)
     for groups, indices in members.items():
-        together = torch.stack([numbers[i] for i in indices])
-        sent = together.to(of[indices[0]].device_mesh.device_type)  # shards may be on the CPU, where NCCL is not
-        for group in groups:
-            torch.distributed.all_reduce(sent, group=group)
-        for i, total in zip(indices, sent.to(together.device), strict=True):
+        totals = _all_reduced(torch.stack([numbers[i] for i in indices]), groups)
+        for i, total in zip(indices, totals, strict=True):
             sums[i] = total
     return sums
 
@@ -133,7 +130,8 @@ def reduced(local: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import Replicate
 
     placements = [Replicate() if placement.is_partial() else placement for placement in like.placements]
-    return shard(with_shard(local, like).redistribute(placements=placements))
+    sent = sendable(local, like.device_mesh.get_group(0))
+    return shard(with_shard(sent, like).redistribute(placements=placements)).to(local.device)
 
 
 def groups_of_shards(grad: Any) -> tuple[ProcessGroup, ...]:
@@ -157,10 +155,19 @@ def norm_over(groups: tuple[ProcessGroup, ...], norm: Tensor, norm_type: float) 
         return norm
     if norm_type == float("inf"):  # the greatest of numbers and NaN may be either
         both = torch.stack([norm.nan_to_num(0.0, posinf=torch.inf), norm.isnan().to(norm.dtype)])
-        for group in groups:
-            torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=group)
+        both = _all_reduced(both, groups, torch.distributed.ReduceOp.MAX)
         return torch.where(both[1] > 0, torch.nan, both[0])
-    power = to_fp64(norm) ** norm_type
-    for group in groups:
-        torch.distributed.all_reduce(power, group=group)
+    power = _all_reduced(to_fp64(norm) ** norm_type, groups)
     return (power ** (1 / norm_type)).to(norm.dtype).to(norm.device)
+
+
+def _all_reduced(tensor: Tensor, groups: Iterable[ProcessGroup], op: Any = None) -> Tensor:
+    """Reduce a tensor, in place or not, over one group after the other: to the sum unless ``op`` says otherwise.
+
+    It may be of shards in host memory, which NCCL does not reach, and what is returned is there again.
+    """
+    for group in groups:
+        sent = sendable(tensor, group)
+        torch.distributed.all_reduce(sent, op or torch.distributed.ReduceOp.SUM, group=group)
+        tensor = sent.to(tensor.device)
+    return tensor

@@ -6,6 +6,7 @@ changes, ``_is_view()``, a storage's ``_cdata``, a module's ``_parameters`` and 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import operator
@@ -216,6 +217,18 @@ def set_local_tensor(dtensor: Any, local: Tensor) -> None:
     dtensor._local_tensor = local
 
 
+def dtensor_of(local: Tensor, like: Any) -> Any:
+    """Return a DTensor laid out over ranks as ``like`` is, of which this rank holds ``local``, on whatever device.
+
+    ``DTensor.from_local`` would move it to where the ranks compute, while fully_shard may keep shards in host memory.
+    """
+    from torch.distributed.tensor import DTensor
+
+    meta = like._spec.tensor_meta._replace(dtype=local.dtype)
+    make: Any = DTensor
+    return make(local.detach(), dataclasses.replace(like._spec, tensor_meta=meta), requires_grad=False)
+
+
 def wait_for(local: Any) -> Tensor:
     """Return a shard once a collective that writes it is done."""
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
@@ -294,6 +307,12 @@ def timeout_of(group: Any) -> timedelta:
     """Return how long a wait for other ranks of a process group may take: between CPUs, where it knows these."""
     cpu, devices = torch.device("cpu"), group._device_types
     return group._get_backend(cpu if cpu in devices else devices[0]).options._timeout
+
+
+def sendable(tensor: Tensor, group: Any) -> Tensor:
+    """Return a tensor where a process group can send it: NCCL takes none from host memory."""
+    kinds = [device.type for device in group._device_types]
+    return tensor if tensor.device.type in kinds else tensor.to(kinds[0])
 
 
 # ---- planning ----------------------------------------------------------------------------------------------------

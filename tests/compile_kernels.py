@@ -178,8 +178,6 @@ def compile_product(architecture: int) -> dict[str, Any]:
             constants |= {"PART": tile.part}
             if tile.kernel == "pointers":
                 kernel = product_kernels.product_kernel
-            else:
-                constants["SPECIALIZED"] = tile.kernel == "specialized"
             arguments = dict.fromkeys(("dy_ptr", "x_ptr", "sum_ptr"), "*bf16") | {"residual_ptr": residual}
             arguments |= dict.fromkeys(("rows", "columns", "inner"), "i32")
             multiples = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in arguments}
@@ -190,7 +188,6 @@ def compile_product(architecture: int) -> dict[str, Any]:
             counts = describe_compiled(compiled) | {"SHARED": compiled.metadata.shared}
             for name, instruction in (("wgmma", "wgmma.mma_async"), ("tma", "cp.async.bulk.tensor")):
                 counts[name] = compiled.asm["ptx"].count(instruction)
-            counts["specialized"] = compiled.asm["ttgir"].count("ttg.warp_specialize(")
             report.setdefault(str(tile), {})[format_.name] = counts
     return report
 
