@@ -34,11 +34,11 @@ TOGETHER, ALONE = "together", "alone"
 # Group -> (files, processes of pytest-xdist, which tests).
 TESTS: dict[str, tuple[tuple[str, ...], int, str | None]] = {
     "folds": (("kernels", "fold", "fold_into", "layouts", "triton_launch", "slot", "finish", "norm_kernel"), 5, None),
-    "steps": (("step_kernels", "mean_kernel", "training", "optimizers", "master_weights"), 3, None),
+    "steps": (("step_kernels", "mean_kernel", "training", "optimizers", "master_weights"), 5, None),
     "ranks": (("ddp", "backward_ranks", "fsdp", "fsdp_whole", "master_ranks", "elastic", "master_checkpoint"), 6, None),
     "meshes": (
         ("bucket_mean", "pipeline", "plan_ranks", "plan_link", "tensor_parallel", "meshes", "distributed_checkpoint",
-         "bench_parallel", "token_means", "split_backward", "lost_rank"), 4, None),
+         "bench_parallel", "token_means", "split_backward", "lost_rank", "host_shards"), 4, None),
     "graphs": (("gpu", "cuda_graphs"), 0, "captured or graphs"),
     "gpu": (("gpu",), 2, "not captured"),
     "product": (("product_kernels",), 0, None),

@@ -543,13 +543,17 @@ def test_a_plan_on_a_gpu_respects_its_limit_and_gives_the_memory_back() -> None:
 
     made = setup()
     device = made.device
+    # Libraries keep memory from their first use on, and cuBLAS lets go of its own at times: without it on both sides.
+    torch.autograd.grad(made.loss(made.model, made.make_batch(2)), list(made.model.parameters()), allow_unused=True)
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     allocated, fraction = torch.cuda.memory_allocated(device), torch.cuda.get_per_process_memory_fraction(device)
     limit = torch.cuda.memory_reserved(device) + 200 * 10**6
     plan = accumkern.plan(lambda: made, effective_batch=4096, memory=limit, noise_windows=8)
     assert plan.is_limited_by_memory
     assert plan.choice.memory_bytes <= 0.9 * limit
-    assert torch.cuda.memory_allocated(device) <= allocated  # less where a library has let go of its workspace
+    torch._C._cuda_clearCublasWorkspaces()
+    assert torch.cuda.memory_allocated(device) <= allocated
     assert torch.cuda.get_per_process_memory_fraction(device) == fraction
     with fake_setup(setup) as fake:
         size = plan.choice.micro_batch

@@ -205,7 +205,7 @@ def test_the_state_of_pending_sums_is_refused(ranks: Ranks) -> None:
 def moved() -> None:
     """Even where nothing has to move, module.to() gives DTensor parameters other tensors."""
     model = parallel(block(BF16), init_device_mesh(device().type, (dist.get_world_size(),)), False)
-    # Some parameters are no DTensors; foreach, torch's default on a GPU, takes no mixed lists, without accumkern either.
+    # Some parameters are no DTensors. foreach, torch's default on a GPU, takes no mixed lists, of stock torch either.
     optimizer = torch.optim.SGD(model.parameters(), foreach=False)
     acc = accumkern.attach(optimizer, "split32")
     model.to(device())
