@@ -44,6 +44,8 @@ TESTS: dict[str, tuple[tuple[str, ...], int, str | None]] = {
     "product": (("product_kernels",), 0, None),
 }  # fmt: skip
 REST = "rest"  # of the files, 2 processes
+# What is trained with 10^9 weights.
+TRAINED = "stock_bf16,split24,split32,split24_masters,stock_fp32_masters,stock_fp32,compiled_masters,split24_masters24,autocast"
 
 
 @dataclass(frozen=True)
@@ -148,15 +150,15 @@ def benchmarks(results: Path, gpus: int) -> list[Part]:
         return Part(name, [PYTHON, script, "--device", "cuda", "--results", str(results), *arguments], limit, when)
 
     found = [
-        part("convergence", 170, "--seconds", "120", when=TOGETHER),
+        part("convergence", 170, "--seconds", "100", when=TOGETHER),
         part("plan", 170, when=TOGETHER),
         part("kernels", 120, "--sizes", "2^20,2^24,2^26,2^28,2^30", "--models", "GPT-2,Llama-1B"),
-        part("overhead", 60),
-        part("training", 120),
+        part("overhead", 60, "--seconds", "36"),
+        part("training", 120, "--regimes", "compute,paired", "--windows", "6", "--designs", TRAINED),
         part("step", 90),
-        part("finish", 30),
         part("product", 45),
-        part("batch", 60),
+        part("finish", 30),
+        part("batch", 40, "--seconds", "20"),
         part("accuracy", 30),
     ]
     if gpus > 1:

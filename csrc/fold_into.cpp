@@ -189,8 +189,8 @@ std::optional<std::vector<FoldTensor>> read_alike(PyObject* grads, PyObject* sum
     const auto at = static_cast<Py_ssize_t>(i);
     PyObject *grad_object = PyList_GET_ITEM(grads, at), *sum_object = PyList_GET_ITEM(sums, at);
     dlpack::Tensor grad, sum, low = {};
-    if (!read(grad_object, &grad) || !read(sum_object, &sum)) return std::nullopt;
-    if (has_residuals && !read(PyList_GET_ITEM(residuals, at), &low)) return std::nullopt;
+    if (!read_tensor(grad_object, &grad) || !read_tensor(sum_object, &sum)) return std::nullopt;
+    if (has_residuals && !read_tensor(PyList_GET_ITEM(residuals, at), &low)) return std::nullopt;
     if (i == 0) device = grad.device, dtype = grad.dtype, low_dtype = low.dtype;
     if (!is_of(grad, device, dtype) || !is_of(sum, device, dtype) || (has_residuals && !is_of(low, device, low_dtype))) return std::nullopt;
     const int64_t numel = dlpack::numel(sum);
