@@ -45,7 +45,8 @@ TESTS: dict[str, tuple[tuple[str, ...], int, str | None]] = {
 }  # fmt: skip
 REST = "rest"  # of the files, 2 processes
 # What is trained with 10^9 weights.
-TRAINED = "stock_bf16,split24,split32,split24_masters,stock_fp32_masters,stock_fp32,compiled_masters,split24_masters24,autocast"
+TRAINED = ["stock_bf16", "stock_fp32", "stock_fp32_masters", "compiled_masters", "autocast"]
+TRAINED += ["split24", "split32", "split24_masters", "split24_masters24"]
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def benchmarks(results: Path, gpus: int) -> list[Part]:
         part("plan", 170, when=TOGETHER),
         part("kernels", 120, "--sizes", "2^20,2^24,2^26,2^28,2^30", "--models", "GPT-2,Llama-1B"),
         part("overhead", 60, "--seconds", "36"),
-        part("training", 120, "--regimes", "compute,paired", "--windows", "6", "--designs", TRAINED),
+        part("training", 120, "--regimes", "compute,paired", "--windows", "6", "--designs", ",".join(TRAINED)),
         part("step", 90),
         part("product", 45),
         part("finish", 30),
