@@ -1,4 +1,4 @@
-"""The five lines of the README: one question each, and what the result files of a machine answer."""
+"""The lines of the README's table: one question each, and what the result files of a machine answer."""
 
 from __future__ import annotations
 
@@ -131,6 +131,16 @@ def training_time(training: Content | None, overhead: Content | None = None) -> 
     return _each(REGIMES, found) if found else None
 
 
+def training_window(content: Content) -> str | None:
+    """Return the time of a whole window, its step included, with master weights over that with FP32 masters."""
+    over = [
+        r["window_over"].get(COMPARED_WITH)
+        for r in content["results"]
+        if (r["regime"], r["design"]) == ("compute", "split24_masters") and "error" not in r
+    ]
+    return interval(over[0]) if over and over[0] else None
+
+
 def training_memory(content: Content) -> str | None:
     """Return all that is allocated at the peak of training."""
     results = [r for r in content["results"] if r["regime"] == "compute" and "error" not in r]
@@ -159,6 +169,7 @@ HEADLINES = (
     Headline(
         "**Training**, time of a micro-batch with split24 sums / stock bf16", ("training", "overhead"), training_time
     ),
+    Headline("**Training**, time of a window with master weights / FP32 masters", ("training",), training_window),
     Headline("**Training**, memory at the peak", ("training",), training_memory),
 )
 

@@ -27,9 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS = Path(__file__).resolve().parent / "schemas"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOT_MEASURED = "On a GPU: not measured."
-NO_STEP = (
-    "On a GPU only the kernels and training with exact sums have been measured so far, no step with master weights."
-)
 
 #: A machine's folder -> benchmark -> content of its result file.
 Results = dict[str, dict[str, Content]]
@@ -157,10 +154,8 @@ def _gpus(results: Results) -> list[str]:
 
 
 def _not_measured(results: Results) -> list[str]:
-    """Say plainly which of the things that decide were not measured on a GPU."""
-    if not _gpus(results):
-        return [NOT_MEASURED, ""]
-    return [] if any("step" in results[folder] for folder in _gpus(results)) else [NO_STEP, ""]
+    """Say plainly that nothing was measured on a GPU, where that is so."""
+    return [] if _gpus(results) else [NOT_MEASURED, ""]
 
 
 def _name(benchmarks: dict[str, Content]) -> str:

@@ -137,12 +137,9 @@ def test_the_readme_says_what_was_not_measured(tmp_path: Path) -> None:
     put(tmp_path, "nvidia-toy", content(machine="NVIDIA Toy"))
     results = report.load_results(tmp_path)
     readme = report.readme_block(results, set())
-    assert report.NO_STEP in readme
     lines = [line for line in readme.splitlines() if line.startswith("| **")]
-    assert len(lines) == len(HEADLINES) == 5
+    assert len(lines) == len(HEADLINES) == 6
     assert all(line.endswith("| not measured |") for line in lines)
-    results["nvidia-toy"]["step"] = results["nvidia-toy"].pop("accuracy") | {"results": [step_result()]}
-    assert report.NO_STEP not in report.readme_block(results, set())
 
 
 def step_result(**changes: Any) -> dict[str, Any]:
@@ -223,6 +220,10 @@ def test_headlines_answer_from_the_files() -> None:
     assert answer == "large micro-batches not measured, tiny ones 1.700 (1.600-1.800)"
     assert headlines.training_time(None, {"method": method, "results": tiny_over[3:]}) is None
     assert headlines.training_memory({"results": [training]}) is None
+    assert headlines.training_window({"results": [training]}) is None
+    over = {"stock_fp32_masters": {"median": 0.9, "low": 0.8, "high": 1.0}}
+    window = {**training, "regime": "compute", "design": "split24_masters", "window_over": over}
+    assert headlines.training_window({"results": [training, window]}) == "0.900 (0.800-1.000)"
 
 
 # ---- notes on files of an older commit ---------------------------------------------------------------------------
