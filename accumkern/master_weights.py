@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,11 +182,13 @@ class MasterWeights:
             found = self._residuals[param]
             found.seen = weight.clone() if found.changes >= _CHANGES else None
 
-    def count_changes(self, params: Iterable[Tensor]) -> None:
+    def count_changes(self, params: list[Tensor]) -> None:
         """Let autograd know that parameters were written.
 
         Parameters that are views of one tensor have one version: what belongs to a weight before does so afterwards.
         """
+        if not params:
+            return
         belong = [(param, found) for param, found in self._residuals.items() if found.version == version_of(param)]
         torch.autograd.graph.increment_version([held(param) for param in params])
         for param, found in belong:
