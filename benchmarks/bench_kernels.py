@@ -4,7 +4,7 @@
 
 Single tensors, and the parameter lists of real models. accumkern is called as its hook calls it: the kernel of each
 backend, ``accumkern.backends.kernels(name).fold``, without the checks of ``accumkern.accumulate_``. Writes
-``benchmarks/results/<machine>/kernels.json``.
+``benchmarks/results/<machine>/kernels.json`` after each case.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, installed or not
 
-from harness import backends_on, parser, steps, until_interrupted, write_results
+from harness import backends_on, parser, steps, write_growing
 from shapes import MODELS, Shape
 from tables.kernels import COPY, MUL
 from timing import Timing, Variant, allocate, sets_of, time_variants
@@ -263,10 +263,6 @@ def main() -> None:
     rounds = 3 if arguments.quick else ROUNDS[device.type]
     cases = chosen_cases(options, arguments)
 
-    results: list[dict[str, Any]] = []
-    with until_interrupted():
-        for case in cases:
-            results += measure(case, device, rounds)
     method = {
         "how": "benchmarks/timing.py; all variants of a case in one run, by turns",
         "rounds": rounds,
@@ -276,7 +272,14 @@ def main() -> None:
         "roof": "copy_ of as many elements in one tensor, and torch.mul(x, 1, out=y): a kernel on any device",
         "left_out": f"the eager backend above {EAGER_MAX_NUMEL[device.type]:,} elements, by rule",
     }
-    write_results(arguments, "kernels", method, results)
+    write_growing(arguments, "kernels", method, measured(cases, device, rounds))
+
+
+def measured(cases: list[Case], device: torch.device, rounds: int) -> Iterator[list[dict[str, Any]]]:
+    """Measure each case; yield all results until then."""
+    results: list[dict[str, Any]] = []
+    for case in cases:
+        yield (results := [*results, *measure(case, device, rounds)])
 
 
 def chosen_cases(options: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[Case]:

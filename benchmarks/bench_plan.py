@@ -1,21 +1,24 @@
 """Memory of training as ``accumkern.plan`` predicts it on fake tensors, and as it is.
 
-``python benchmarks/bench_plan.py [--device cpu|cuda] [--quick] [--models GPT,Llama]``
+``python benchmarks/bench_plan.py [--device cpu|cuda] [--quick] [--models GPT,Llama] [--seconds 70]``
 
 For each model of ``plan_models.py`` a process plans for a limit of memory without running anything (``measure=False``);
 for a GPU another one does so with the model on the CPU, as on a machine without a GPU. Then a process of its own trains
 the model in a loop as users write it, and the allocator says how much it took: for the fewest samples that were
 predicted, for the micro-batch that the plan chose, and for one between them. Under the limit it looks for the largest
-micro-batch that trains. Writes ``benchmarks/results/<machine>/plan.json``.
+micro-batch that trains. On a GPU all models are measured at once. Writes ``benchmarks/results/<machine>/plan.json``
+whenever a model is done.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -25,14 +28,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from harness import parser, steps, write_results
+from harness import at_least_one, parser, steps, write_growing
 from plan_models import MODELS
 from regimes import names_of
 from timing import describe
 
 import accumkern
 from accumkern.out_of_memory import forget_failed_pass, gpu_limit, is_out_of_memory, parse_bytes
-from accumkern.planning.fit import largest
 from accumkern.planning.memory import interpolated
 from measure import AllocatorMeter
 
@@ -46,11 +48,12 @@ QUICK = {"cpu": "20MB", "cuda": "4GB"}  # the limit, of one model
 
 
 class Job(NamedTuple):
-    """A model, by the kind of device whose list has it, and by name, and the limit of memory."""
+    """A model, by the kind of device whose list has it, and by name, the limit of memory, and the seconds it has."""
 
     kind: str
     name: str
     limit: str
+    seconds: float = math.inf
 
 
 class Predicted(NamedTuple):
@@ -73,16 +76,15 @@ def main() -> None:
     options = parser(__doc__)
     known = sorted({name for models in MODELS.values() for name in models})
     options.add_argument("--models", type=names_of(known), default=known, help="default: all")
+    options.add_argument(
+        "--seconds", type=at_least_one, help="of a model, after which no further micro-batch is tried (default: all)"
+    )
     arguments = options.parse_args()
     kind = arguments.device
-    jobs = [Job(kind, name, model.limit) for name, model in MODELS[kind].items() if name in arguments.models]
+    seconds = arguments.seconds or math.inf
+    jobs = [Job(kind, name, model.limit, seconds) for name, model in MODELS[kind].items() if name in arguments.models]
     if arguments.quick:
         jobs = [job._replace(limit=QUICK[kind]) for job in jobs[:1]]
-    results: list[dict[str, Any]] = []
-    with steps("plan") as on_step, ThreadPoolExecutor(len(jobs) if kind == "cuda" else 1) as models:
-        for done, found in enumerate(models.map(results_of, jobs)):
-            on_step(done + 1, len(jobs))
-            results += found
     device = "GPU: torch's caching allocator" if kind == "cuda" else "CPU: allocations that torch.profiler records"
     method = {job.name: f"{MODELS[kind][job.name].what}; limit {job.limit}" for job in jobs} | {
         "training": f"bfloat16 weights, AdamW, {MASTERS} masters and {BUFFER} sums, windows of {MICRO_BATCHES} "
@@ -93,11 +95,31 @@ def main() -> None:
         "largest": "micro-batch that trains under the limit without a margin, up to twice the chosen one: on a GPU "
         "torch's allocator is limited, on a CPU peaks are compared with it",
     }
-    write_results(arguments, "plan", method, results)
+    try:
+        with steps("plan") as on_step:
+            write_growing(arguments, "plan", method, found(jobs, len(jobs) if kind == "cuda" else 1, on_step))
+    finally:
+        for process in multiprocessing.active_children():  # there are some only where this was interrupted
+            process.kill()
+
+
+def found(jobs: list[Job], at_once: int, on_step: Callable[[int, int], None]) -> Iterator[list[dict[str, Any]]]:
+    """Yield the results of all models until then, in their order, whenever one is done."""
+    of: dict[Job, list[dict[str, Any]]] = {}
+    models = ThreadPoolExecutor(at_once)
+    try:
+        under_way = {models.submit(results_of, job): job for job in jobs}
+        for done, future in enumerate(as_completed(under_way)):
+            of[under_way[future]] = future.result()
+            on_step(done + 1, len(jobs))
+            yield [result for job in jobs for result in of.get(job, [])]
+    finally:
+        models.shutdown(wait=False, cancel_futures=True)
 
 
 def results_of(job: Job) -> list[dict[str, Any]]:
     """Return the results of a model; what fails in a process, or ends it, is a result, and the others go on."""
+    until = time.time() + job.seconds  # a clock that processes share
     plans: dict[str, Predicted] = {}
     results: list[dict[str, Any]] = []
     with ThreadPoolExecutor() as processes:
@@ -111,7 +133,7 @@ def results_of(job: Job) -> list[dict[str, Any]]:
         return results
     sizes = sizes_of(next(iter(plans.values())))
     try:
-        peaks, most = in_process(measured, job, sizes)
+        peaks, most = in_process(measured, job, sizes, until)
     except Exception as error:
         return [*results, {"kind": "model", "model": job.name, "error": describe(error)}]
     for on, plan in plans.items():
@@ -163,11 +185,11 @@ def predicted(job: Job, on: str) -> Predicted:
     return Predicted(peaks, plan.largest_micro_batch, plan.bfloat16_numel)
 
 
-def measured(job: Job, sizes: list[int]) -> tuple[dict[int, Peak | str], int | str]:
+def measured(job: Job, sizes: list[int], until: float = math.inf) -> tuple[dict[int, Peak | str], int | str]:
     """Train a model with micro-batches of some sizes, of which a plan has chosen the last.
 
     Returns:
-        The peak, or what went wrong, of each; and the largest micro-batch that fits.
+        The peak, or what went wrong, of each; and what :func:`largest` returns.
     """
     device, limit = torch.device(job.kind, 0), parse_bytes(job.limit)
     if device.type == "cuda":
@@ -195,11 +217,38 @@ def measured(job: Job, sizes: list[int]) -> tuple[dict[int, Peak | str], int | s
         forget_failed_pass()
         return False
 
-    first, chosen = sizes[0], sizes[-1]
     try:
-        return peaks, largest(fits, 2 * chosen, chosen) if fits(chosen) else largest(fits, chosen, first)
+        return peaks, largest(fits, sizes[0], sizes[-1], until)
     except RuntimeError as error:
         return peaks, describe(error)
+
+
+def largest(fits: Callable[[int], bool], first: int, chosen: int, until: float) -> int | str:
+    """Return the largest micro-batch that fits, up to twice the chosen one; in words what is known where none is found.
+
+    It should be little more than the chosen one, whose plan has a margin: from there it goes up by an eighth of it,
+    then twice as far each time, and halves what lies between one that fits and one that does not.
+
+    Args:
+        fits: tries a size.
+        first: the least.
+        chosen: the size to begin with.
+        until: the ``time.time()`` from which no further size is tried.
+    """
+    fitting, failing = first - 1, 2 * chosen + 1
+    size, step = chosen, max(1, chosen // 8)
+    while failing - fitting > 1:
+        if time.time() > until:
+            known = [f"{fitting} trains"] if fitting >= first else []
+            known += [f"{failing} does not"] if failing <= 2 * chosen else []
+            return f"not found in time: {', '.join(known) or 'none was tried'}"
+        if fits(size):
+            fitting = size
+        else:
+            failing = size
+        size = (fitting + failing) // 2 if failing <= 2 * chosen else min(fitting + step, 2 * chosen)
+        step *= 2
+    return fitting if fitting >= first else f"{first}, the fewest that were predicted, do not train"
 
 
 def peak_of(job: Job, size: int, device: torch.device) -> Peak:

@@ -6,7 +6,8 @@ AdamW. Every design (``step_designs.py``) accumulates the same window of micro-g
 ends it: by the step alone, by the mean and the step, or by the mean, clipping and the step; ``zero_grad()`` is part of
 all of them. Weights are one tensor, or many. What each design holds at the end of a window is counted from its tensors,
 and what its step allocates beyond that by the allocator. A fold of the same gradients is timed in each round, whose
-bandwidth that of a step in one pass is compared with. Writes ``benchmarks/results/<machine>/step.json``.
+bandwidth that of a step in one pass is compared with. Writes ``benchmarks/results/<machine>/step.json`` whenever some
+designs are done, those of torch and accumkern alone first.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import gc
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import torch
 from bench_kernels import parse_size
-from harness import parser, steps, until_interrupted, write_results
+from harness import parser, steps, write_growing
 from paired import quantiles, summary
 from provenance import version_of
 from step_designs import DESIGNS, BesideWeights, Design, is_installed, package_of, stored_bytes, with_bucket
@@ -48,6 +49,9 @@ AT_A_TIME = 4  # designs that hold their memory beside that of the reference
 # What has taken this time is left out of further rounds, after MIN_ROUNDS.
 SECONDS_EACH = {"cpu": 4.0, "cuda": 1.0}
 MIN_ROUNDS = 6  # the fewest that give an interval of 95 %
+#: By what they need beside torch, designs are measured in this order: whatever ends the script takes what matters less.
+PACKAGES = (None, "flashoptim", "bf16_fused_adam", "bitsandbytes", "torchao")
+COMPILED = "torchao"  # its steps take long to compile, and are slow: no more than MIN_ROUNDS of them
 
 #: How a window ends -> (what the sums are divided by, what they are clipped to).
 ENDS: dict[str, tuple[float, float | None]] = {
@@ -221,30 +225,52 @@ class Measurement:
         return made | ({"over_fp32_masters": summary(outcome.over)} if outcome.over else {})
 
 
+@dataclass(frozen=True)
+class Case:
+    """Weights, and the designs that are measured on them."""
+
+    shapes: list[tuple[int, ...]]
+    designs: list[type[Any]]
+
+    def groups(self, package: str | None) -> Iterator[list[type[Any]]]:
+        """Yield the designs that need a package, as many as are measured at a time, without the reference."""
+        of_package = [d for d in self.designs if package_of(d) == package and d.key != REFERENCE]
+        for first in range(0, len(of_package), AT_A_TIME):
+            yield of_package[first : first + AT_A_TIME]
+
+    def measured(
+        self, group: list[type[Any]], device: torch.device, rounds: int, on_step: Callable[[int, int], None]
+    ) -> dict[type[Any], list[dict[str, Any]]]:
+        """Measure some designs beside the one that they are compared with; return the results of each."""
+        reference = next(design for design in self.designs if design.key == REFERENCE)
+        measurement = Measurement(self.shapes, [reference, *group], device)
+        found: dict[type[Any], list[dict[str, Any]]] = {}
+        for outcome in measurement.measure(rounds, on_step):
+            found.setdefault(outcome.design, []).append(measurement.result(outcome))
+        return found
+
+
 def measured(
-    shapes: list[tuple[int, ...]],
-    designs: list[type[Any]],
-    device: torch.device,
-    rounds: int,
-    on_step: Callable[[int, int], None],
-) -> list[dict[str, Any]]:
-    """Measure designs, some at a time beside the one that they are compared with; return results in their order."""
-    reference = next(design for design in designs if design.key == REFERENCE)
-    others = [design for design in designs if design is not reference]
-    groups = [others[first : first + AT_A_TIME] for first in range(0, len(others), AT_A_TIME)]
-    of_designs: dict[type[Any], list[dict[str, Any]]] = {}
-    with until_interrupted():
-        for number, group in enumerate(groups):
-            measurement = Measurement(shapes, [reference, *group], device)
-            before, total = number * rounds, len(groups) * rounds
+    cases: list[Case], device: torch.device, rounds: int, on_step: Callable[[int, int], None]
+) -> Iterator[list[dict[str, Any]]]:
+    """Measure the designs of all cases, some at a time, in the order of their packages.
 
-            def tell(done: int, _: int, before: int = before, total: int = total) -> None:
-                on_step(before + done, total)
+    Yields:
+        All results until then, in the order of cases and designs, whenever there are more.
+    """
+    packages = dict.fromkeys([*PACKAGES, *(package_of(design) for case in cases for design in case.designs)])
+    groups = [(case, group) for package in packages for case in cases for group in case.groups(package)]
+    found: list[dict[type[Any], list[dict[str, Any]]]] = [{} for _ in cases]
+    for number, (case, group) in enumerate(groups):
+        is_compiled = package_of(group[0]) == COMPILED
 
-            for outcome in measurement.measure(rounds, tell):
-                if number == 0 or outcome.design is not reference:
-                    of_designs.setdefault(outcome.design, []).append(measurement.result(outcome))
-    return [result for design in designs for result in of_designs.get(design, [])]
+        def tell(done: int, of: int, before: int = number) -> None:
+            on_step(before * of + done, len(groups) * of)
+
+        more = case.measured(group, device, min(rounds, MIN_ROUNDS) if is_compiled else rounds, tell)
+        place = cases.index(case)
+        found[place] = more | found[place]  # the reference's results are those beside the first group
+        yield [r for case, of in zip(cases, found, strict=True) for kind in case.designs for r in of.get(kind, [])]
 
 
 def says(design: type[Design]) -> str:
@@ -263,20 +289,17 @@ def main() -> None:
     numel = parse_size(arguments.weights or ("2^21" if arguments.quick else WEIGHTS[arguments.device]))
     if numel % SIDE**2 or numel == SIDE**2:
         options.error(f"--weights is {numel}; it must be two or more times {SIDE**2}")
-    results: list[dict[str, Any]] = []
     designs = [design for design in DESIGNS if is_installed(design)]
     left_out = sorted({str(package_of(design)) for design in DESIGNS if not is_installed(design)})
     buckets = [with_bucket(mebibytes) for mebibytes in BUCKETS_MIB]
     many: list[tuple[int, ...]] = [(SIDE, SIDE)] * (numel // SIDE**2)
-    cases: list[tuple[list[tuple[int, ...]], list[type[Any]]]] = [(many, buckets), ([(numel,)], [])]
-    for shapes, more in reversed(cases):  # what takes the longest is last, where it may be interrupted
-        with steps(f"step, {len(shapes)} tensors") as on_step:
-            results = measured(shapes, [*designs, *more], device, rounds, on_step) + results
+    cases = [Case(many, [*designs, *buckets]), Case([(numel,)], designs)]
     method = {
         "how": f"{AT_A_TIME} designs beside the one that they are compared with, and their ends, by turns, one at a "
         "time, forwards and backwards; wall time of everything between two windows, on a GPU until it is done",
         "rounds": rounds,
-        "fewer rounds": f"{MIN_ROUNDS} or more of what has taken {SECONDS_EACH[device.type]:g} seconds",
+        "fewer rounds": f"{MIN_ROUNDS} or more of what has taken {SECONDS_EACH[device.type]:g} seconds, and of "
+        f"what {COMPILED} compiles",
         "optimizer": "torch.optim.AdamW(fused=True) where no other one is named",
         "window": f"{MICRO_BATCHES} bf16 micro-gradients, accumulated before the clock starts",
         **{design.label: says(design) for design in designs},
@@ -291,7 +314,8 @@ def main() -> None:
         "copy": "reads and writes of copy_ between two FP32 tensors of as many elements, once a round: median",
         "backend": backends.choose(None, device),
     }
-    write_results(arguments, "step", method, results)
+    with steps("step") as on_step:
+        write_growing(arguments, "step", method, measured(cases, device, rounds, on_step))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@
 A GPT learns the source text of Python's standard library with AdamW, gradients clipped to norm 1. The designs are those
 of examples/designs.py. They begin with the same FP32 weights, as far as they can hold them, see the same text and take
 turns, so that whatever else the machine does slows down all of them. What fails in a design is its result, and the
-others go on. Writes ``benchmarks/results/<machine>/training.json``.
+others go on. Writes ``benchmarks/results/<machine>/training.json`` after each regime.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import sys
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checko
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import torch
-from harness import parser, steps, until_interrupted, write_results
+from harness import parser, steps, write_growing
 from paired import quantiles, summary
 from regimes import MAX_NORM, MODELS, REGIMES, Regime, adapted, names_of
 from timing import describe
@@ -72,14 +73,6 @@ def main() -> None:
     options.add_argument("--windows", type=int, help="timed windows for each seed")
     arguments = options.parse_args()
     device = torch.device(arguments.device)
-    text = read_text()
-    results: list[dict[str, Any]] = []
-    with until_interrupted():
-        for name in arguments.regimes:
-            regime = adapted(REGIMES[arguments.device][name], arguments)
-            if regime.designs:
-                with steps(f"training, {name}") as on_step:
-                    results += [{"regime": name, **r} for r in Measurement(regime, text, device, on_step).results()]
     method = {
         "text": "source text of Python's standard library; its last twentieth is for validation",
         "optimizer": f"AdamW, lr {LEARNING_RATE}, gradients clipped to norm {MAX_NORM:g}",
@@ -95,7 +88,17 @@ def main() -> None:
         "loss": f"of {VALIDATION_SEQUENCES} validation sequences after the last window, for each seed",
         "backend": backends.choose(None, device),
     }
-    write_results(arguments, "training", method, results)
+    write_growing(arguments, "training", method, measured(arguments, device))
+
+
+def measured(arguments: argparse.Namespace, device: torch.device) -> Iterator[list[dict[str, Any]]]:
+    """Measure each regime; yield all results until then."""
+    text, results = read_text(), list[dict[str, Any]]()
+    for name in arguments.regimes:
+        if (regime := adapted(REGIMES[arguments.device][name], arguments)).designs:
+            with steps(f"training, {name}") as on_step:
+                more = Measurement(regime, text, device, on_step).results()
+            yield (results := [*results, *({"regime": name, **result} for result in more)])
 
 
 class Measurement:

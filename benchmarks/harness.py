@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,15 +74,6 @@ def steps(title: str) -> Iterator[Callable[[int, int], None]]:
         yield on_step
 
 
-@contextmanager
-def until_interrupted() -> Iterator[None]:
-    """Go on behind the block when Ctrl-C or SIGINT ends it, so that what has been measured by then is written."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("interrupted: what has been measured is written", flush=True)
-
-
 def save_results(
     arguments: argparse.Namespace, name: str, method: dict[str, Any], results: list[dict[str, Any]]
 ) -> Content:
@@ -106,6 +98,35 @@ def write_results(
     arguments: argparse.Namespace, name: str, method: dict[str, Any], results: list[dict[str, Any]]
 ) -> None:
     """Write the same, and print its tables."""
-    content = save_results(arguments, name, method, results)
+    write_growing(arguments, name, method, [results])
+
+
+def write_growing(
+    arguments: argparse.Namespace, name: str, method: dict[str, Any], growing: Iterable[list[dict[str, Any]]]
+) -> None:
+    """Write the file anew with each list of results, and print the tables of the last.
+
+    Whatever ends the script takes only what is being measured. Ctrl-C, or SIGINT, ends the measuring: what has been
+    measured by then stands in the file, and its tables are printed.
+
+    Args:
+        arguments: what :func:`parser` parsed.
+        name: the benchmark.
+        method: how it is measured.
+        growing: yields all results until then whenever some are there; each holds those before it.
+
+    Raises:
+        SystemExit: it was interrupted before there were any results.
+    """
+    content: Content | None = None
+    try:
+        for results in growing:
+            content = save_results(arguments, name, method, results)
+    except KeyboardInterrupt:
+        if content is None:
+            sys.exit("interrupted before anything was measured: nothing is written")
+        print("interrupted: what had been measured by then is written", flush=True)
+    if content is None:
+        raise ValueError(f"growing: nothing was measured of {name}; it must yield one or more lists of results")
     Console(width=140).print(Markdown("\n".join(SECTIONS[name].full(content))))
     print(f"wrote {folder_name(content['provenance']['machine'])}/{name}.json")

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache  # nvidia-smi takes its time, and files are written again and again
 def _driver() -> str | None:
     """Return the version of the NVIDIA driver, where nvidia-smi tells it."""
     output = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")

@@ -221,3 +221,18 @@ def test_where_there_is_a_visible_difference_it_is_said() -> None:
     assert "| stock bf16 | +0.02000 (+0.01800 to +0.02200) | +0.00000 (-0.00200 to +0.00200) |" in summary_
     assert "| **accumkern split24** | OOM | OOM | OOM |" in convergence_tables(content)
     assert figures.convergence("a machine", content) is not None
+
+
+@pytest.mark.parametrize(("seeds", "confidence"), [(1, "0%"), (2, "50%"), (4, "88%")])
+def test_few_seeds_are_said_to_tell_nothing(seeds: int, confidence: str) -> None:
+    reference = [3.0, 3.1, 3.2, 3.3][:seeds]
+    losses = {"stock_bf16": [loss + 0.5 for loss in reference], "stock_fp32_masters": reference}
+    results = [result(a_run(design, 8), [*of], [*reference]) for design, of in losses.items()]
+    content = {"results": results}
+    for lines in (convergence_tables(content), convergence_summary(content)):
+        said = " ".join(lines)
+        assert f"So few seeds, {seeds}, tell nothing of differences" in said
+        assert f"a confidence of {confidence}" in said
+        assert "the loss is" not in said
+        assert "by chance" not in said
+        assert "| stock bf16 | +0.50000 (+0.50000 to +0.50000) |" in lines

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_bench_training import CPU, run  # which skips this file, too, where a package is missing
+from test_bench_training import CPU, ROOT, run  # which skips this file, too, where a package is missing
 from torch import Tensor
 
 import bench_step  # isort: skip
@@ -40,6 +45,11 @@ MOVED_BYTES = {
 }
 
 
+def measured(shapes: list[tuple[int, ...]], kinds: list[type[Any]], rounds: int) -> list[dict[str, Any]]:
+    *_, results = bench_step.measured([bench_step.Case(shapes, kinds)], CPU, rounds, lambda done, total: None)
+    return results
+
+
 def assert_moved(measured: list[dict[str, Any]]) -> None:
     for result in measured:
         alone, finished = MOVED_BYTES.get(result["design"], (None, None))
@@ -54,7 +64,7 @@ def assert_moved(measured: list[dict[str, Any]]) -> None:
 
 
 def test_bytes_that_a_step_in_one_pass_moves() -> None:
-    results = bench_step.measured([(64, 64)], OF_TORCH, CPU, 1, lambda done, total: None)
+    results = measured([(64, 64)], OF_TORCH, rounds=1)
     assert {r["design"] for r in results} > set(MOVED_BYTES)
     assert_moved(results)
 
@@ -132,7 +142,7 @@ def test_what_cannot_be_made_is_a_result_and_what_is_not_installed_is_not_measur
     broken = type("Broken", (step_designs.Flash24,), {"optimizer_kind": "json.AdamW"})  # which has none
     assert (step_designs.is_installed(absent), step_designs.is_installed(broken)) == (False, True)
     kinds = [step_designs.BesideWeights, broken]
-    results = bench_step.measured([(64, 64)], kinds, CPU, 1, lambda done, total: None)
+    results = measured([(64, 64)], kinds, rounds=1)
     failed = [r["error"] for r in results if r["design"] == broken.key]
     assert failed == ["AttributeError: module 'json' has no attribute 'AdamW'"] * len(bench_step.ENDS)
     for result in results:
@@ -142,10 +152,51 @@ def test_what_cannot_be_made_is_a_result_and_what_is_not_installed_is_not_measur
     assert shown[0].count("has no attribute") == 1
 
 
+def test_what_matters_most_is_measured_first_and_stands_where_it_belongs() -> None:
+    """Of all weights; and beside the first designs the one that others are compared with, which is measured again."""
+    of_package = type("Late", (step_designs.InBF16,), {"key": "late", "optimizer_kind": "torch.optim.AdamW"})
+    of_others = type("Later", (step_designs.InBF16,), {"key": "later", "optimizer_kind": "flashoptim.AdamW"})
+    kinds = [of_package, of_others, step_designs.InBF16, step_designs.BesideWeights]
+    cases = [bench_step.Case([(8,), (8,)], [*kinds, step_designs.with_bucket(1)]), bench_step.Case([(16,)], kinds)]
+    grown = list(bench_step.measured(cases, CPU, 1, lambda done, total: None))
+    seen = [[(r["tensors"], r["design"]) for r in results if r["end"] == ALONE] for results in grown]
+    first = [(2, "stock_bf16"), (2, "stock_fp32_masters"), (2, "split24_masters_generic")]
+    assert seen[0] == first
+    assert seen[1] == [*first, (1, "stock_bf16"), (1, "stock_fp32_masters")]
+    assert seen[2] == [(2, "later"), *seen[1]]
+    assert seen[-1] == [(2, "late"), (2, "later"), *first, (1, "late"), (1, "later"), *seen[1][-2:]]
+    reference = [[r for r in results if r["design"] == "stock_fp32_masters"] for results in grown]
+    assert reference[0] == reference[-1][: len(bench_step.ENDS)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_what_ends_the_script_takes_only_what_is_being_measured(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_step.py"), "--device", "cpu", "--quick"]
+    environment = os.environ | {"ACCUMKERN_COMMIT": "0" * 40, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    script = subprocess.Popen(
+        [*command, "--results", str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("*/step.json")):
+        assert script.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    script.send_signal(number)
+    printed, _ = script.communicate(timeout=60)
+    assert script.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+    assert ("interrupted: what had been measured by then is written" in printed) == (number == signal.SIGINT)
+    (found,) = report.load_results(tmp_path).values()
+    results = found["step"]["results"]
+    assert {"stock_bf16", "stock_fp32_masters", "split24_masters"} <= {r["design"] for r in results}
+    assert not {r["design"] for r in results} & {"torchao_stochastic", "split24_masters_torchao_8bit"}
+    assert step_summary(found["step"])
+
+
 def test_what_takes_long_is_measured_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench_step.SECONDS_EACH, "cpu", 0.0)
     kinds = [step_designs.InBF16, step_designs.BesideWeights]
-    results = bench_step.measured([(8,)], kinds, CPU, 9, lambda done, total: None)
+    results = measured([(8,)], kinds, rounds=9)
     assert {r["n"] for r in results} == {bench_step.MIN_ROUNDS}
 
 
@@ -168,7 +219,7 @@ def test_a_design_whose_step_fails_is_a_result(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(step_designs.InsideWeights24, "end", fails_late)
     kinds = [*OF_TORCH, step_designs.with_bucket(1)]
-    results = bench_step.measured([(64, 64)], kinds, CPU, 2, lambda done, total: None)
+    results = measured([(64, 64)], kinds, rounds=2)
     assert len(results) == len(OF_TORCH) * 3 + 1
     failed = [r for r in results if "error" in r]
     assert [(r["design"], r["error"]) for r in failed] == [("split24_masters24", "ValueError: late")] * 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tables.parts import Content, Result, design_name, grouped, millions, paragraph, side_of, table
+from tables.parts import SURE, Content, Result, design_name, grouped, millions, paragraph, side_of, table
 
 COMPARED_WITH = "stock_fp32_masters"  # the design that the others' losses are compared with
 
@@ -69,10 +69,21 @@ def _difference(result: Result) -> str:
 
 
 def _differences(content: Content) -> list[str]:
-    """Say plainly where the loss of a design can be told from that of the reference, and where it cannot."""
+    """Say plainly where the loss of a design can be told from that of the reference, and where it cannot.
+
+    Intervals of few seeds have too little confidence to tell anything, of any difference.
+    """
     to = _reference_label(content)
-    compared = [r for r in content["results"] if "difference" in r]
+    differences = [r for r in content["results"] if "difference" in r]
+    compared = [r for r in differences if r["difference"]["confidence"] >= SURE]
+    too_few = [r["difference"] for r in differences if r not in compared]
     lines = []
+    if too_few:
+        least = min(too_few, key=lambda found: float(found["confidence"]))
+        lines += paragraph(
+            f"So few seeds, {least['n']}, tell nothing of differences: an interval from the least to the greatest has "
+            f"a confidence of {least['confidence']:.0%}."
+        )
     for label, results in grouped(compared, "label").items():
         words = ("higher than", "lower than", "not to be told from")
         told: dict[str, dict[float, list[str]]] = {word: {} for word in words}
