@@ -3,10 +3,11 @@
 ``python benchmarks/gpu.py [--end 540] [--parts tests,kernels] [--output gpu-run]``
 
 Every part is a process of its own with a time limit of its own, so that one that fails, hangs or breaks the GPU's
-context does not end the others. What is not timed goes first, all of it side by side; what is timed has the machine for
-itself, the most valuable first. ``--end`` is the number of seconds after which no part goes on. Logs lie in
-``<output>/logs`` and result files in ``<output>/results``, each as soon as its part has it; a summary comes last.
-Needs torch, pytest, rich, nvcc and compute-sanitizer; uses pytest-xdist and pytest-timeout where they are.
+context does not end the others. Tests and checks go first, all of them side by side; what is timed has the machine for
+itself, and plans and losses, which are not timed, have it for themselves, the most valuable first. ``--end`` is the
+number of seconds after which no part goes on. Logs lie in ``<output>/logs`` and result files in ``<output>/results``,
+each as soon as its part has it; a summary comes last. Needs torch, pytest, rich, nvcc and compute-sanitizer; uses
+pytest-xdist and pytest-timeout where they are.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 KILL_AFTER = 10  # seconds between the request to end and the end
 LEAST = 10  # seconds: with less than this left a part does not begin
-TOGETHER, ALONE = "together", "alone"
+CHECKS = "checks"  # tests and checks of memory accesses
+UNTIMED = "untimed"  # benchmarks that tests would slow down all the same
 
 # Test files that share a process: an illegal access ends no other group, and what waits does not hold up what computes.
 # Group -> (files, processes of pytest-xdist, which tests).
@@ -57,14 +59,14 @@ class Part:
         name: of its log.
         command: what is run, from the root of the checkout.
         limit: seconds after which it is ended.
-        when: TOGETHER with others of its kind, before those that are ALONE.
+        beside: the name of a group whose parts run side by side; None has the machine for itself.
         environment: variables that it has beside those of this process.
     """
 
     name: str
     command: list[str]
     limit: int
-    when: str = ALONE
+    beside: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -95,7 +97,7 @@ BUILD = Part(
 
 def parts(results: Path) -> list[Part]:
     """Return all parts, the most valuable first; ``results`` is where benchmarks write."""
-    doctor = Part("doctor", [PYTHON, "-m", "accumkern", "doctor"], 60, TOGETHER)
+    doctor = Part("doctor", [PYTHON, "-m", "accumkern", "doctor"], 60, CHECKS)
     return [doctor, *tests(), *sanitizers(), *benchmarks(results, gpus())]
 
 
@@ -107,7 +109,7 @@ def tests() -> list[Part]:
     # References are computed on the CPU, by many processes at once.
     environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONUTF8": "1"}
     return [
-        Part(f"tests {group}", pytest_command(files, processes, which), 170, TOGETHER, environment)
+        Part(f"tests {group}", pytest_command(files, processes, which), 170, CHECKS, environment)
         for group, (files, processes, which) in groups.items()
     ]
 
@@ -135,7 +137,7 @@ def sanitizers() -> list[Part]:
             [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", PYTHON,
              "tests/every_kernel.py", backend],
             170,
-            TOGETHER,
+            CHECKS,
             environment,
         )
         for tool in ("memcheck", "racecheck", "initcheck")
@@ -144,27 +146,36 @@ def sanitizers() -> list[Part]:
 
 
 def benchmarks(results: Path, gpus: int) -> list[Part]:
-    """Return the benchmarks of a machine with so many GPUs: what is timed is alone."""
+    """Return the benchmarks of a machine with so many GPUs, the most valuable first."""
 
-    def part(name: str, limit: int, *arguments: str, when: str = ALONE) -> Part:
+    def part(name: str, limit: int, *arguments: str, beside: str | None = None) -> Part:
         script = f"benchmarks/bench_{name}.py"
-        return Part(name, [PYTHON, script, "--device", "cuda", "--results", str(results), *arguments], limit, when)
+        return Part(name, [PYTHON, script, "--device", "cuda", "--results", str(results), *arguments], limit, beside)
 
     found = [
-        part("convergence", 170, "--seconds", "100", when=TOGETHER),
-        part("plan", 170, when=TOGETHER),
-        part("kernels", 120, "--sizes", "2^20,2^24,2^26,2^28,2^30", "--models", "GPT-2,Llama-1B"),
-        part("overhead", 60, "--seconds", "36"),
-        part("training", 120, "--regimes", "compute,paired", "--windows", "6", "--designs", ",".join(TRAINED)),
         part("step", 90),
+        # Both fit into the memory of one GPU, and on 16 cores.
+        part("plan", 110, "--seconds", "70", beside=UNTIMED),
+        part("convergence", 110, "--seconds", "90", "--workers", "10", beside=UNTIMED),
         part("product", 45),
         part("finish", 30),
         part("batch", 40, "--seconds", "20"),
+        part("kernels", 120, "--sizes", "2^20,2^24,2^26,2^28,2^30", "--models", "GPT-2,Llama-1B"),
+        part("overhead", 60, "--seconds", "36"),
+        part("training", 120, "--regimes", "compute,paired", "--windows", "6", "--designs", ",".join(TRAINED)),
         part("accuracy", 30),
     ]
     if gpus > 1:
         found += [part(name, 120) for name in ("reduce", "whole", "parallel")]
     return found
+
+
+def side_by_side(chosen: list[Part]) -> list[list[Part]]:
+    """Return the parts of each group, and each that has the machine for itself, in the order of the first of each."""
+    groups: dict[str | tuple[str], list[Part]] = {}
+    for part in chosen:
+        groups.setdefault(part.beside or (part.name,), []).append(part)
+    return list(groups.values())
 
 
 def is_there(module: str) -> bool:
@@ -309,10 +320,8 @@ def main() -> None:
     driver = Driver(output, arguments.end)
     if needs_build():
         driver.run([BUILD])
-    driver.run([part for part in chosen if part.when == TOGETHER])
-    for part in chosen:
-        if part.when == ALONE:
-            driver.run([part])
+    for together in side_by_side(chosen):
+        driver.run(together)
     driver.summary()
     sys.exit(bool(driver.failed))
 

@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
-from gpu import ALONE, TOGETHER, Driver, Part  # noqa: E402
+from gpu import CHECKS, UNTIMED, Driver, Part  # noqa: E402
 
 
-def part(name: str, program: str, limit: int = 60, when: str = ALONE) -> Part:
-    return Part(name, [sys.executable, "-c", program], limit, when)
+def part(name: str, program: str, limit: int = 60, beside: str | None = None) -> Part:
+    return Part(name, [sys.executable, "-c", program], limit, beside)
 
 
 def test_a_part_that_fails_leaves_the_others_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,12 +85,28 @@ def test_every_file_of_tests_is_in_one_group() -> None:
     named = [argument for part in gpu.tests() for argument in part.command if argument.startswith("tests/test_")]
     counted = sorted(Path(name).stem.removeprefix("test_") for name in named)
     assert counted == sorted([*files, "gpu"])
-    assert all(part.when == TOGETHER for part in gpu.tests())
+    assert all(part.beside == CHECKS for part in gpu.tests())
 
 
 def test_every_script_of_a_part_is_there() -> None:
     for known in gpu.benchmarks(Path("results"), gpus=2):
         assert (ROOT / known.command[1]).exists()
+
+
+def test_what_is_timed_has_the_machine_for_itself() -> None:
+    """And what is not timed goes without tests beside it."""
+    groups = [[known.name for known in together] for together in gpu.side_by_side(gpu.parts(Path("results")))]
+    checks, *others = groups
+    assert {"doctor", "tests steps", "memcheck cuda"} <= set(checks)
+    assert others[:3] == [["step"], ["plan", "convergence"], ["product"]]
+    assert all(len(names) == 1 for names in others if "plan" not in names)
+    assert not {name for names in others for name in names} & set(checks)
+    untimed = [part("a", "", beside=UNTIMED), part("alone", ""), part("b", "", beside=UNTIMED), part("untimed", "")]
+    assert [[p.name for p in together] for together in gpu.side_by_side(untimed)] == [
+        ["a", "b"],
+        ["alone"],
+        ["untimed"],
+    ]
 
 
 def test_parts_are_chosen_by_name(tmp_path: Path) -> None:
