@@ -301,6 +301,7 @@ def needs_build() -> bool:
 
 def main() -> None:
     """Run the parts that the command line names, or all."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, by parts too
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--end", type=float, default=1800, help="seconds after which nothing goes on (default: 1800)")
     options.add_argument("--parts", help="names or first words of names, as tests,memcheck,kernels; default: all")

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,7 +183,7 @@ class NoFp64OnMps(TorchDispatchMode):
 
 def test_nothing_is_of_fp64_on_a_device_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
-    group: Any = object()
+    group: Any = SimpleNamespace(_device_types=[torch.device("cpu"), torch.device("mps")])
     with FakeTensorMode(), NoFp64OnMps():
         grad = torch.ones(5, dtype=torch.bfloat16, device="mps")
         assert fma(2.0, grad, grad.float()).device.type == "mps"
