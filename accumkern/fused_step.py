@@ -73,7 +73,7 @@ class Launch:
     residuals: list[Any]
     states: list[list[Tensor]]  # of each of the update's states
     steps: list[Tensor]  # empty where they are not counted
-    made: list[dict[str, Any]]  # empty where no state lacks anything
+    made: list[dict[str, Any]]  # as in Member
     rows: Tensor
 
     def add(self, other: Launch) -> None:
@@ -166,7 +166,8 @@ class FusedStep:
         _check_capture(optimizer, group, kind.device)
         rows = _coefficients(group, update, steps, [], len(params), kind.device)
         weights = [param.detach() for param in params]
-        return [Launch(kind, params, weights, weight_residuals, grads, residuals, states, steps, [], rows)]
+        made: list[dict[str, Any]] = [{}] * len(params)
+        return [Launch(kind, params, weights, weight_residuals, grads, residuals, states, steps, made, rows)]
 
     def _columns(self, optimizer: Any, update: Update, params: list[Tensor]) -> list[list[Any]] | None:
         """Return lists of gradients, of their residuals and of each state, the count of steps last."""
@@ -301,7 +302,7 @@ class FusedStep:
                 raise
             if found_inf is not None and launch.steps:  # they were not steps
                 torch._foreach_sub_(launch.steps, [_on(found_inf, count.device) for count in launch.steps])
-            for param, made in zip(launch.params, launch.made, strict=False):
+            for param, made in zip(launch.params, launch.made, strict=True):
                 if made:
                     optimizer.state[param].update(made)
             if not launch.weight_residuals:  # else it was so before

@@ -120,6 +120,10 @@ def state_is_gone(training: Training) -> None:
     training.optimizer.state.pop(training.params[0], None)
 
 
+def state_of_the_last_group_is_gone(training: Training) -> None:
+    training.optimizer.state.pop(training.params[-2], None)
+
+
 def options_are_others(training: Training) -> None:
     training.optimizer.param_groups[0]["lr"] *= 0.5
     training.optimizer.param_groups[1]["weight_decay"] = 0.3
@@ -152,6 +156,7 @@ EVENTS = [
     state_is_seen_transposed,
     state_is_loaded,
     state_is_gone,
+    state_of_the_last_group_is_gone,
     options_are_others,
     update_is_another,
     parameters_change_places,
@@ -243,6 +248,19 @@ def test_layouts_tell_tensors_apart(others: Callable[[Tensor], Any]) -> None:
 def test_what_is_no_dense_tensor_has_no_layout(layout: Callable[..., Any]) -> None:
     for wrong in (3, "tensor", torch.eye(3).to_sparse()):
         assert layout([torch.zeros(2)], [wrong]) is None
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_states_that_are_made_for_one_group_are_not_another_s(name: str) -> None:
+    """The group before goes by lists, and both in one launch."""
+    training = trained(OPTIMIZERS[name], [[]] * 3)
+    state = training.optimizer.state
+    kept = {name: value for name, value in state[training.params[0]].items() if isinstance(value, Tensor)}
+    state_of_the_last_group_is_gone(training)
+    training.backward(3)
+    training.step()
+    assert all(state[training.params[0]][name] is value for name, value in kept.items())
+    assert state.get(training.params[-2], {}).keys() == state[training.params[0]].keys()
 
 
 def test_a_copy_of_weights_that_were_loaded_is_kept_until_the_next_step() -> None:

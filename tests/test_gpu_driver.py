@@ -36,19 +36,16 @@ def test_a_part_that_fails_leaves_the_others_alone(tmp_path: Path, capsys: pytes
     assert "all of it" in capsys.readouterr().out
 
 
-def test_what_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+def test_what_hangs_is_ended_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it does not listen; by its own limit, and by the end of everything."""
     deaf = "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     program = deaf + "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
     program += "print(child.pid, flush=True); time.sleep(600)"
-    gpu_kill, gpu.KILL_AFTER = gpu.KILL_AFTER, 1
-    try:
-        driver = Driver(tmp_path, end=60)
-        begun = time.monotonic()
-        assert not driver.run([part("hangs", program, limit=2)])
-        assert time.monotonic() - begun < 20
-    finally:
-        gpu.KILL_AFTER = gpu_kill
+    monkeypatch.setattr(gpu, "KILL_AFTER", 1)
+    driver = Driver(tmp_path, end=60)
+    begun = time.monotonic()
+    assert not driver.run([part("hangs", program, limit=2)])
+    assert time.monotonic() - begun < 20
     assert "ended by its limit" in driver.outcomes["hangs"]
     child = int((tmp_path / "logs" / "hangs.txt").read_text())
     deadline = time.monotonic() + 10
