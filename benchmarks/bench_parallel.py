@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import tempfile
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, installed or not
@@ -28,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from harness import parser, steps, write_results
 from parallel_ways import RANKS, WAYS, Shape, Way, new_batch, new_gpt
+from processes import outcome_of_ranks
 from resident import PeakMeter, give_back_blocks
 
 from measure import relative_error
@@ -45,10 +44,8 @@ def main() -> None:
         print(f"it takes {RANKS} GPUs, and here is {torch.cuda.device_count()}: not measured")
         return
     shape = QUICK if arguments.quick else SHAPE
-    with steps("parallel"), tempfile.TemporaryDirectory() as folder:
-        queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-        torch.multiprocessing.spawn(measure, (device.type, shape, f"file://{folder}/store", queue), nprocs=RANKS)
-        results = queue.get()
+    with steps("parallel"):
+        results = outcome_of_ranks(measure, RANKS, device.type, shape)
     numel = sum(param.numel() for param in new_gpt(shape, torch.device("cpu"), torch.float32).parameters())
     method = {
         "model": f"a GPT of width {shape.width} with {shape.layers} layers, {numel:,} weights",
@@ -65,15 +62,11 @@ def main() -> None:
     write_results(arguments, "parallel", method, results)
 
 
-def measure(rank: int, device_type: str, shape: Shape, store: str, queue: Any) -> None:
-    """Run all ways as one rank; rank 0 puts a list of results into ``queue``."""
+def measure(device: torch.device, shape: Shape) -> list[dict[str, Any]]:
+    """Run all ways as one rank, and return their results."""
     give_back_blocks()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here writes in place
-    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store, rank=rank, world_size=RANKS)
     batch = new_batch(shape, device)
     truth = gradients(Way, shape, batch, torch.float32)
     results = []
@@ -94,10 +87,7 @@ def measure(rank: int, device_type: str, shape: Shape, store: str, queue: Any) -
                 "ranks": of_ranks,
             }
         )
-    if rank == 0:
-        queue.put(results)
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 def of_rank(kind: type[Way], shape: Shape, batch: Tensor, truth: dict[str, Tensor]) -> dict[str, Any]:

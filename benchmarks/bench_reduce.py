@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,13 +20,13 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, installed or not
 
 from harness import parser, steps, write_results
+from processes import outcome_of_ranks
 from timing import percentile
 
 import accumkern
@@ -68,11 +67,7 @@ def main() -> None:
     with steps("mean over ranks") as on_step:
         for done, world_size in enumerate(world_sizes):
             on_step(done, len(world_sizes))
-            with tempfile.TemporaryDirectory() as folder:
-                queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-                job = (world_size, device.type, numel, rounds, f"file://{folder}/store", queue)
-                torch.multiprocessing.spawn(measure, job, nprocs=world_size)
-                results += queue.get()
+            results += outcome_of_ranks(measure, world_size, device.type, numel, rounds)
     method = {
         "timed": "the last backward pass of a window, from a barrier to its end on rank 0; it reduces",
         "order": "the variants take turns in every round",
@@ -84,14 +79,11 @@ def main() -> None:
     write_results(arguments, "reduce", method, results)
 
 
-def measure(rank: int, world_size: int, device_type: str, numel: int, rounds: int, store: str, queue: Any) -> None:
-    """Run all variants as one rank; rank 0 puts a list of results into ``queue``."""
+def measure(device: torch.device, numel: int, rounds: int) -> list[dict[str, Any]]:
+    """Run all variants as one rank, and return their results."""
+    world_size = dist.get_world_size()
     torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
-    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store, rank=rank, world_size=world_size)
-    generator = torch.Generator(device).manual_seed(rank)
+    generator = torch.Generator(device).manual_seed(dist.get_rank())
     micro_batches = [
         [
             (torch.randn(numel // PARAMETERS, device=device, generator=generator) + 1).bfloat16()
@@ -126,10 +118,7 @@ def measure(rank: int, world_size: int, device_type: str, numel: int, rounds: in
             "n": rounds,
         }
         results.append(result)
-    if rank == 0:
-        queue.put(results)
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 class Variant:

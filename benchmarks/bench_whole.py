@@ -13,20 +13,19 @@ from __future__ import annotations
 import gc
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, installed or not
 
 from harness import parser, steps, write_results
+from processes import outcome_of_ranks
 from timing import percentile
 
 import accumkern
@@ -78,11 +77,7 @@ def main() -> None:
     with steps("whole gradients") as on_step:
         for done, world_size in enumerate(world_sizes):
             on_step(done, len(world_sizes))
-            with tempfile.TemporaryDirectory() as folder:
-                queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-                job = (world_size, device.type, numel, rounds, f"file://{folder}/store", queue)
-                torch.multiprocessing.spawn(measure, job, nprocs=world_size)
-                results += queue.get()
+            results += outcome_of_ranks(measure, world_size, device.type, numel, rounds)
     method = {
         "policy": "float32 parameters, param_dtype bfloat16; reduce_dtype as the variant says, bfloat16 with accumkern",
         "held": "bytes of tensors that come alive in the micro-batches before the one that reduces, on rank 0",
@@ -97,14 +92,11 @@ def main() -> None:
     write_results(arguments, "whole", method, results)
 
 
-def measure(rank: int, world_size: int, device_type: str, numel: int, rounds: int, store: str, queue: Any) -> None:
-    """Run all variants as one rank; rank 0 puts a list of results into ``queue``."""
+def measure(device: torch.device, numel: int, rounds: int) -> list[dict[str, Any]]:
+    """Run all variants as one rank, and return their results."""
+    world_size = dist.get_world_size()
     torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
-    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store, rank=rank, world_size=world_size)
-    micro_batches = [factors(numel, n, rank, device) for n in range(MICRO_BATCHES)]
+    micro_batches = [factors(numel, n, dist.get_rank(), device) for n in range(MICRO_BATCHES)]
     flat = [[factor for of_layer in layers for factor in of_layer] for layers in micro_batches]
     truth = [torch.stack(parts).sum(0, dtype=torch.float64) / world_size for parts in zip(*flat, strict=True)]
     for total in truth:
@@ -134,10 +126,7 @@ def measure(rank: int, world_size: int, device_type: str, numel: int, rounds: in
             "n": rounds,
         }
         results.append(result)
-    if rank == 0:
-        queue.put(results)
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 def factors(numel: int, micro_batch: int, rank: int, device: torch.device) -> list[list[Tensor]]:

@@ -328,6 +328,9 @@ def main(kind: str, folder: Path) -> None:
         torch.save((begins, result), folder / "result.pt")
     dist.barrier()
     dist.destroy_process_group()
+    # Without Python's end: gloo's threads outlive the group under fully_shard, and abort the process if they let go of
+    # a tensor while Python ends (https://github.com/pytorch/pytorch/issues/190489).
+    os._exit(0)
 
 
 def torchrun(ranks: int, kind: str, folder: Path) -> tuple[int, str]:
