@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from accumkern.formats import to_fp64
-from accumkern.torch_private import dtensor_of, is_wrapper_subclass, sendable, wait_for
+from accumkern.torch_private import dtensor_of, local_tensor, sendable, spec_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,17 +30,25 @@ def is_dtensor(tensor: Tensor) -> bool:
     """Return whether ``tensor`` is a DTensor."""
     if type(tensor) in _PLAIN:
         return False
-    if not is_wrapper_subclass(tensor) or not torch.distributed.is_available():
-        return False  # without an import that takes its time
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+    module = sys.modules.get("torch.distributed.tensor")  # without an import that takes its time
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
-@torch.no_grad()
 def shard(grad: Any) -> Tensor:
     """Return the very tensor that holds this rank's part of a DTensor, once a collective that writes it is done."""
-    return wait_for(grad.to_local())
+    return local_tensor(grad)
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return a number that grows with every change of a tensor. A DTensor and its shard count their own."""
+    return tensor._version + shard(tensor)._version if is_dtensor(tensor) else tensor._version
+
+
+def is_complete_as(grad: Any, param: Any) -> bool:
+    """Return whether a DTensor is laid out over ranks as another is, and each rank has the values that it holds."""
+    a, b = spec_of(grad), spec_of(param)
+    is_same = a is b or (a.placements == b.placements and a.device_mesh == b.device_mesh)
+    return is_same and not is_pending(grad)
 
 
 def wait_for_copy(grad: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from accumkern.backends import Kernels, layout_function
-from accumkern.dtensor import is_dtensor, shard, with_shard
+from accumkern.dtensor import is_complete_as, is_dtensor, shard, version_of, with_shard
 from accumkern.formats import Format, Start
 from accumkern.master_weights import MasterWeights, local_of
 from accumkern.ops import is_dense, same_order
@@ -117,8 +117,9 @@ class FusedStep:
         self._update_of = FUSED[type(optimizer)]
         self._masters, self._slots, self._kernels_on = masters, slots, kernels_on
         self._layout = layout_function()
-        # Number of a group -> kind and layout of all that belonged to its parameters in the last step.
-        self._known: dict[int, tuple[Kind, Any]] = {}
+        # Number of a group -> kind, whether all are DTensors, and layout of all that belonged to its parameters in the
+        # last step.
+        self._known: dict[int, tuple[Kind, bool, Any]] = {}
 
     def launches(self, optimizer: Any, has_master: Callable[[Tensor], bool]) -> tuple[list[Launch], int]:
         """Return what is to be launched, and how many parameters with masters torch has to step.
@@ -150,35 +151,51 @@ class FusedStep:
         """Return the launch of a group of which everything lies as in the last step, looking at whole lists."""
         if number not in self._known:
             return None
-        kind, layout = self._known[number]
-        update, columns = kind.update, self._columns(optimizer, kind.update, params)
-        if columns is None or update is not self._update_of(group) or self._layout(params, *columns) != layout:
+        kind, is_spread, layout = self._known[number]
+        update, columns = kind.update, self._columns(optimizer, kind.update, params, is_spread)
+        if columns is None or update is not self._update_of(group) or self._layout(*columns) != layout:
             return None
-        grads, residuals, *states = columns
-        slots = [self._slots[param] for param in params]
+        weights, sums, residuals, *states = columns
         belongs = {
-            slot.written() is grad and grad._version == slot.version for slot, grad in zip(slots, grads, strict=True)
+            (slot := self._slots[param]).written() is param.grad and version_of(param.grad) == slot.version
+            for param in params
         }
-        weight_residuals = self._masters.as_written(params)
+        weight_residuals = self._masters.as_written(params, weights)
         if belongs != {not kind.is_alone} or weight_residuals is None:
             return None
         steps = states.pop() if update in COUNTED else []
         _check_capture(optimizer, group, kind.device)
         rows = _coefficients(group, update, steps, [], len(params), kind.device)
-        weights = [param.detach() for param in params]
+        weights = [weight.detach() for weight in weights]
         made: list[dict[str, Any]] = [{}] * len(params)
-        return [Launch(kind, params, weights, weight_residuals, grads, residuals, states, steps, made, rows)]
+        return [Launch(kind, params, weights, weight_residuals, sums, residuals, states, steps, made, rows)]
 
-    def _columns(self, optimizer: Any, update: Update, params: list[Tensor]) -> list[list[Any]] | None:
-        """Return lists of gradients, of their residuals and of each state, the count of steps last."""
+    def _columns(self, optimizer: Any, update: Update, params: list[Tensor], is_spread: bool) -> list[list[Any]] | None:
+        """Return lists of what this rank holds: weights, gradients, their residuals, each state, the count of steps.
+
+        Args:
+            optimizer: the optimizer.
+            update: of all parameters.
+            params: the parameters.
+            is_spread: whether all of these are DTensors, with gradients and states that lie on the same ranks.
+        """
         if not params:
             return None
         of_params = [optimizer.state.get(param) for param in params]
-        names = (*update.states, "step") if update in COUNTED else update.states
-        if names and not all(of_params):
+        if update.states and not all(of_params):
             return None
-        columns: list[list[Any]] = [[param.grad for param in params], [self._slots[param].residual for param in params]]
-        return columns + [[state.get(name) for state in of_params] for name in names]
+        grads = [param.grad for param in params]
+        residuals = [self._slots[param].residual for param in params]
+        states = [[state.get(name) for state in of_params] for name in update.states]
+        spread: list[list[Any]] = [params, grads, *states]
+        if is_spread:
+            if not all(is_dtensor(tensor) for column in spread for tensor in column):
+                return None
+            if not all(is_complete_as(grad, param) for grad, param in zip(grads, params, strict=True)):
+                return None
+            spread = [[shard(tensor) for tensor in column] for column in spread]
+        counts: list[list[Any]] = [[state.get("step") for state in of_params]] if update in COUNTED else []
+        return [*spread[:2], residuals, *spread[2:], *counts]
 
     def _one_by_one(self, number: int, optimizer: Any, group: Mapping[str, Any], params: list[Tensor]) -> list[Launch]:
         """Return the launches of a group, looking at each of its parameters."""
@@ -202,18 +219,14 @@ class FusedStep:
                     of_these = torch.stack([rows[i] for i in indices])
                 launches.append(_launch(kind, [there[i] for i in indices], of_these))
         self._known.pop(number, None)
-        is_plain = all(
-            type(slot := self._slots[m.param]) is Slot
-            and not is_dtensor(m.param)
-            and not m.made
-            and m.gradient.residual is slot.residual
-            for m in members
-        )
-        if is_plain and len(launches) == 1 and len(members) == len(params):
-            columns = self._columns(optimizer, update, params)
-            layout = None if columns is None else self._layout(params, *columns)
+        kinds = {is_dtensor(member.param) for member in members}
+        is_plain = all(not m.made and m.gradient.residual is self._slots[m.param].residual for m in members)
+        if is_plain and len(kinds) == len(launches) == 1 and len(members) == len(params):
+            is_spread = kinds.pop()
+            columns = self._columns(optimizer, update, params, is_spread)
+            layout = None if columns is None else self._layout(*columns)
             if layout is not None:
-                self._known[number] = launches[0].kind, layout
+                self._known[number] = launches[0].kind, is_spread, layout
         return launches
 
     def member(self, optimizer: Any, group: Mapping[str, Any], param: Any) -> Member | None:
@@ -226,15 +239,12 @@ class FusedStep:
         is_alike = (
             gradient.format is not None
             and gradient.sum.dtype is weight.dtype
-            and slot.is_complete(grad)
             and gradient.sum.shape == weight.shape
             and is_dense(weight)
             and not weight.is_neg()
             and same_order(gradient.sum, weight)
         )
-        if is_alike and is_spread:
-            is_alike = grad.placements == param.placements and grad.device_mesh == param.device_mesh
-        if not is_alike:
+        if not is_alike or (is_spread and not is_complete_as(grad, param)):
             return None
         update = self._update_of(group)
         if not update.states:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from accumkern.backends import Kernels
-from accumkern.dtensor import is_dtensor, is_in_group, shard, sum_over_shards, with_shard
+from accumkern.dtensor import is_dtensor, is_in_group, shard, sum_over_shards, version_of, with_shard
 from accumkern.formats import BUFFERS, decode
 from accumkern.ops import is_dense
 
@@ -229,19 +229,21 @@ class MasterWeights:
         found.changes += 1
         return found.tensor
 
-    def as_written(self, params: list[Tensor]) -> list[Tensor] | None:
+    def as_written(self, params: list[Tensor], held_: list[Tensor]) -> list[Tensor] | None:
         """Return the residuals of weights, flat in their memory order, if every weight is as a step has left it.
 
-        None of the parameters is a DTensor. Their shapes and strides are what they were then.
+        Args:
+            params: whose shapes and strides are what they were then.
+            held_: what this rank holds of each.
         """
         found = [self._residuals.get(param) for param in params]
         is_as_written = all(
             one is not None
-            and one.version == param._version
-            and one.address == param.data_ptr()
+            and one.version == version_of(param)
+            and one.address == local.data_ptr()
             and one.seen is None
             and one.changes < _CHANGES
-            for one, param in zip(found, params, strict=True)
+            for one, param, local in zip(found, params, held_, strict=True)
         )
         return [one.tensor for one in found if one is not None] if is_as_written else None
 
@@ -323,10 +325,3 @@ def _place(param: Any) -> Any:
     """Return where the memory of a weight is, and how the weight lies in it."""
     local = held(param)
     return local.untyped_storage()._cdata, local.storage_offset(), local.shape, local.stride()
-
-
-def version_of(param: Any) -> int:
-    """Return a number that grows with every change of a weight. A DTensor and its shard count their own."""
-    if not is_dtensor(param):
-        return param._version
-    return param._version + shard(param)._version

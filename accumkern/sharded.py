@@ -50,8 +50,8 @@ class ShardSlot(Slot):
         return dtensor.with_shard(local, like)
 
     def version_of(self, grad: Any) -> int:
-        """Return a number that grows with every change. A DTensor and its shard count their own."""
-        return grad._version + dtensor.shard(grad)._version
+        """Return a number that grows with every change."""
+        return dtensor.version_of(grad)
 
     def has_residual_of(self, grad: Any) -> bool:
         """Return whether a fold into the shard of ``grad`` goes on from its residual, if it needs one."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from accumkern.backends import Kernels
-from accumkern.dtensor import is_dtensor, with_shard
+from accumkern.dtensor import is_dtensor, version_of, with_shard
 from accumkern.formats import Format
-from accumkern.master_weights import MasterWeights, dense, local_of, sum_of_bits, version_of
+from accumkern.master_weights import MasterWeights, dense, local_of, sum_of_bits
 from accumkern.slot import Slot
 
 STAND_IN_BYTES = 8  # of an element: FP32 weight and gradient

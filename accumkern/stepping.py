@@ -24,9 +24,9 @@ from torch import Tensor
 from accumkern.backends import Kernels
 from accumkern.casting import count_calls, take_cut_off
 from accumkern.deferred import DeferredScaling
-from accumkern.dtensor import is_dtensor, largest_shard
+from accumkern.dtensor import is_dtensor, largest_shard, version_of
 from accumkern.fused_step import FusedStep, Launch, is_fused
-from accumkern.master_weights import MasterWeights, dense, local_of, sum_of_bits, version_of
+from accumkern.master_weights import MasterWeights, dense, local_of, sum_of_bits
 from accumkern.optimizers import is_stepped_in_parts, raw_step
 from accumkern.passes import BackwardPasses
 from accumkern.slot import Slot

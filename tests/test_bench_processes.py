@@ -12,7 +12,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from processes import outcome_of_ranks  # noqa: E402
+from processes import outcome_of_ranks
 
 
 def added(device: torch.device, start: int) -> int:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from gradients import assert_same_bits
+from ranks import Ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import accumkern
 from accumkern import backends
-from accumkern.fused_step import FusedStep, Member
+from accumkern.fused_step import FusedStep
 
 SHAPES = [(3, 5), (7,), (4, 1, 2), (), (0, 3), (16, 16)]
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -26,13 +32,35 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
-class Training:
-    """Parameters in two groups, some of them FP32, with masters and an optimizer."""
+def spread(tensor: Tensor) -> Tensor:
+    """Return a DTensor over all ranks, each with as many rows, or all.
 
-    def __init__(self, make: Callable[[Any], torch.optim.Optimizer]) -> None:
+    Not some with fewer rows: torch 2.10 adds up gradients that are cut so as ones that every rank has whole.
+    """
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    is_even = tensor.dim() and tensor.shape[0] % dist.get_world_size() == 0
+    return distribute_tensor(tensor, mesh, [Shard(0) if is_even else Replicate()])
+
+
+def held(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Training:
+    """Parameters in two groups, some of them FP32, with masters and an optimizer.
+
+    Args:
+        make: makes an optimizer.
+        place: returns what a parameter or a gradient is made of.
+    """
+
+    def __init__(self, make: Callable[[Any], torch.optim.Optimizer], place: Callable[[Tensor], Tensor]) -> None:
         generator = torch.Generator().manual_seed(1)
-        self.params = [nn.Parameter(torch.randn(shape, generator=generator).bfloat16()) for shape in SHAPES * 2]
-        self.params.append(nn.Parameter(torch.randn(5, generator=generator)))
+        self.place = place
+        weights = [torch.randn(shape, generator=generator).bfloat16() for shape in SHAPES * 2]
+        weights.append(torch.randn(5, generator=generator))
+        self.params = [nn.Parameter(place(weight)) for weight in weights]
         half = len(SHAPES)
         self.optimizer = make([{"params": self.params[:half]}, {"params": self.params[half:]}])
         self.acc = accumkern.attach(self.optimizer, "split24", master_weights="split32")
@@ -40,7 +68,7 @@ class Training:
     def backward(self, seed: int, micro_batches: int = 2) -> None:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(micro_batches):
-            grads = [torch.randn(param.shape, generator=generator).to(param.dtype) for param in self.params]
+            grads = [self.place(torch.randn(param.shape, generator=generator).to(param.dtype)) for param in self.params]
             torch.autograd.backward(self.params, grads)
 
     def step(self) -> None:
@@ -53,7 +81,8 @@ class Training:
             state[name] for state in (self.optimizer.state[p] for p in self.params) for name in sorted(state)
             if isinstance(state[name], Tensor)
         ]  # fmt: skip
-        return [*self.params, *masters, *states]
+        with torch.no_grad():
+            return [held(tensor).clone() for tensor in (*self.params, *masters, *states)]
 
 
 # ---- what may happen between two steps -----------------------------------------------------------------------------
@@ -164,11 +193,65 @@ EVENTS = [
 ]
 
 
-def trained(make: Callable[[Any], torch.optim.Optimizer], events: list[list[Any]]) -> Training:
-    """Train for a window and a step for each list of events, which happen between the backward passes and the step."""
-    training = Training(make)
+@torch.no_grad()
+def shard_is_written(training: Training) -> None:
+    held(training.params[5]).mul_(1.5)
+
+
+@torch.no_grad()
+def shard_of_the_gradient_is_written(training: Training) -> None:
+    grad = training.params[5].grad
+    if grad is not None:
+        held(grad).mul_(0.5)
+
+
+def gradient_is_on_every_rank(training: Training) -> None:
+    grad: Any = training.params[5].grad
+    if grad is not None:
+        training.params[5].grad = grad.redistribute(placements=[Replicate()])
+
+
+def state_is_on_every_rank(training: Training) -> None:
+    state = training.optimizer.state.get(training.params[5], {})
+    for name, value in state.items():
+        if isinstance(value, DTensor):
+            state[name] = value.redistribute(placements=[Replicate()])
+
+
+def gradient_is_a_term_of_a_sum(training: Training) -> None:
+    grad: Any = training.params[3].grad
+    if grad is not None:
+        training.params[3].grad = DTensor.from_local(held(grad), grad.device_mesh, [Partial()])
+
+
+def groups_change_places(training: Training) -> None:
+    one, other = training.optimizer.param_groups
+    one["params"], other["params"] = other["params"], one["params"]
+
+
+EVENTS_OF_SHARDS = [
+    *EVENTS,
+    shard_is_written,
+    shard_of_the_gradient_is_written,
+    gradient_is_on_every_rank,
+    state_is_on_every_rank,
+    gradient_is_a_term_of_a_sum,
+]
+
+
+def trained(
+    make: Callable[[Any], torch.optim.Optimizer],
+    events: list[list[Any]],
+    place: Callable[[Tensor], Tensor] = torch.clone,
+    every: int = 5,
+) -> Training:
+    """Train for a window and a step for each list of events, which happen between the backward passes and the step.
+
+    Each window that is a multiple of ``every`` has one micro-batch, and the others two.
+    """
+    training = Training(make, place)
     for number, some in enumerate(events):
-        training.backward(number, micro_batches=1 if number % 5 == 4 else 2)
+        training.backward(number, micro_batches=1 if (number + 1) % every == 0 else 2)
         for event in some:
             event(training)
         training.step()
@@ -200,32 +283,83 @@ def test_whatever_happens_between_steps_lists_do_what_one_by_one_does(
     monkeypatch.setattr(FusedStep, "_as_before", lambda *_: None)
     expected = trained(OPTIMIZERS[name], events)
     for one, other in zip(found.bits(), expected.bits(), strict=True):
-        assert_same_bits(one.detach(), other.detach(), [[event.__name__ for event in some] for some in events])
+        assert_same_bits(one, other, [[event.__name__ for event in some] for some in events])
+
+
+def whatever_happens_to_shards(name: str, seeds: range) -> None:
+    for seed in seeds:
+        chance = random.Random(seed)
+        events = [[chance.choice(EVENTS_OF_SHARDS)] if chance.random() < 0.4 else [] for _ in range(20)]
+        found = trained(OPTIMIZERS[name], events, spread)
+        with mock.patch.object(FusedStep, "_as_before", return_value=None):
+            expected = trained(OPTIMIZERS[name], events, spread)
+        for one, other in zip(found.bits(), expected.bits(), strict=True):
+            assert_same_bits(one, other, [[event.__name__ for event in some] for some in events])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_whatever_happens_to_shards_between_steps(ranks: Ranks, name: str) -> None:
+    ranks.run(whatever_happens_to_shards, name, range(6), at_least=2)
+
+
+def a_gradient_without_residual_is_a_term(name: str) -> None:
+    events = [[], [], [], [gradient_is_a_term_of_a_sum], []]
+    found = trained(OPTIMIZERS[name], events, spread, every=1)
+    with mock.patch.object(FusedStep, "_as_before", return_value=None):
+        expected = trained(OPTIMIZERS[name], events, spread, every=1)
+    for one, other in zip(found.bits(), expected.bits(), strict=True):
+        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_shard_s_gradient_that_is_a_term_of_a_sum(ranks: Ranks, name: str) -> None:
+    ranks.run(a_gradient_without_residual_is_a_term, name, at_least=2)
+
+
+def half_of_them_are_shards(name: str) -> None:
+    half = len(SHAPES)
+
+    def trains() -> list[Tensor]:
+        places = itertools.cycle([spread] * half + [torch.clone] * (half + 1))
+        events = [[], [], [], [groups_change_places], [], []]
+        return trained(OPTIMIZERS[name], events, lambda tensor: next(places)(tensor)).bits()
+
+    found = trains()
+    with mock.patch.object(FusedStep, "_as_before", return_value=None):
+        for one, other in zip(found, trains(), strict=True):
+            assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_shards_in_the_place_of_plain_tensors(ranks: Ranks, name: str) -> None:
+    ranks.run(half_of_them_are_shards, name, at_least=2)
+
+
+def looks_at_few(name: str, place: Callable[[Tensor], Tensor]) -> None:
+    training = Training(OPTIMIZERS[name], place)
+    with mock.patch.object(FusedStep, "member", autospec=True, side_effect=FusedStep.member) as member:
+        for number in range(5):
+            member.reset_mock()
+            training.backward(number)
+            training.step()
+            if number >= 2:
+                member.assert_not_called()
+        gradient_is_written(training)
+        weight_is_written(training)
+        training.backward(9)
+        training.step()
+        assert member.call_count == len(SHAPES)  # of the group that something has happened to
 
 
 @pytest.mark.usefixtures("layouts")
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_from_the_third_step_on_no_parameter_is_looked_at(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_at: list[Tensor] = []
-    original = FusedStep.member
+def test_from_the_third_step_on_no_parameter_is_looked_at(name: str) -> None:
+    looks_at_few(name, torch.clone)
 
-    def member(self: FusedStep, optimizer: Any, group: Any, param: Any) -> Member | None:
-        looked_at.append(param)
-        return original(self, optimizer, group, param)
 
-    monkeypatch.setattr(FusedStep, "member", member)
-    training = Training(OPTIMIZERS[name])
-    for number in range(5):
-        looked_at.clear()
-        training.backward(number)
-        training.step()
-        if number >= 2:
-            assert looked_at == []
-    gradient_is_written(training)
-    weight_is_written(training)
-    training.backward(9)
-    training.step()
-    assert len(looked_at) == len(SHAPES)  # of the group that something has happened to
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_from_the_third_step_on_no_shard_is_looked_at(ranks: Ranks, name: str) -> None:
+    ranks.run(looks_at_few, name, spread, at_least=2)
 
 
 @pytest.mark.usefixtures("layouts")
