@@ -1,4 +1,4 @@
-"""What accumkern costs on the host: the hook, training where launches decide, and the end of a window.
+"""What accumkern costs on the host: the hook, training where launches decide, the end of a window, and the step.
 
 ``python benchmarks/bench_overhead.py [--device cpu|cuda] [--quick] [--parameters 10,300,3000] [--backends cuda,eager]
 [--seconds 40]``
@@ -7,7 +7,8 @@ The hook: ``backward()`` of a micro-batch that is added to earlier ones, over st
 parameters in three kinds of models: *bare*, whose gradients one autograd node makes, so that little is timed beside
 accumulation; a stack of transformer blocks; and the same with its blocks ``torch.compile``d. On a GPU that is the time
 until Python goes on, not until the GPU has finished. Then micro-batches and windows of a small GPT
-(``overhead_training.py``), and ``finish()`` beside torch's clipping (``overhead_finish.py``). Writes
+(``overhead_training.py``), ``finish()`` beside torch's clipping (``overhead_finish.py``), and AdamW's step with and
+without masters, also under ``fully_shard`` (``overhead_step.py``). Writes
 ``benchmarks/results/<machine>/overhead.json``.
 """
 
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checko
 
 import overhead_finish
 import overhead_hook
+import overhead_step
 import overhead_training
 from harness import backends_on, parser, steps, write_results
 from regimes import REGIMES, TINY, Regime
@@ -39,7 +41,7 @@ PARAMETERS = (10, 300)
 SLOW = "eager"  # a backend that takes tens of times as long as the others: measured when it is asked for
 SECONDS = 40.0
 # What torch.compile takes is known before the others have their shares; a round of training takes the longest.
-ORDER = ("compiled", "training", "bare", "eager", "finish")
+ORDER = ("compiled", "training", "bare", "eager", "finish", *overhead_step.MODELS)
 WEIGHTS = {"training": 3}
 
 
@@ -61,6 +63,7 @@ def main() -> None:
     cases: list[tuple[str, Callable[..., list[dict[str, Any]]]]] = [
         *((m, partial(overhead_hook.measure, m, n)) for m in overhead_hook.MODELS for n in arguments.parameters),
         *(("finish", partial(overhead_finish.measure, n)) for n in overhead_finish.COUNTS),
+        *((model, partial(overhead_step.measure, model)) for model in overhead_step.MODELS),
         ("training", partial(overhead_training.measure, regime)),
     ]
     cases.sort(key=lambda case: ORDER.index(case[0]))
@@ -94,6 +97,8 @@ def how(regime: Regime) -> dict[str, str]:
         "training": f"a GPT of width {regime.width} with {regime.layers} layers, {regime.micro_batches} micro-batches "
         f"of {regime.batch_size} x {regime.context} tokens, clip_grad_norm_ and AdamW; a round is a window of each",
         "finish": f"of {overhead_finish.MICRO_BATCHES} micro-batches, parameters of {numel} elements",
+        "step": f"of AdamW, parameters of {numel} elements: FP32 ones by torch, bfloat16 ones with "
+        f"{overhead_step.MASTERS} masters by accumkern; fully_shard: of one rank, in a process of its own",
         "clock": "host: until Python goes on; done: until the GPU has finished, which had nothing to do before",
         "over": "ratio to the same micro-batch, or window, of the same round: median, and an interval that holds it "
         "with the confidence that stands in the file",

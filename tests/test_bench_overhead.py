@@ -21,11 +21,14 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_overhead  # noqa: E402
 import overhead_finish  # noqa: E402
 import overhead_hook  # noqa: E402
+import overhead_step  # noqa: E402
 import overhead_training  # noqa: E402
 import report  # noqa: E402
 import turns  # noqa: E402
 from regimes import REGIMES, TINY  # noqa: E402
 from tables.overhead import overhead_summary, overhead_tables  # noqa: E402
+
+import accumkern  # noqa: E402
 
 CPU = torch.device("cpu")
 OUT_OF_TIME: Callable[[], float] = lambda: 0.0  # noqa: E731
@@ -152,6 +155,35 @@ def test_finish_ends_windows_that_were_accumulated(monkeypatch: pytest.MonkeyPat
         report.check(result, "overhead", "finish")
 
 
+@pytest.mark.parametrize("model", overhead_step.MODELS)
+def test_steps_of_fp32_weights_and_of_masters(model: str) -> None:
+    found = overhead_step.measure(model, CPU, ["eager"], OUT_OF_TIME)
+    assert [r["variant"] for r in found] == [*overhead_step.STOCK, "eager"]
+    assert [set(r.get("over", {})) for r in found] == [set(), set(), set(overhead_step.STOCK)]
+    for result in found:
+        assert "error" not in result
+        report.check(result, "overhead", "step")
+
+
+def test_steps_are_those_that_they_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    stepped: list[Any] = []
+
+    def clocked(step: Any, _: torch.device) -> dict[str, float]:
+        stepped.append(step.__self__)
+        step()
+        return {"host": 1.0}
+
+    monkeypatch.setattr(overhead_step, "clocked", clocked)
+    for name, options in overhead_step.STOCK.items():
+        overhead_step.make_step(overhead_step.PLAIN, CPU, options, None)
+        assert all(stepped[-1].param_groups[0][option] for option in options), name
+        assert {param.dtype for param in stepped[-1].state} == {torch.float32}
+        assert len(stepped[-1].state) == overhead_step.COUNT
+    overhead_step.make_step(overhead_step.PLAIN, CPU, {}, "eager")
+    assert {param.dtype for param in stepped[-1].state} == {torch.bfloat16}
+    assert accumkern.accumulator_of(stepped[-1]).memory().master_residuals == overhead_step.COUNT * 64 * 2
+
+
 def test_a_slow_backend_is_measured_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     options = argparse.ArgumentParser()
     monkeypatch.setattr(bench_overhead, "backends_on", lambda _: ["cpu", "eager"])
@@ -188,6 +220,8 @@ def test_what_an_older_file_lacks_was_not_measured() -> None:
     assert "**transformer**: not measured" in full
     assert "Training with tiny micro-batches: not measured." in full
     assert "The end of a window of small tensors: not measured." in full
+    assert "AdamW's step of small tensors, with masters in bfloat16 weights: not measured." in full
+    assert "The same under `fully_shard`: not measured." in full
     assert "Training" not in summary
 
 

@@ -1,4 +1,4 @@
-"""Host time: of the hook, of training where launches decide, and of the end of a window."""
+"""Host time: of the hook, of training where launches decide, of the end of a window, and of a step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ MODELS = {
     "compiled": "transformer, `torch.compile`d",
 }
 TRAINING, FINISH = "Training with tiny micro-batches", "The end of a window of small tensors"
+# Models whose step is timed: accumkern's of bfloat16 weights with masters, beside torch's of FP32 weights.
+STEPS = {
+    "step": "AdamW's step of small tensors, with masters in bfloat16 weights",
+    "step, fully_shard": "The same under `fully_shard`",
+}
 CLOCKS = {"host": "host time", "done": "until the GPU has finished"}  # on a CPU there is one
 
 
 def overhead_tables(content: Content) -> list[str]:
-    """Return a table for each kind of model: stock's time, and what each backend adds; of training; of ``finish()``."""
+    """Return tables: of stock's time and what each backend adds to it by model; of training, ``finish()``, and steps."""
     lines = paragraph(
         "Host time of `backward()`, in µs per parameter and micro-batch: stock, and what each backend of accumkern "
         "adds to it (median of the differences, 20th and 80th percentile in brackets; negative: faster than stock)."
@@ -36,6 +41,8 @@ def overhead_tables(content: Content) -> list[str]:
         lines += [f"**{title}**", "", *table(["parameters", "stock", *variants], rows)]
     lines += _compared(by_model.get("training", []), TRAINING, ("stock",))
     lines += _compared(by_model.get("finish", []), FINISH, ("clip_grad_norm_", "_foreach_div_, clip_grad_norm_"))
+    for model, title in STEPS.items():
+        lines += _compared(by_model.get(model, []), title, ("foreach, FP32", "fused, FP32"))
     return lines
 
 
