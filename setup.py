@@ -11,7 +11,7 @@ Neither torch nor a GPU is needed to build.
 """
 
 import os
-import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -37,12 +37,6 @@ CUDA_ARCHITECTURES = ("80", "90", "100")
 CHOICE = os.environ.get("ACCUMKERN_BUILD", "")
 if CHOICE not in ("", "cpu", "cuda", "0"):
     sys.exit(f"ACCUMKERN_BUILD is {CHOICE!r}; it must be cpu, cuda, 0 or unset")
-
-
-def version() -> str:
-    match = re.search(r'^__version__ = "(.+)"', Path("accumkern/version.py").read_text(), re.MULTILINE)
-    assert match, "accumkern/version.py holds no version"
-    return match.group(1)
 
 
 def find_nvcc() -> str | None:
@@ -113,13 +107,17 @@ def extensions() -> list[Extension]:
         return []
     import pybind11  # a build requirement, not needed for a pure Python package
 
+    about = runpy.run_path("accumkern/version.py")  # not by an import, which would need torch
     return [
         Extension(
             "accumkern.backends._C",
             sources=SOURCES,
             depends=[*HEADERS, *CUDA_SOURCES],
             include_dirs=["csrc", pybind11.get_include()],
-            define_macros=[("ACCUMKERN_VERSION", f'"{version()}"')],
+            define_macros=[
+                ("ACCUMKERN_VERSION", f'"{about["__version__"]}"'),
+                ("ACCUMKERN_SOURCES", f'"{about["digest_of_sources"]()}"'),
+            ],
             extra_compile_args=[*ARITHMETIC, "-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-g0"],
             language="c++",
             optional=not CHOICE,

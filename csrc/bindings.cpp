@@ -138,6 +138,7 @@ PyMethodDef layout_method = {"layout", reinterpret_cast<PyCFunction>(reinterpret
 PYBIND11_MODULE(_C, module) {
   module.doc() = "accumkern's compiled kernels, on raw addresses";
   module.attr("version") = ACCUMKERN_VERSION;
+  module.attr("sources") = ACCUMKERN_SOURCES;
   module.attr("block_numel") = kBlockNumel;
 #if defined(__clang__)
   module.attr("compiler") = __VERSION__;

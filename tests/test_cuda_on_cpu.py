@@ -132,7 +132,7 @@ def extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     assert launches == len(backends.Kernels._fields) - 2  # fold_into and fold_alike launch what a fold does
     paths = [str(ROOT / "tests/cuda_on_cpu"), str(ROOT / "csrc"), pybind11.get_include(), sysconfig.get_path("include")]
     flags = ["-std=c++17", "-ffp-contract=off", "-fPIC", *(f"-I{path}" for path in paths)]
-    flags += ['-DACCUMKERN_CUDA_TARGETS="cpu"', '-DACCUMKERN_VERSION="0"']
+    flags += ['-DACCUMKERN_CUDA_TARGETS="cpu"', '-DACCUMKERN_VERSION="0"', '-DACCUMKERN_SOURCES="0"']
 
     def compile_(*arguments: str | Path) -> None:
         done = subprocess.run([compiler, *flags, *map(str, arguments)], capture_output=True, text=True)

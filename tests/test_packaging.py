@@ -168,6 +168,33 @@ def test_a_stale_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the package of 99.0: install it again" in reason
 
 
+def test_an_extension_of_other_sources_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import accumkern
+    from accumkern import backends, version
+
+    if accumkern.available_backends()["cpu"] is not None:
+        pytest.skip(f"backend cpu: {accumkern.available_backends()['cpu']}")
+
+    def reason() -> str | None:
+        backends.extension_problem.cache_clear()
+        return accumkern.available_backends()["cpu"]
+
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    monkeypatch.setattr(version, "SOURCES", tmp_path / "csrc")
+    try:
+        assert reason() is None
+        (tmp_path / "csrc" / "notes.txt").write_text("not compiled")
+        assert reason() is None
+        with (tmp_path / "csrc" / "step_math.h").open("a") as file:
+            file.write("// changed\n")
+        assert "was built from other sources than those in" in (reason() or "")
+        shutil.rmtree(tmp_path / "csrc")  # as in an installed package
+        assert reason() is None
+    finally:
+        monkeypatch.undo()
+        backends.extension_problem.cache_clear()
+
+
 def test_doctor_tells_which_optimizers_can_have_master_weights(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     _, _, told = capsys.readouterr().out.partition("master weights: ")

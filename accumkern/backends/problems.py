@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from accumkern.version import __version__
+from accumkern.version import SOURCES, __version__, digest_of_sources
 
 
 def triton_problem() -> str | None:
@@ -41,6 +41,9 @@ def extension_problem() -> str | None:
     if _C.version != __version__:
         versions = f"of version {_C.version}, the package of {__version__}"
         return f"the extension accumkern.backends._C is {versions}: install it again"
+    if digest_of_sources() not in (None, getattr(_C, "sources", "")):
+        how = "build it again (python setup.py build_ext --inplace)"
+        return f"the extension accumkern.backends._C was built from other sources than those in {SOURCES}: {how}"
     try:
         _C.read_tensors_of(torch.Tensor)  # from now on, where it can
     except RuntimeError as error:

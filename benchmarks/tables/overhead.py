@@ -20,7 +20,7 @@ CLOCKS = {"host": "host time", "done": "until the GPU has finished"}  # on a CPU
 
 
 def overhead_tables(content: Content) -> list[str]:
-    """Return tables: of stock's time and what each backend adds to it by model; of training, ``finish()``, and steps."""
+    """Return tables: of stock's time and what each backend adds, by model; of training, ``finish()`` and steps."""
     lines = paragraph(
         "Host time of `backward()`, in µs per parameter and micro-batch: stock, and what each backend of accumkern "
         "adds to it (median of the differences, 20th and 80th percentile in brackets; negative: faster than stock)."
