@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from accumkern.attachment import Attachment
 from accumkern.checks import describe, integer, one_of
+from accumkern.dtensor import computes_on
 from accumkern.hooks import owner_of
 from accumkern.memory import storage_bytes, tensors_in
 from accumkern.out_of_memory import CpuLimit, forget_failed_pass, gpu_limit, is_out_of_memory
@@ -144,7 +145,7 @@ def run(asked: Request, attachment: Attachment, model: nn.Module | None, window:
         parts = window.agreed_parts(parts, asked.samples)
         try:
             with window.attempt(), _limit(asked, attachments, params, model):
-                losses = _window(asked, parts, whole, window, params[0].device)
+                losses = _window(asked, parts, whole, window, computes_on(params[0]))
             break
         except BaseException as error:
             _begin_again(passes, before)
@@ -188,7 +189,7 @@ def _window(asked: Request, parts: int, whole: Counts, window: RankWindow, devic
         parts: how many.
         whole: what the samples of all ranks count, per rank; empty until it is known.
         window: of this rank.
-        device: of the parameters.
+        device: where the parameters are computed with.
     """
     cuts = bounds(asked.samples, parts)
     pieces = [part_of(asked.batch, *cut, asked.split) for cut in cuts]
@@ -243,12 +244,12 @@ def _attachments(attachment: Attachment, model: nn.Module | None) -> list[Attach
 def _limit(
     asked: Request, attachments: list[Attachment], params: list[Tensor], model: nn.Module | None
 ) -> Iterator[None]:
-    """Limit the memory of what runs in the block, on the devices of the parameters."""
+    """Limit the memory of what runs in the block, on the devices that compute with the parameters."""
     if asked.limit_bytes is None:
         yield
         return
     with ExitStack() as stack:
-        for device in dict.fromkeys(param.device for param in params):
+        for device in dict.fromkeys(map(computes_on, params)):
             if device.type == "cuda":
                 stack.enter_context(gpu_limit(device, asked.limit_bytes))
             else:
@@ -287,7 +288,7 @@ def _free(params: list[Tensor]) -> None:
     """Let go of what the failed window has left behind."""
     forget_failed_pass()
     gc.collect()
-    if any(param.device.type == "cuda" for param in params):
+    if any(computes_on(param).type == "cuda" for param in params):
         torch.cuda.empty_cache()
 
 

@@ -51,6 +51,17 @@ def is_complete_as(grad: Any, param: Any) -> bool:
     return is_same and not is_pending(grad)
 
 
+def computes_on(param: Any) -> torch.device:
+    """Return where a parameter is computed with: the ranks of a DTensor may do that elsewhere than its shards are.
+
+    Those are in host memory under fully_shard's CPUOffloadPolicy.
+    """
+    if not is_dtensor(param) or param.device_mesh.device_type == param.device.type:
+        return param.device
+    kind = param.device_mesh.device_type
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
 def wait_for_copy(grad: Any) -> None:
     """Wait until this rank's part of a DTensor has come into host memory, where it comes from an accelerator.
 

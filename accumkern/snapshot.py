@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from accumkern.dtensor import computes_on
 from accumkern.random_state import RandomState
 from accumkern.slot import Slot
 
@@ -42,7 +43,7 @@ class Snapshot:
         self._buffers = [(module, dict(module._buffers)) for module in modules if module._buffers]
         tensors = {buffer for _, buffers in self._buffers for buffer in buffers.values() if buffer is not None}
         self._values = [(buffer, buffer.detach().clone()) for buffer in tensors]
-        self._random = RandomState(*(param.device for param in self._params))
+        self._random = RandomState(*map(computes_on, self._params))
 
     def put_back(self) -> None:
         """Make gradients, buffers and random numbers what they were; gradients that came since are let go."""

@@ -6,11 +6,13 @@ Without GPUs the mesh of the ranks says that it is one of GPUs: whatever is move
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks, device, full
+from scarce import Scarce
 from tiny import relative_error
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -18,6 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import accumkern
 from accumkern import dtensor
+from accumkern.snapshot import Snapshot
 
 pytestmark = pytest.mark.integration("fully_shard (FSDP2)")
 
@@ -141,3 +144,39 @@ def sums_over_ranks() -> None:
 
 def test_sums_over_ranks_of_what_is_in_host_memory(ranks: Ranks) -> None:
     ranks.run(sums_over_ranks)
+
+
+# ---- acc.backward(loss_fn, batch) --------------------------------------------------------------------------------
+
+
+def random_numbers_of_a_gpu() -> None:
+    """Those of the GPU that the ranks say they compute on are kept, where no parameter is."""
+    model = sharded(net().to(BF16), True)
+    with (
+        mock.patch("torch.cuda.current_device", return_value=3),
+        mock.patch("torch.cuda.get_rng_state", return_value="numbers"),
+        mock.patch("torch.cuda.set_rng_state") as put_back,
+    ):
+        Snapshot(model.parameters(), {}, None).put_back()
+    put_back.assert_called_once_with("numbers", torch.device("cuda", 3))
+
+
+def begins_again(most: int, micro_batch: Any) -> list[Tensor]:
+    """Return what a window with dropout gives, and the random numbers after it; more than ``most`` samples run out."""
+    torch.manual_seed(1)
+    layers = nn.Linear(12, 23), nn.Dropout(0.5), Scarce(most), nn.Linear(23, 3)
+    model = sharded(nn.Sequential(*layers).to(device(), BF16), True)
+    acc = accumkern.attach(torch.optim.SGD(model.parameters()))
+    torch.manual_seed(2 + dist.get_rank())
+    batch = torch.randn(8, 12, device=device(), dtype=BF16)
+    losses = acc.backward(lambda part: model(part).float().square().mean(), batch, micro_batch=micro_batch, model=model)
+    return [losses, *(full(param.grad) for param in model.parameters()), torch.rand(3, device=device())]
+
+
+def the_window_is_that_of_the_size_that_fits() -> None:
+    for found, expected in zip(begins_again(3, "auto"), begins_again(8, 2), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_window_that_begins_again_has_the_random_numbers_of_the_gpu(ranks: Ranks) -> None:
+    ranks.run(the_window_is_that_of_the_size_that_fits if ranks.backend == "nccl" else random_numbers_of_a_gpu)
