@@ -161,7 +161,7 @@ def benchmarks(results: Path, gpus: int) -> list[Part]:
         part("finish", 30),
         part("batch", 40, "--seconds", "20"),
         part("kernels", 120, "--sizes", "2^20,2^24,2^26,2^28,2^30", "--models", "GPT-2,Llama-1B"),
-        part("overhead", 60, "--seconds", "36"),
+        part("overhead", 80, "--seconds", "36"),
         part("training", 120, "--regimes", "compute,paired", "--windows", "6", "--designs", ",".join(TRAINED)),
         part("accuracy", 30),
     ]
