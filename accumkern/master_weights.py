@@ -229,12 +229,12 @@ class MasterWeights:
         found.changes += 1
         return found.tensor
 
-    def as_written(self, params: list[Tensor], held_: list[Tensor]) -> list[Tensor] | None:
+    def as_written(self, params: list[Tensor], locals_: list[Tensor]) -> list[Tensor] | None:
         """Return the residuals of weights, flat in their memory order, if every weight is as a step has left it.
 
         Args:
             params: whose shapes and strides are what they were then.
-            held_: what this rank holds of each.
+            locals_: what this rank holds of each.
         """
         found = [self._residuals.get(param) for param in params]
         is_as_written = all(
@@ -243,7 +243,7 @@ class MasterWeights:
             and one.address == local.data_ptr()
             and one.seen is None
             and one.changes < _CHANGES
-            for one, param, local in zip(found, params, held_, strict=True)
+            for one, param, local in zip(found, params, locals_, strict=True)
         )
         return [one.tensor for one in found if one is not None] if is_as_written else None
 

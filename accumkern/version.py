@@ -10,7 +10,7 @@ SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 
 
 def digest_of_sources() -> str | None:
-    """Return a number for the names and contents of the extension's sources; None where there are none."""
+    """Return a digest of the names and contents of the extension's sources; None where there are none."""
     if not (SOURCES / "bindings.cpp").exists():
         return None
     digest = hashlib.sha256()

@@ -8,8 +8,9 @@ parameters in three kinds of models: *bare*, whose gradients one autograd node m
 accumulation; a stack of transformer blocks; and the same with its blocks ``torch.compile``d. On a GPU that is the time
 until Python goes on, not until the GPU has finished. Then micro-batches and windows of a small GPT
 (``overhead_training.py``), ``finish()`` beside torch's clipping (``overhead_finish.py``), and AdamW's step with and
-without masters, also under ``fully_shard`` (``overhead_step.py``). Writes
-``benchmarks/results/<machine>/overhead.json``.
+without masters, also under ``fully_shard`` (``overhead_step.py``).
+
+Writes ``benchmarks/results/<machine>/overhead.json``.
 """
 
 from __future__ import annotations

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+
+OUTCOME = "outcome"  # the file of what rank 0 has returned: a pipe holds 64 KB until somebody reads
 
 
 def outcome_of_ranks(function: Callable[..., Any], world_size: int, device_type: str, *args: Any) -> Any:
@@ -28,10 +32,8 @@ def outcome_of_ranks(function: Callable[..., Any], world_size: int, device_type:
         torch.multiprocessing.ProcessRaisedException: with the traceback of a rank that raised.
     """
     with tempfile.TemporaryDirectory() as folder:
-        queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-        job = (function, world_size, device_type, f"file://{folder}/store", queue, args)
-        torch.multiprocessing.spawn(_run_rank, job, nprocs=world_size)
-        return queue.get()
+        torch.multiprocessing.spawn(_run_rank, (function, world_size, device_type, folder, args), nprocs=world_size)
+        return pickle.loads(Path(folder, OUTCOME).read_bytes())
 
 
 def _run_rank(
@@ -39,17 +41,17 @@ def _run_rank(
     function: Callable[..., Any],
     world_size: int,
     device_type: str,
-    store: str,
-    queue: Any,
+    folder: str,
     args: tuple[Any, ...],
 ) -> None:
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store, rank=rank, world_size=world_size)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, f"file://{folder}/store", rank=rank, world_size=world_size)
     outcome = function(device, *args)
     if rank == 0:
-        queue.put(outcome)
+        Path(folder, OUTCOME).write_bytes(pickle.dumps(outcome))
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()

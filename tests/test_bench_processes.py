@@ -27,8 +27,13 @@ def raised_by_the_last(device: torch.device) -> None:
     dist.all_reduce(torch.zeros(1, device=device))
 
 
+def large(_: torch.device) -> bytes:
+    return bytes(2**20)  # more than a pipe holds
+
+
 def test_rank_0_brings_its_result() -> None:
     assert outcome_of_ranks(added, 2, "cpu", 5) == 110
+    assert len(outcome_of_ranks(large, 1, "cpu")) == 2**20
 
 
 def test_a_rank_that_raises_is_told() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gradients import assert_same_bits
-from ranks import Ranks
+from ranks import Ranks, device
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -37,9 +37,9 @@ def spread(tensor: Tensor) -> Tensor:
 
     Not some with fewer rows: torch 2.10 adds up gradients that are cut so as ones that every rank has whole.
     """
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
     is_even = tensor.dim() and tensor.shape[0] % dist.get_world_size() == 0
-    return distribute_tensor(tensor, mesh, [Shard(0) if is_even else Replicate()])
+    return distribute_tensor(tensor.to(device()), mesh, [Shard(0) if is_even else Replicate()])
 
 
 def held(tensor: Tensor) -> Tensor:
