@@ -80,13 +80,16 @@ class CpuLimit(TorchDispatchMode):
     Args:
         held_bytes: what is allocated already and counts.
         limit_bytes: of everything together.
+
+    Attributes:
+        bytes: that are allocated now; storages that were resized count as before, until the limit seems to be reached.
     """
 
     def __init__(self, held_bytes: int, limit_bytes: int) -> None:
         super().__init__()
         self.bytes = held_bytes
         self.limit_bytes = limit_bytes
-        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -97,7 +100,10 @@ class CpuLimit(TorchDispatchMode):
         for storage in _storages(result):
             if storage._cdata not in given and storage._cdata not in self._alive:
                 self._count(storage)
-        if self.bytes > max(before, self.limit_bytes):  # what allocates nothing, such as putting values back, may go on
+        allowed = max(before, self.limit_bytes)  # what allocates nothing, such as putting values back, may go on
+        if self.bytes > allowed:
+            self._look_again()
+        if self.bytes > allowed:
             raise MemoryLimitError(f"{func} needs {format_bytes(self.bytes)} of {format_bytes(self.limit_bytes)}")
         return result
 
@@ -105,11 +111,18 @@ class CpuLimit(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
 
         def forget(_reference: object) -> None:
-            del self._alive[key]
-            self.bytes -= size
+            self.bytes -= self._alive.pop(key)[1]
 
-        self._alive[key] = weakref.ref(storage, forget)
+        self._alive[key] = weakref.ref(storage, forget), size
         self.bytes += size
+
+    def _look_again(self) -> None:
+        """Count what is alive as it is now: fully_shard lets go of gathered weights by ``resize_(0)``, unseen."""
+        for key, (reference, size) in list(self._alive.items()):
+            storage = reference()
+            if storage is not None:
+                self._alive[key] = reference, storage.nbytes()
+                self.bytes += storage.nbytes() - size
 
 
 @contextmanager

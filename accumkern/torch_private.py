@@ -342,11 +342,27 @@ NEEDS_VALUES = tuple(
     _find(f"_subclasses.fake_tensor.{name}", "planning")
     for name in ("DataDependentOutputException", "DynamicOutputShapeException")
 )
-unset_fake_temporarily = _find("_subclasses.fake_tensor.unset_fake_temporarily", "planning")
 tree_map = _find("utils._pytree.tree_map", "planning")
 _find("nn.init._no_grad_trunc_normal_", "planning")
+_find("_C._autograd._ProfilerResult.experimental_event_tree", "planning")
+_EventType = _find("_C._profiler._EventType", "planning")
 
 _engine_run_backward = _find("autograd.graph._engine_run_backward", "planning")
+
+
+def memory_events(results: Any) -> list[tuple[int, int, int]]:
+    """Return what a profiler saw of memory in its thread: nanoseconds, address, and bytes, negative where it is freed.
+
+    Args:
+        results: ``kineto_results`` of a ``torch.autograd.profiler.profile(profile_memory=True)``.
+    """
+    found, events = [], list(results.experimental_event_tree())
+    while events:
+        event = events.pop()
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+        events += event.children
+    return sorted(found, key=operator.itemgetter(0))
 
 
 def run_backward(loss: Tensor) -> None:

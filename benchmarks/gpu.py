@@ -39,8 +39,9 @@ TESTS: dict[str, tuple[tuple[str, ...], int, str | None]] = {
     "steps": (("step_kernels", "mean_kernel", "training", "optimizers", "master_weights"), 5, None),
     "ranks": (("ddp", "backward_ranks", "fsdp", "fsdp_whole", "master_ranks", "elastic", "master_checkpoint"), 6, None),
     "meshes": (
-        ("bucket_mean", "pipeline", "plan_ranks", "plan_link", "tensor_parallel", "meshes", "distributed_checkpoint",
-         "bench_parallel", "token_means", "split_backward", "lost_rank", "host_shards"), 4, None),
+        ("bucket_mean", "pipeline", "plan_ranks", "plan_link", "plan_sharded", "tensor_parallel", "meshes",
+         "distributed_checkpoint", "bench_parallel", "token_means", "split_backward", "lost_rank", "host_shards"),
+        4, None),
     "graphs": (("gpu", "cuda_graphs"), 0, "captured or graphs"),
     "gpu": (("gpu",), 2, "not captured"),
     "product": (("product_kernels",), 0, None),

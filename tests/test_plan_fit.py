@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,28 @@ def test_the_meter_sees_what_a_kernel_allocates_inside() -> None:
     with MemoryMeter(CPU, 0, 10**9) as meter:
         x.sort()  # results of 1 MB and 2 MB, and copies while it works
     assert meter.peak_bytes >= 3 * 2**20
+
+
+def test_the_meter_knows_what_another_thread_releases() -> None:
+    held: list[torch.Tensor] = []
+    with MemoryMeter(CPU, 0, 10**9) as meter:
+        for _ in range(8):
+            held.append(torch.zeros(4000 * KB, dtype=torch.uint8))
+            thread = threading.Thread(target=held.clear)
+            thread.start()
+            thread.join()
+    assert meter.left_bytes == 0
+    assert 4000 * KB <= meter.peak_bytes < 8 * 4000 * KB  # an address that comes again was released
+
+
+def test_the_limit_knows_storages_that_were_resized() -> None:
+    with MemoryMeter(CPU, 0, 120 * KB):
+        kept = [torch.ones(50 * KB, dtype=torch.uint8)]
+        for _ in range(4):
+            kept[-1].untyped_storage().resize_(0)
+            kept.append(torch.ones(50 * KB, dtype=torch.uint8))
+        with pytest.raises(MemoryLimitError, match="150 kB of 120 kB"):
+            torch.ones(100 * KB, dtype=torch.uint8)
 
 
 def test_the_limit_stops_at_the_operation_that_goes_beyond_it() -> None:

@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 
 from accumkern import backends
 from accumkern.casting import set_cut_off_aside
-from accumkern.dtensor import is_dtensor
 from accumkern.out_of_memory import CpuLimit
 from accumkern.planning.kernels import MissingKernels
 from accumkern.planning.memory import available_bytes
@@ -32,7 +31,7 @@ from accumkern.torch_private import (
     is_fake,
     is_flattened,
     tree_map,
-    unset_fake_temporarily,
+    without_fake_tensors,
     without_rejection,
 )
 
@@ -104,7 +103,7 @@ def _unwrapped(setup: Setup) -> Setup:
     """Return a setup whose backward pass waits for no other rank; raise where that of a sharded model would."""
     if isinstance(setup.model, DistributedDataParallel):
         setup = setup._replace(model=setup.model.module)
-    if any(is_dtensor(param) or is_flattened(param) for param in setup.model.parameters()):
+    if setup.is_sharded or any(map(is_flattened, setup.model.parameters())):
         raise PredictionError(
             "memory cannot be predicted, because the model of setup() is sharded over ranks; measure it"
         )
@@ -123,7 +122,7 @@ def _fakes_inside(mode: Any, setup: Setup) -> Iterator[None]:
         if not isinstance(leaf, Tensor) or is_fake(leaf):
             return leaf
         if leaf not in fakes and leaf.dim() == 0 and leaf.device.type == "cpu" and not leaf.requires_grad:
-            with unset_fake_temporarily():
+            with without_fake_tensors():
                 value = leaf.item()
             with mode:
                 fakes[leaf] = torch.tensor(value, dtype=leaf.dtype)  # optimizers read the steps that they have made
@@ -175,7 +174,7 @@ def _with_fake_batches(mode: Any, setup: Setup) -> Setup:
 
     def faked(function: Callable[[int], Any]) -> Callable[[int], Any]:
         def make(size: int) -> Any:
-            with unset_fake_temporarily():
+            with without_fake_tensors():
                 try:
                     with CpuLimit(0, available_bytes(torch.device("cpu"))):
                         batch = function(size)
@@ -196,7 +195,7 @@ class _RealArrays(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         is_read = func in (Tensor.numpy, Tensor.__array__) and not is_fake(args[0])
-        with unset_fake_temporarily() if is_read else nullcontext():
+        with without_fake_tensors() if is_read else nullcontext():
             return func(*args, **(kwargs or {}))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from accumkern.checks import real
 from accumkern.out_of_memory import CpuLimit, gpu_limit
-from accumkern.torch_private import tree_leaves
+from accumkern.torch_private import memory_events, tree_leaves
 from accumkern.version import __version__
 
 
@@ -160,9 +160,13 @@ class MemoryMeter:
         self._guard.__exit__(kind, value, traceback)
         self._profile.__exit__(kind, value, traceback)
         assert self._profile.kineto_results is not None
-        events = [event for event in self._profile.kineto_results.events() if event.name() == "[memory]"]
+        # The profiler does not see what other threads release, as gloo's do with what they have sent. An address that
+        # is allocated again has been released; what is released last, the limit's own count knows.
+        alive: dict[int, int] = {}
         allocated = peak = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            allocated += event.nbytes()  # type: ignore[attr-defined]
+        for _, address, size in memory_events(self._profile.kineto_results):
+            allocated += size - alive.get(address, 0) if size > 0 else size
+            alive[address] = max(size, 0)
             peak = max(peak, allocated)
-        self.peak_bytes, self.left_bytes = self.held_bytes + peak, allocated
+        self.peak_bytes = self.held_bytes + peak
+        self.left_bytes = min(allocated, self._guard.bytes - self.held_bytes)

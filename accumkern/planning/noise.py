@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from accumkern.noise_scale import Estimate
 from accumkern.planning.precision import choose_buffer
-from accumkern.planning.protocol import make_batch, step
+from accumkern.planning.protocol import Setup, make_batch, step
 from accumkern.planning.speed import Rate, Split, knee, plain, split
 from accumkern.planning.trial import Preserved, accumulate
 from accumkern.wiring import attach
@@ -59,6 +59,16 @@ class Noise:
         """The noise scale to choose by: its interval's lower end where it is infinite, None where both say nothing."""
         known = [value for value in (self.noise_scale, self.low) if 0 < value < math.inf]
         return known[0] if known else None
+
+
+def noise_problem(setup: Setup) -> str | None:
+    """Return why the noise scale of a setup cannot be measured, or None."""
+    if setup.is_sharded:
+        return (
+            "the gradient noise scale was not measured: parameters are DTensors, of whose gradients each rank sees a "
+            "part. A plan of the model, or of a smaller one of its kind, without fully_shard has it"
+        )
+    return None
 
 
 def measure_noise(preserved: Preserved, micro_batch: int, windows: int) -> Noise:

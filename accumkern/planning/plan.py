@@ -13,7 +13,7 @@ from accumkern.planning.fakes import PredictionError, fake_setup
 from accumkern.planning.fit import find_fit, largest, verify
 from accumkern.planning.link import Link, measure_link
 from accumkern.planning.memory import available_bytes, check_margin, machine_of
-from accumkern.planning.noise import accumulation_pays, best_way, costs, measure_noise, useful_batches
+from accumkern.planning.noise import accumulation_pays, best_way, costs, measure_noise, noise_problem, useful_batches
 from accumkern.planning.options import check_bandwidth, check_ranks, check_sizes
 from accumkern.planning.parts import parts_warnings
 from accumkern.planning.plan_reasons import RANKS, plan_of, with_schedule
@@ -180,8 +180,10 @@ def _measured_plan(
         with ranks.phase("the link between ranks"):
             link = measure_link(setup, ranks)
             progress("the link between ranks", f"{plain(link.gb_per_s)} GB/s")
-    noise = None
-    if noise_windows:
+    noise, problem = None, noise_problem(setup) if noise_windows else None
+    if problem is not None:
+        caveats.append(problem)
+    elif noise_windows:
         with ranks.phase("what helps training"):
             progress("what helps training", f"gradient noise over {noise_windows} windows")
             size = min(fit.micro_batch, max(fit.smallest, _NOISE_MICRO_BATCH))

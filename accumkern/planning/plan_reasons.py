@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from accumkern.memory import tensors_in
 from accumkern.out_of_memory import format_bytes
 from accumkern.planning.advice import settings_of, verdict_reason
 from accumkern.planning.caveats import batch_norm_warnings
@@ -40,6 +41,7 @@ def plan_of(
 
     ``link`` is between the ranks, None where it is not known; the other arguments are as they stand in :class:`Plan`.
     """
+    counts = [way.ranks] if setup.is_sharded else sorted({*RANKS, way.ranks})  # on others, shards are of other sizes
     gradient_bytes = sum(p.numel() * p.element_size() for p in setup.model.parameters() if p.requires_grad)
 
     def choice(of: Split) -> Choice:
@@ -50,10 +52,10 @@ def plan_of(
     return explain(
         Plan(
             choice=choice(way),
-            by_ranks=tuple(choice(way if n == way.ranks else way_on(n)) for n in sorted({*RANKS, way.ranks})),
+            by_ranks=tuple(choice(way if n == way.ranks else way_on(n)) for n in counts),
             attach=known["buffer"] is not None and (way.accumulation_steps > 1 or known["master_weights"] is not None),
             master_problem=masters_problem(setup) if known["master_weights"] is None else None,
-            bfloat16_numel=sum(param.numel() for param in with_masters(setup)),
+            bfloat16_numel=sum(held.numel() for held in tensors_in(with_masters(setup))),
             step_bytes=step_bytes(setup),
             warnings=(*batch_norm_warnings(setup, way.micro_batch), *warnings),
             tokens_per_sample=setup.tokens_per_sample,
@@ -230,17 +232,20 @@ def _ranks(plan: Plan) -> Iterator[str]:
         return
     batch = plan.choice.effective_batch
     others = [f"{of.effective_batch} on {of.ranks}" for of in plan.by_ranks if of.effective_batch != batch]
-    if not others:
+    is_sharded = len(plan.by_ranks) == 1
+    if is_sharded:
+        what = "memory and speed of a model that is sharded are known of the ranks that it was planned on"
+    elif not others:
         what = "each accumulates less for the same effective batch"
     elif plan.target is None:
         what = "the effective batch is chosen for each number of ranks in the same way"
     else:
         what = f"each accumulates less for the same effective batch, or for the nearest ({', '.join(others)})"
-    yield (
-        f"More ranks: {what}. Speeds leave out the reduction of "
-        f"{format_bytes(plan.gradient_bytes)} of gradients per step, and memory on several ranks has that much for the "
-        "buckets of DistributedDataParallel, where the model was not wrapped yet."
+    left_out = (
+        f" Speeds leave out the reduction of {format_bytes(plan.gradient_bytes)} of gradients per step, and memory on "
+        "several ranks has that much for the buckets of DistributedDataParallel, where the model was not wrapped yet."
     )
+    yield f"More ranks: {what}.{'' if is_sharded else left_out}"
     if plan.exchange is not None:
         yield from link_reasons(plan.exchange)
     else:

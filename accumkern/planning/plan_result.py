@@ -49,7 +49,7 @@ class Plan:
 
     Attributes:
         choice: for the ranks there are, or that were asked for.
-        by_ranks: how it changes with others.
+        by_ranks: how it changes with others; itself alone where the model is sharded.
         target: the effective batch that was asked for; None where the plan chose it.
         buffer: for :func:`accumkern.attach`; None where stock PyTorch accumulates in FP32 already.
         master_weights: likewise; None steps the weights as they are.
@@ -78,7 +78,7 @@ class Plan:
         measured_ranks: that it was measured on; 1 where nothing was.
         exchange: what the ranks exchange; None where there is one rank, or where how fast they do was neither told nor
             measured.
-        bfloat16_numel: elements of the bfloat16 weights that are trained.
+        bfloat16_numel: elements of the bfloat16 weights that are trained, on a rank.
         step_bytes: of the FP32 weights and gradients that a step with master weights makes at a time.
         adam: whether the optimizer's settings have Adam's betas.
         machine: what it was measured on.

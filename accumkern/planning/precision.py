@@ -13,6 +13,7 @@ from accumkern.checks import one_of
 from accumkern.formats import BUFFERS
 from accumkern.fused_step import is_fused
 from accumkern.master_weights import MASTER_FORMATS
+from accumkern.memory import tensors_in
 from accumkern.optimizers import is_stepped_in_parts, refusal
 from accumkern.out_of_memory import format_bytes
 from accumkern.planning.protocol import Setup
@@ -78,12 +79,13 @@ def with_masters(setup: Setup) -> list[Tensor]:
 
 def step_bytes(setup: Setup) -> int:
     """Return the bytes of the FP32 weights and gradients that a step with master weights makes at a time."""
-    if is_fused(stepped_by(setup.optimizer)):
+    params = with_masters(setup)
+    if not params or is_fused(stepped_by(setup.optimizer)):
         return 0
-    sizes = [STAND_IN_BYTES * param.numel() for param in with_masters(setup)]
+    sizes = [STAND_IN_BYTES * held.numel() for held in tensors_in(params)]
     if not is_stepped_in_parts(stepped_by(setup.optimizer)):
         return sum(sizes)
-    return max([min(sum(sizes), bucket_bytes_on(setup.device)), *sizes])
+    return max([min(sum(sizes), bucket_bytes_on(params[0].device)), *sizes])
 
 
 def buffer_reason(buffer: str | None, accumulation_steps: int) -> str | None:

@@ -29,6 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from accumkern.checks import describe, real
+from accumkern.dtensor import computes_on, is_dtensor
+from accumkern.fully_shard_private import mesh_of, sharded_groups, sharded_modules
 from accumkern.out_of_memory import is_out_of_memory
 from accumkern.torch_private import NEEDS_VALUES, tree_leaves
 
@@ -60,8 +62,13 @@ class Setup(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Of the model's first parameter."""
-        return next(self.model.parameters()).device
+        """That computes with the model's first parameter."""
+        return computes_on(next(self.model.parameters()))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are DTensors, of which each rank holds a part (``fully_shard``)."""
+        return any(is_dtensor(param) for param in self.model.parameters())
 
 
 SetupFunction = Callable[[], Any]
@@ -133,11 +140,20 @@ def _check_parameters(setup: Setup) -> None:
             f"{strange} of the optimizer's {len(of_optimizer)} parameters are not the model's; make the optimizer from "
             "model.parameters(), after the model was moved and cast"
         )
-    devices = sorted({str(param.device) for param in of_model})
+    devices = sorted({str(computes_on(param)) for param in of_model})
     if len(devices) > 1:
         raise ValueError(f"model of setup() is on several devices ({', '.join(devices)}); put it on one")
     if setup.device.type == "meta":
         raise ValueError("model of setup() is on the meta device, without memory; put it on the device to train on")
+    meshes = {mesh_of(group) for group in sharded_groups(sharded_modules(setup.model))}
+    for name, param in setup.model.named_parameters():
+        spread: Any = param
+        if is_dtensor(param) and spread.device_mesh not in meshes:
+            raise ValueError(
+                f"{name} of setup()'s model is spread over ranks as {spread.placements} by something else than "
+                "fully_shard, such as tensor parallel: its ranks train on the same batch, and a plan takes each to "
+                "have one of its own; plan the model without it"
+            )
 
 
 def _check_step(optimizer: torch.optim.Optimizer) -> None:

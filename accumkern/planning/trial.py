@@ -18,7 +18,9 @@ from torch import Tensor
 from accumkern.accumulator import GradAccumulator
 from accumkern.casting import set_cut_off_aside
 from accumkern.checks import describe
-from accumkern.memory import storage_bytes
+from accumkern.fully_shard_private import forget_failed_pass as forget_pass_of_shards
+from accumkern.fully_shard_private import sharded_modules
+from accumkern.memory import storage_bytes, tensors_in
 from accumkern.out_of_memory import forget_failed_pass, is_out_of_memory
 from accumkern.planning.memory import MemoryMeter, held_tensors
 from accumkern.planning.precision import accumulation
@@ -78,6 +80,8 @@ class Preserved:
     def rewind(self) -> None:
         """Put everything back but the gradients, which are None again."""
         optimizer = self.setup.optimizer
+        for module in sharded_modules(self.setup.model):
+            forget_pass_of_shards(module)  # or it would take its shards for the weights that it had gathered
         for module, training, parameters, buffers in self._modules:
             module.training = training
             module._parameters.update(parameters)
@@ -273,5 +277,9 @@ def try_windows(
 
 
 def held_bytes(setup: Setup) -> int:
-    """Return the bytes that a setup's model and optimizer hold."""
-    return storage_bytes(held_tensors(setup.model, setup.optimizer))
+    """Return the bytes that a setup's model and optimizer hold of the device that computes.
+
+    What fully_shard keeps in host memory (CPUOffloadPolicy) takes none of a GPU's.
+    """
+    held = held_tensors(setup.model, setup.optimizer)
+    return storage_bytes(tensor for tensor in tensors_in(held) if tensor.device.type == setup.device.type)
