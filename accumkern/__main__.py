@@ -62,7 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
 
         if end < len(given):
             parser.error("doctor runs no script, so nothing can go after --")
-        return doctor()
+        try:
+            status = doctor()
+            sys.stdout.flush()
+        except BrokenPipeError:  # somebody has read enough, such as `head`; what is left goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 1
+        return status
     if args.command == "plan" and args.predict and args.memory is None:
         parser.exit(2, "accumkern plan: --predict needs --memory, such as --memory 24GB\n")
     try:

@@ -211,6 +211,16 @@ def test_doctor_tells_which_optimizers_can_have_master_weights(capsys: pytest.Ca
     assert len(told.splitlines()) == 4 + len(optimizers.REFUSED) + len(optimizers.REFUSED_OPTIONS)
 
 
+def test_doctor_ends_quietly_where_nobody_reads_on() -> None:
+    command = [sys.executable, "-m", "accumkern", "doctor"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
 def test_doctor_says_why_a_backend_that_is_set_cannot_run() -> None:
     env = os.environ | {"ACCUMKERN_BACKEND": "nonsense", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
