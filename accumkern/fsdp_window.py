@@ -52,10 +52,10 @@ class FsdpWindow(RankWindow):
 
     def __init__(self, modules: list[FSDPModule], group: ProcessGroup, reduce_once: bool) -> None:
         self._agreement = Ranks(group, "in acc.backward()")
+        self._meeting = Meeting(self._agreement)
         self._modules = modules
         self._reduce_once = reduce_once
         self._stack = ExitStack()
-        self._news = ""  # of memory that has run out on another rank, in this attempt
 
     def whole(self, counts: Mapping[Name, float]) -> dict[Name, float]:
         """Return the counts of all ranks, divided by their number."""
@@ -83,12 +83,12 @@ class FsdpWindow(RankWindow):
         Raises:
             OutOfMemoryElsewhereError: memory has run out on another rank.
         """
-        self._news = ""
+        self._meeting.news = None
         try:
             yield
-            self._meet()
+            self._meeting()
         except BaseException as error:
-            is_known = bool(self._news) or isinstance(error, (OutOfMemoryElsewhereError, RanksError))
+            is_known = self._meeting.news is not None or isinstance(error, (OutOfMemoryElsewhereError, RanksError))
             if is_out_of_memory(error) and not is_known:
                 self._agreement.meet_out_of_memory(error)
             for module in self._modules:
@@ -127,8 +127,7 @@ class FsdpWindow(RankWindow):
                     "in each part"
                 )
             self._agreement.meet()
-            for group in groups:
-                stack.callback(wrap_collectives(group, lambda comm: AgreedCollective(comm, self._meet)))
+            stack.enter_context(self._meeting.before_collectives(groups))
             stack.callback(self._reduce_in_backward, True)
             self._stack = stack.pop_all()
         return self
@@ -138,19 +137,41 @@ class FsdpWindow(RankWindow):
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
 
-    def _meet(self) -> None:
-        """Return when all ranks have come here; raise on all of them when memory has run out on one."""
-        if self._news:  # loss_fn went on after it
-            raise OutOfMemoryElsewhereError(self._news)
-        try:
-            self._agreement.meet()
-        except OutOfMemoryElsewhereError as error:
-            self._news = str(error)
-            raise
-
     def _reduce_in_backward(self, yes: bool) -> None:
         for module in self._modules:
             module.set_requires_gradient_sync(yes, recurse=False)
+
+
+class Meeting:
+    """Where ranks come before each collective of ``fully_shard``, and one that has run out of memory with that news.
+
+    Attributes:
+        news: what it has raised, as class and text: :class:`OutOfMemoryElsewhereError` or :class:`RanksError`. None as
+            long as all is well.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self.news: tuple[type[Exception], str] | None = None
+
+    def __call__(self) -> None:
+        """Return when all ranks have come here; raise on all of them when memory has run out on one, or it failed."""
+        if self.news is not None:  # the pass went on after it
+            kind, text = self.news
+            raise kind(text)
+        try:
+            self._ranks.meet()
+        except (OutOfMemoryElsewhereError, RanksError) as error:
+            self.news = type(error), str(error)  # not itself, which holds the tensors of its frames
+            raise
+
+    @contextmanager
+    def before_collectives(self, groups: list[Any]) -> Iterator[None]:
+        """Return a block in which groups of parameters have it before each of their collectives."""
+        with ExitStack() as stack:
+            for group in groups:
+                stack.callback(wrap_collectives(group, lambda comm: AgreedCollective(comm, self)))
+            yield
 
 
 class AgreedCollective:

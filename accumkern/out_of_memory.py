@@ -94,6 +94,8 @@ class CpuLimit(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # a DTensor, or another that is made of tensors, calls their operations: seen then
         result = func(*args, **(kwargs or {}))
         given = {storage._cdata for storage in _storages((args, kwargs))}
         before = self.bytes
@@ -102,7 +104,7 @@ class CpuLimit(TorchDispatchMode):
                 self._count(storage)
         allowed = max(before, self.limit_bytes)  # what allocates nothing, such as putting values back, may go on
         if self.bytes > allowed:
-            self._look_again()
+            self.recount()
         if self.bytes > allowed:
             raise MemoryLimitError(f"{func} needs {format_bytes(self.bytes)} of {format_bytes(self.limit_bytes)}")
         return result
@@ -116,7 +118,7 @@ class CpuLimit(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, forget), size
         self.bytes += size
 
-    def _look_again(self) -> None:
+    def recount(self) -> None:
         """Count what is alive as it is now: fully_shard lets go of gathered weights by ``resize_(0)``, unseen."""
         for key, (reference, size) in list(self._alive.items()):
             storage = reference()

@@ -13,12 +13,14 @@ from ranks import Ranks, device
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import accumkern
+from accumkern.out_of_memory import CpuLimit
 from accumkern.planning import speed
 from accumkern.planning.plan_result import Plan
-from accumkern.planning.protocol import Setup
+from accumkern.planning.protocol import Setup, check_setup
 from accumkern.planning.trial import held_bytes
 
 pytestmark = pytest.mark.integration("fully_shard (FSDP2)")
@@ -51,6 +53,7 @@ def test_it_says_what_fits_and_what_it_leaves_out(ranks: Ranks) -> None:
     assert made.bfloat16_numel == NUMEL / count  # of a rank's shard
     assert made.by_ranks == (made.choice,)
     assert made.noise is None
+    assert not any("of a core" in warning for warning in made.warnings)  # ranks wait for each other
     assert sum("the gradient noise scale was not measured: parameters are DTensors" in w for w in made.warnings) == 1
     assert made.prediction_problem is not None
     assert "the model of setup() is sharded over ranks" in made.prediction_problem
@@ -79,6 +82,86 @@ def test_shards_in_host_memory_are_no_memory_of_the_gpu_that_computes(ranks: Ran
     made = ranks.run(plan, "1GB", offload_policy=CPUOffloadPolicy())[0]
     assert made.fit.held_bytes == 0
     assert made.machine["device"] == torch.cuda.get_device_name()
+
+
+def after_a_pass() -> bool:
+    made = sharded()
+    with torch.no_grad():
+        made.model(torch.zeros(NUMEL, device=device()))  # leaves the root's weights gathered
+    was_gathered = not is_sharded(made)
+    return was_gathered and is_sharded(check_setup(made))
+
+
+def is_sharded(setup: Setup) -> bool:
+    return all(isinstance(param, DTensor) for param in setup.model.parameters())
+
+
+def test_what_setup_has_gathered_is_sharded_again(ranks: Ranks) -> None:
+    assert all(ranks.run(after_a_pass))
+
+
+def counted() -> tuple[int, int]:
+    """Return what a limit counts of a tensor like a parameter, and how large the shard is."""
+    param: Any = next(sharded().model.parameters())
+    with CpuLimit(0, 10**9) as limit:
+        made = torch.zeros_like(param)
+        found = limit.bytes
+    return found, made.to_local().nbytes
+
+
+def test_the_limit_counts_shards(ranks: Ranks) -> None:
+    if ranks.backend == "gloo":
+        for found, of_shard in ranks.run(counted):
+            assert 0 < found == of_shard
+
+
+def plan_where_one(what: str, most: int) -> Any:
+    """Return the plan, or the error, where the last of the ranks has no memory or no data for more samples."""
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+
+    def fail(size: int) -> None:
+        if is_last and size > most:
+            raise torch.OutOfMemoryError("out of memory") if what == "memory" else ZeroDivisionError(f"of {size}")
+
+    def setup() -> Setup:
+        made = sharded()
+
+        def make_batch(size: int) -> Any:
+            if what == "data":
+                fail(size)
+            return made.make_batch(size)
+
+        def loss(model: nn.Module, batch: Any) -> Any:
+            if what in ("memory", "before"):
+                fail(batch.shape[0])
+            found = model(batch)
+            if what == "after":
+                fail(batch.shape[0])
+            return found
+
+        return made._replace(make_batch=make_batch, loss=loss)
+
+    speed.LEAST_SECONDS = 0.01
+    try:
+        return accumkern.plan(setup, effective_batch=32, largest_micro_batch=16, memory="1GB")
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("what", ["memory", "data"])
+def test_no_rank_waits_in_a_collective_for_one_that_has_no_memory_or_data(ranks: Ranks, what: str) -> None:
+    one, *others = ranks.run(plan_where_one, what, 3, at_least=2)
+    assert all(other == one for other in others)
+    assert one.largest_micro_batch == 3
+    assert one.is_limited_by_memory is (what == "memory")
+    assert (one.fit.data_problem is None) is (what == "memory")
+
+
+@pytest.mark.parametrize("what", ["before", "after"])
+def test_no_rank_waits_in_a_collective_for_one_whose_loss_raises(ranks: Ranks, what: str) -> None:
+    one, other = ranks.run(plan_where_one, what, 0, at_least=2)
+    assert other == "RuntimeError: loss of setup() raised ZeroDivisionError: of 1"
+    assert one.startswith(f"RanksError: rank 1 failed in the phase 'what fits' with {other}")
 
 
 def tensor_parallel() -> str:

@@ -37,7 +37,7 @@ def busy_warnings(setup: Setup, speeds: Sequence[Speed], load_before: tuple[floa
     if setup.device.type == "cpu":
         processes, cores = load_before
         starved = min(speeds, key=lambda speed: speed.cpu_seconds)
-        if starved.cpu_seconds < _STARVED:
+        if starved.cpu_seconds < _STARVED and not setup.is_sharded:  # whose ranks wait for each other
             seen.append(
                 f"with micro-batches of {starved.micro_batch} this process had {starved.cpu_seconds:.2g} of a core "
                 "(unless the loss waits for something, such as a disk)"

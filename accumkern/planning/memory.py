@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from accumkern.checks import real
+from accumkern.dtensor import is_in_group
 from accumkern.out_of_memory import CpuLimit, gpu_limit
 from accumkern.torch_private import memory_events, tree_leaves
 from accumkern.version import __version__
@@ -161,7 +162,7 @@ class MemoryMeter:
         self._profile.__exit__(kind, value, traceback)
         assert self._profile.kineto_results is not None
         # The profiler does not see what other threads release, as gloo's do with what they have sent. An address that
-        # is allocated again has been released; what is released last, the limit's own count knows.
+        # is allocated again has been released; of what is left at the end, the limit's own count knows.
         alive: dict[int, int] = {}
         allocated = peak = 0
         for _, address, size in memory_events(self._profile.kineto_results):
@@ -169,4 +170,7 @@ class MemoryMeter:
             alive[address] = max(size, 0)
             peak = max(peak, allocated)
         self.peak_bytes = self.held_bytes + peak
-        self.left_bytes = min(allocated, self._guard.bytes - self.held_bytes)
+        self.left_bytes = allocated
+        if is_in_group():
+            self._guard.recount()
+            self.left_bytes = min(allocated, self._guard.bytes - self.held_bytes)

@@ -13,7 +13,8 @@ from accumkern.dtensor import is_dtensor, shard
 from accumkern.out_of_memory import forget_failed_pass
 from accumkern.planning.protocol import Setup, compute_loss, make_batch
 from accumkern.planning.speed import Split
-from accumkern.planning.trial import Preserved
+from accumkern.planning.trial import Preserved, together
+from accumkern.ranks import RanksError
 from accumkern.splitting import part_of, samples_of
 
 # Of the norm of the halves' mean gradient. Where the loss is a mean it is rounding: 0.01% in FP32 and 0.4% in bfloat16
@@ -65,7 +66,10 @@ def parts_warnings(preserved: Preserved, way: Split, largest: int) -> list[str]:
     try:
         preserved.setup.model.eval()
         if half:
-            draws = _draws(preserved, half)
+            with together(preserved):
+                draws = _draws(preserved, half)
+    except RanksError:
+        raise
     except (RuntimeError, TypeError, ValueError):
         # Not every batch can be taken apart, and not every model runs backward in eval mode.
         forget_failed_pass()
@@ -78,7 +82,11 @@ def parts_warnings(preserved: Preserved, way: Split, largest: int) -> list[str]:
 
 
 def _draws(preserved: Preserved, half: int) -> list[_Draw]:
-    """Return what some batches and their halves have given; nothing where that cannot be compared."""
+    """Return what some batches and their halves have given.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: they cannot be compared.
+    """
     setup, draws = preserved.setup, []
     for _ in range(_DRAWS):
         batch = make_batch(setup, 2 * half)
@@ -86,7 +94,7 @@ def _draws(preserved: Preserved, half: int) -> list[_Draw]:
         with torch.no_grad():
             again = [compute_loss(setup, batch).item() for _ in range(2)]
         if not math.isclose(*again, rel_tol=1e-5):
-            return []  # it draws random numbers: other ones for halves
+            raise ValueError("the loss draws random numbers: other ones for halves")
         parts = (part_of(batch, 0, half, None), part_of(batch, half, 2 * half, None))
         first, second = (_backward(setup, part, 0.5) for part in parts)
         of_halves = _norm(setup)

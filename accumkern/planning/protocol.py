@@ -32,6 +32,7 @@ from accumkern.checks import describe, real
 from accumkern.dtensor import computes_on, is_dtensor
 from accumkern.fully_shard_private import mesh_of, sharded_groups, sharded_modules
 from accumkern.out_of_memory import is_out_of_memory
+from accumkern.ranks import RanksError
 from accumkern.torch_private import NEEDS_VALUES, tree_leaves
 
 
@@ -124,6 +125,8 @@ def check_setup(returned: Any) -> Setup:
         tokens = real("tokens_per_sample of setup()", tokens, right)
         if not 0 < tokens < float("inf"):
             raise ValueError(f"tokens_per_sample of setup() is {tokens}; {right}")
+    for module in sharded_modules(setup.model):
+        module.reshard()  # what a forward pass in setup() may have left gathered, such as the root's weights
     _check_parameters(setup)
     _check_step(setup.optimizer)
     return setup._replace(tokens_per_sample=tokens)
@@ -233,7 +236,7 @@ def _called(name: str, function: Callable[..., Any], *arguments: Any, advice: st
     try:
         return function(*arguments)
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or isinstance(error, RanksError):
             raise
         if isinstance(error, NEEDS_VALUES):
             advice = ""  # a prediction adds its own

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import gc
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,15 +19,16 @@ from torch import Tensor
 from accumkern.accumulator import GradAccumulator
 from accumkern.casting import set_cut_off_aside
 from accumkern.checks import describe
+from accumkern.fsdp_window import Meeting
 from accumkern.fully_shard_private import forget_failed_pass as forget_pass_of_shards
-from accumkern.fully_shard_private import sharded_modules
+from accumkern.fully_shard_private import sharded_groups, sharded_modules
 from accumkern.memory import storage_bytes, tensors_in
 from accumkern.out_of_memory import forget_failed_pass, is_out_of_memory
 from accumkern.planning.memory import MemoryMeter, held_tensors
 from accumkern.planning.precision import accumulation
 from accumkern.planning.protocol import Setup, compute_loss, make_batch, step
 from accumkern.random_state import RandomState
-from accumkern.ranks import Ranks
+from accumkern.ranks import Ranks, RanksError
 from accumkern.torch_private import tree_flatten, tree_unflatten
 
 
@@ -251,11 +253,16 @@ def try_windows(
 
     with MemoryMeter(setup.device, held_bytes(setup), limit_bytes) as meter:
         try:
-            with accumulation(setup, preserved.buffer, micro_batches, preserved.master_weights) as accumulator:
+            with (
+                together(preserved),
+                accumulation(setup, preserved.buffer, micro_batches, preserved.master_weights) as accumulator,
+            ):
                 for _ in range(windows):
                     train_window(setup, (batch() for _ in range(micro_batches)), micro_batches, accumulator)
         except Exception as error:
             fits = False
+            if isinstance(error, RanksError):
+                raise
             if not is_out_of_memory(error):
                 if tolerated == "none" or (tolerated == "batches" and not is_making):
                     raise
@@ -274,6 +281,31 @@ def try_windows(
     failure = None  # which holds this frame, and tensors with it
     problem = next((problem for problem in problems if problem is not None), None)
     return Trial(micro_batch, all(all_fit), max(peaks), problem), meter.left_bytes
+
+
+@contextmanager
+def together(preserved: Preserved) -> Iterator[None]:
+    """Return a block of passes that all ranks run, or leave together, where ``fully_shard`` makes them wait for others.
+
+    Before each collective of it they meet, so it is not for what is timed. One that raises ends the block on all.
+
+    Raises:
+        OutOfMemoryElsewhereError: another rank has raised.
+        RanksError: another rank is gone.
+    """
+    groups = sharded_groups(sharded_modules(preserved.setup.model))
+    if not groups:
+        yield
+        return
+    meeting = Meeting(preserved.ranks)
+    with meeting.before_collectives(groups):
+        try:
+            yield
+            meeting()
+        except Exception as error:
+            if meeting.news is None:
+                preserved.ranks.meet_out_of_memory(error)
+            raise
 
 
 def held_bytes(setup: Setup) -> int:
