@@ -25,7 +25,8 @@ def busy_warnings(setup: Setup, speeds: Sequence[Speed], load_before: tuple[floa
     """Return a warning where others seem to have used the device while ``speeds`` were measured, with what was seen.
 
     On a GPU it is only that times of equal micro-batches differ, where the setup does not say that samples do; on the
-    CPU also that the process had less than a core, or that the load was high before anything was measured.
+    CPU also that the process had less than a core, unless it waits for other ranks, or that the load was high before
+    anything was measured.
     """
     seen = []
     uneven = max(speeds, key=lambda speed: speed.spread)

@@ -180,9 +180,9 @@ def _measured_plan(
         with ranks.phase("the link between ranks"):
             link = measure_link(setup, ranks)
             progress("the link between ranks", f"{plain(link.gb_per_s)} GB/s")
-    noise, problem = None, noise_problem(setup) if noise_windows else None
-    if problem is not None:
-        caveats.append(problem)
+    noise, refusal = None, noise_problem(setup)
+    if noise_windows and refusal is not None:
+        caveats.append(refusal)
     elif noise_windows:
         with ranks.phase("what helps training"):
             progress("what helps training", f"gradient noise over {noise_windows} windows")

@@ -86,7 +86,8 @@ def run_setup(function: SetupFunction) -> Setup:
 
     Raises:
         TypeError: a part is of the wrong kind, or ``function`` is not one.
-        ValueError: there are not four parts, a parameter of the optimizer is not of the model, or nothing is trained.
+        ValueError: there are not four parts, a parameter of the optimizer is not of the model, nothing is trained, or
+            the model is on several devices or spread over ranks by something else than ``fully_shard``.
         RuntimeError: ``function`` raised an error of its own.
         SetupError: it says why what it was made of cannot be planned for.
     """
